@@ -1,0 +1,127 @@
+"""Configs: every fault at once, with key, what was given, what is allowed; content apart from run."""
+
+from typing import Literal
+
+import pytest
+
+from flowmatch import config as configs
+from flowmatch.config import Config, NotReady, UserError, option, required
+
+
+class Inner(Config):
+    lr: float = option(1e-3, "learning rate", gt=0)
+    every: int = option(10, "interval", run=True, ge=1)
+
+
+class Entry(Config):
+    path: str = required("folder", run=True)
+    weight: float = option(1.0, "share", gt=0)
+
+
+class Outer(Config):
+    fit: Inner = option(Inner(every=20), "the loop")
+    kind: Literal["u", "v"] = option("u", "which")
+    sets: list[Entry] = required("sets")
+    steps: int = required("steps", ge=1)
+
+
+GOOD = ["sets=[{path: a}]", "steps=3"]
+
+
+def faults(words):
+    with pytest.raises(UserError) as error:
+        configs.load(Outer, words)
+    return error.value.faults
+
+
+def test_all_faults_are_listed_at_once_with_key_given_and_allowed():
+    lines = faults(["fit.lr=-1", "fit.every=x", "fit.momentum=3", "kind=w", "sets=[{pth: 3}]"])
+    assert len(lines) == 7
+    text = "\n".join(lines)
+    for expected in (
+        "fit.lr=-1: input should be greater than 0",
+        "fit.every='x': input should be a valid integer",
+        "fit.momentum: unknown key (given 3); known keys there: every, lr",
+        "kind='w': input should be 'u' or 'v'",
+        "sets.0.path: missing",
+        "sets.0.pth: unknown key (given 3); known keys there: path, weight",
+        "steps: missing; set it in the config file or as steps=value",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    "word", ["steps=true", "steps='3'", "steps=3.0", "fit.lr=true", "fit.lr=.inf", "fit=3"]
+)
+def test_nothing_is_converted_silently(word):
+    assert len(faults([*GOOD, word])) == 1
+
+
+def test_values_are_yaml_and_the_last_one_wins(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("steps: 5\nfit:\n  lr: 1e-4\nsets:\n- path: x\n  weight: 2\n")
+    config, call = configs.load(Outer, [str(file), "steps=7", "sets=[{path: y}]", "--dry-run"])
+    assert (config.steps, config.fit.lr, config.sets[0].path) == (7, 1e-4, "y")
+    assert config.fit.every == 20  # a key left out is the stage's default, as --help prints it
+    assert call.dry_run
+
+
+def test_file_faults_name_the_file(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1\n")
+    lines = faults([str(bad), str(tmp_path / "none.yaml")])
+    assert len(lines) == 2
+    assert "not readable as YAML" in lines[0]
+    assert "no such config file" in lines[1]
+    assert faults(["--fast"]) == ["--fast: unknown flag; known: --dry-run, --help"]
+
+
+def test_run_fields_are_not_content():
+    a, _ = configs.load(Outer, GOOD)
+    b, _ = configs.load(Outer, ["sets=[{path: b}]", "steps=3", "fit.every=99"])
+    c, _ = configs.load(Outer, [*GOOD, "fit.lr=0.5"])
+    assert configs.content(a) == configs.content(b)
+    assert configs.content(a)["sets"] == [{"weight": 1.0}]
+    assert configs.differences(configs.content(a), configs.content(c)) == ["fit.lr: 0.001 -> 0.5"]
+
+
+def test_dump_is_read_back(tmp_path):
+    config, _ = configs.load(Outer, [*GOOD, "fit.lr=3e-5"])
+    (tmp_path / "c.yaml").write_text(configs.dump(config))
+    again, _ = configs.load(Outer, [str(tmp_path / "c.yaml")])
+    assert again == config
+
+
+def test_usage_prints_every_key_with_meaning_and_default():
+    text = configs.usage(Outer, "stage", "Do it.")
+    for key in (
+        "fit.lr = 0.001",
+        "fit.every = 20",
+        "kind = 'u'",
+        "sets[].weight = 1.0",
+        "steps = ",
+    ):
+        assert key in text
+    assert "interval (run)" in text
+
+
+def test_faults_are_collected_over_blocks():
+    collected = configs.Faults()
+    with collected:
+        raise UserError("one")
+    with collected:
+        raise NotReady("two")
+    with pytest.raises(UserError) as error:
+        collected.check()
+    assert error.value.faults == ["one", "two"]
+    assert not isinstance(error.value, NotReady)
+    waiting = configs.Faults()
+    with waiting:
+        raise NotReady("two")
+    with pytest.raises(NotReady):
+        waiting.check()
+
+
+def test_other_errors_pass_through_faults():
+    with pytest.raises(ZeroDivisionError), configs.Faults():
+        raise ZeroDivisionError
