@@ -1,0 +1,142 @@
+"""Path, times, losses, couplings and solvers against closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from flowmatch import coupling, losses, path, solvers, times
+from flowmatch.config import UserError
+
+
+def test_the_path_is_straight_and_its_derivative_is_the_velocity():
+    x0, x1 = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64)
+    t = torch.rand(5, dtype=torch.float64)
+    assert torch.equal(path.interpolate(x0, x1, 0.0), x0)
+    assert torch.equal(path.interpolate(x0, x1, 1.0), x1)
+    step = 1e-6
+    slope = (path.interpolate(x0, x1, t + step) - path.interpolate(x0, x1, t)) / step
+    torch.testing.assert_close(slope, path.velocity(x0, x1), atol=1e-8, rtol=1e-6)
+
+
+def test_both_ends_are_recovered_from_any_point():
+    x0, x1 = torch.randn(2, 6, 2, dtype=torch.float64)
+    t = torch.tensor([0, 0.1, 0.5, 0.9, 1, 1], dtype=torch.float64)
+    x, v = path.interpolate(x0, x1, t), path.velocity(x0, x1)
+    torch.testing.assert_close(path.data_prediction(x, v, t), x1)
+    torch.testing.assert_close(path.noise_prediction(x, v, t), x0)
+
+
+CONFIGS = [
+    times.TimesConfig(),
+    times.TimesConfig(name="logit_normal", mean=0.5, std=0.8),
+    times.TimesConfig(name="u_shape", a=4.0),
+    times.TimesConfig(name="u_shape", a=4.0, zero=0.5),
+    times.TimesConfig(name="noise_heavy"),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.name}-{c.zero}")
+def test_times_follow_their_density(config):
+    n, bins = 400_000, 20
+    u = torch.from_numpy(np.random.default_rng(0).random(n))
+    t = times.sample(u, config)
+    assert t.dtype == torch.float32
+    assert ((t >= 0) & (t <= 1)).all()
+    at_zero = (t == 0).double().mean().item()
+    assert at_zero == pytest.approx(config.zero, abs=0.003)
+    share = torch.histc(t[t > 0].double(), bins, 0, 1) / n
+    fine = (torch.arange(bins * 100, dtype=torch.float64) + 0.5) / (bins * 100)
+    expected = times.density(fine, config).reshape(bins, 100).mean(1) / bins
+    assert expected.sum().item() == pytest.approx(1 - config.zero, abs=1e-3)
+    # five standard deviations of a binomial share
+    assert (share - expected).abs().max() < 5 * math.sqrt(expected.max().item() / n)
+
+
+def test_a_share_of_one_is_distillation():
+    t = times.sample(torch.rand(100, dtype=torch.float64), times.TimesConfig(zero=1.0))
+    assert (t == 0).all()
+
+
+def test_losses_are_per_sample():
+    v, target = torch.randn(2, 7, 3, 4)
+    square = (v - target).square()
+    mse = losses.mse(v, target, losses.LossConfig())
+    torch.testing.assert_close(mse, square.mean((1, 2)))
+    huber = losses.pseudo_huber(v, target, losses.LossConfig(name="pseudo_huber", c=0.5))
+    torch.testing.assert_close(huber, (square.sum((1, 2)) + 0.25).sqrt() - 0.5)
+    assert (losses.pseudo_huber(v, v, losses.LossConfig()) == 0).all()
+
+
+def test_couplings():
+    batch = {"x0": torch.zeros(4, 2), "x1": torch.ones(4, 2)}
+    drawn = coupling.independent(batch, lambda shape: torch.full((4, *shape), 7.0))
+    assert (drawn[0] == 7).all()
+    assert (drawn[1] == 1).all()
+
+    def refuse(shape):
+        raise AssertionError("stored pairs need no noise")
+
+    assert coupling.stored(batch, refuse) == (batch["x0"], batch["x1"])
+
+
+def smooth(x, t):
+    return torch.sin(3 * x) * (1 + t) + math.cos(5 * t)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_order_of_convergence(solver, order):
+    x = torch.linspace(-2, 2, 50, dtype=torch.float64)[:, None]
+    truth = solvers.integrate(smooth, x, solvers.uniform_grid(8192), "heun")
+    errors = [
+        (solvers.integrate(smooth, x, solvers.uniform_grid(n), solver) - truth).abs().median()
+        for n in (64, 256)
+    ]
+    assert math.log(errors[0] / errors[1], 4) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize("solver", solvers.SOLVERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_a_straight_flow_is_exact_for_every_n(solver, steps):
+    x0, x1 = torch.randn(2, 5, 2, dtype=torch.float64)
+    seen = []
+
+    def straight(x, t):
+        seen.append(t)
+        return x1 - x0
+
+    x = solvers.integrate(straight, x0, solvers.uniform_grid(steps), solver)
+    torch.testing.assert_close(x, x1, atol=1e-12, rtol=0)
+    assert len(seen) == steps * solvers.EVALUATIONS[solver]
+    assert seen[0] == 0
+
+
+def test_backward_undoes_forward():
+    x = torch.randn(20, 2, dtype=torch.float64)
+    grid = solvers.uniform_grid(400)
+    there = solvers.integrate(smooth, x, grid, "heun")
+    back = solvers.integrate(smooth, there, grid.flip(0), "heun")
+    assert (back - x).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("grid", "solver", "message"),
+    [
+        ([0.0], "euler", "at least two strictly monotone"),
+        ([0.0, 0.5, 0.5, 1.0], "euler", "strictly monotone"),
+        ([0.0, 0.7, 0.5], "euler", "strictly monotone"),
+        ([0.0, 1.5], "euler", "times in"),
+        ([0.0, 1.0], "rk45", "expected one of euler, heun"),
+    ],
+)
+def test_bad_grids_and_names_are_refused(grid, solver, message):
+    with pytest.raises(UserError, match=message):
+        solvers.integrate(smooth, torch.zeros(2, 1), torch.tensor(grid), solver)
+
+
+def test_half_precision_states_and_empty_grids_are_refused():
+    with pytest.raises(UserError, match="solvers keep it in float32 or float64"):
+        solvers.integrate(smooth, torch.zeros(2, 1).half(), solvers.uniform_grid(2))
+    with pytest.raises(UserError, match="at least 1 step"):
+        solvers.uniform_grid(0)
