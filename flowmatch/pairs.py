@@ -1,0 +1,196 @@
+"""The pair store in training: any pair by its number, straight from memory-mapped tars.
+
+Where a pair lies is arithmetic over the manifest's layout, so ten million pairs open at once and a
+batch of any order is one gather.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flowmatch.config import UserError
+from flowmatch.manifest import read
+from flowmatch.noise import Order
+from flowmatch.shards import HEAD, Layout, npy_header, tar_name
+
+REPAIR = "repeat python -m pipelines.generate_pairs with the same config"
+SHOWN = 8  # damaged shards that an error names one by one
+
+
+class PairData(Dataset[dict[str, Tensor]]):
+    """Read the pairs of a sealed folder, by number from 0 to count - 1.
+
+    Pair i is pair i % shard_size of shard i // shard_size. Tars are mapped when first touched, in
+    each process anew; the mappings hold no file descriptors. Raises UserError, naming each shard,
+    where one is missing or has another size than its layout says.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], key: str = "pairs"):
+        """Open the folder that the config's `key` names."""
+        self.folder, self.key = Path(folder), key
+        facts = read(folder, key)["facts"]
+        try:
+            self.layout = Layout(**facts["layout"])
+            self.shards, count = int(facts["shards"]), int(facts["count"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{key}={folder} is not a folder of pairs: {error!r}") from None
+        if self.shards < 1 or count != self.shards * self.layout.shard_size:
+            raise UserError(
+                f"{key}={folder}: its manifest tells of {count} pairs; expected shards="
+                f"{self.shards} x shard_size={self.layout.shard_size}, 1 shard at least; {REPAIR}"
+            )
+        self._check_sizes()
+        self._checked = np.zeros(self.shards * self.layout.blocks, dtype=bool)
+        self._full = self._heads(0)
+        self._last = self._heads(self.layout.blocks - 1)
+        self._maps: dict[int, np.ndarray] = {}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Give the shape of one x0 or x1."""
+        return self.layout.shape
+
+    @property
+    def has_labels(self) -> bool:
+        """Tell whether pairs carry class labels."""
+        return self.layout.labels
+
+    def __len__(self) -> int:
+        """Count the pairs."""
+        return self.shards * self.layout.shard_size
+
+    def batch(self, ids: np.ndarray | Sequence[int]) -> dict[str, Tensor]:
+        """Gather pairs: x0, x1 float32 [B, *shape] and, with labels, label int64 [B].
+
+        ids: [B] integers, in any order. Raises IndexError for one that is not there, UserError for
+        a tar whose content is not what its place says.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        if not ids.size or ids.min() < 0 or ids.max() >= len(self):
+            raise IndexError(
+                f"{self.key}: expected one or more ids from 0 to {len(self) - 1}: {ids}"
+            )
+        shards, index = np.divmod(ids, self.layout.shard_size)
+        self._check_blocks(shards, index // self.layout.block)
+        tars = [self._map(k) for k in shards.tolist()]
+        gathered = {}
+        for name, starts in self.layout.offsets(index).items():
+            dtype, size = self.layout.members[name]
+            parts = [tar[a : a + size] for tar, a in zip(tars, starts.tolist(), strict=True)]
+            values = torch.from_numpy(np.concatenate(parts).view(dtype))
+            gathered[name] = values if name == "y" else values.view(-1, *self.shape).float()
+        if self.has_labels:
+            gathered["label"] = gathered.pop("y")
+        return gathered
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        """Read one pair, without batch dimension."""
+        return {name: values[0] for name, values in self.batch([i]).items()}
+
+    def __getitems__(self, ids: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Read pairs by one gather, as the list that a stock DataLoader collates."""
+        gathered = self.batch(ids)
+        return [{name: values[j] for name, values in gathered.items()} for j in range(len(ids))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the mappings behind: another process makes its own."""
+        return self.__dict__ | {"_maps": {}}
+
+    def _map(self, k: int) -> np.ndarray:
+        """Map the tar of shard k; uint8 [bytes]."""
+        if k not in self._maps:
+            # A private mapping; torch closes the file at once, while mmap.mmap and np.memmap keep a
+            # descriptor each and a thousand shards would meet the usual limit.
+            path = os.fspath(self.folder / tar_name(k))
+            size = self.layout.tar_bytes
+            mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+            self._maps[k] = mapped.numpy()
+        return self._maps[k]
+
+    def _check_sizes(self) -> None:
+        faults, expected = [], self.layout.tar_bytes
+        for k in range(self.shards):
+            path = self.folder / tar_name(k)
+            try:
+                size = path.stat().st_size
+            except FileNotFoundError:
+                faults.append(f"{self.key}: {path} is missing; {REPAIR}")
+                continue
+            if size != expected:
+                faults.append(f"{self.key}: {path} has {size} bytes, expected {expected}; {REPAIR}")
+        if len(faults) > SHOWN:
+            faults[SHOWN:] = [f"{self.key}: and {len(faults) - SHOWN} more shards; {REPAIR}"]
+        if faults:
+            raise UserError(faults)
+
+    def _heads(self, block: int) -> list[tuple[str, int, bytes]]:
+        """List the members of a block: name, offset of the values in the block, .npy header."""
+        begin, pairs = block * self.layout.block_bytes, int(self.layout.pairs(block))
+        places = self.layout.offsets(block * self.layout.block)
+        return [
+            (name, int(place) - begin, npy_header(self.layout, name, pairs))
+            for name, place in places.items()
+        ]
+
+    def _check_blocks(self, shards: np.ndarray, blocks: np.ndarray) -> None:
+        """Compare the headers of blocks at their first touch with what the layout expects."""
+        numbers = shards * self.layout.blocks + blocks
+        for number in np.unique(numbers[~self._checked[numbers]]).tolist():
+            k, block = divmod(number, self.layout.blocks)
+            tar, begin = self._map(k), block * self.layout.block_bytes
+            for name, start, npy in self._last if block + 1 == self.layout.blocks else self._full:
+                start += begin
+                head = tar[start - HEAD : start].tobytes()
+                member = self.layout.member(k, block, name)
+                if head.startswith(f"{member}\0".encode()) and head.endswith(npy):
+                    continue
+                raise UserError(
+                    f"{self.key}: {self.folder / tar_name(k)} is damaged: at byte {start - HEAD} "
+                    f"expected the header of {member}; delete the file and {REPAIR}"
+                )
+            self._checked[number] = True
+
+
+class Mixture:
+    """Draw each batch from several sets of pairs, in fixed shares: global counters -> pairs.
+
+    Each set is walked in its own endless shuffled order (`noise.Order`), so an epoch of each is exact
+    and any step can be the first. Raises UserError where a set's share of a batch is no whole pair.
+    """
+
+    def __init__(self, sets: Sequence[tuple[PairData, float]], batch_size: int, seed: int):
+        """Split batch_size positions among the sets by their weights, the largest rests first."""
+        total = sum(weight for _, weight in sets)
+        exact = np.array([batch_size * weight / total for _, weight in sets])
+        shares = np.floor(exact).astype(np.int64)
+        shares[np.argsort(shares - exact, kind="stable")[: batch_size - shares.sum()]] += 1
+        if shares.min() < 1:
+            small = sets[int(shares.argmin())][0]
+            raise UserError(
+                f"{small.key}: its weight gives it no place in a batch of {batch_size}; "
+                "use a larger weight or fit.batch_size"
+            )
+        self.sets, self.shares, self.batch_size = [data for data, _ in sets], shares, batch_size
+        self.orders = [Order(len(data), seed) for data in self.sets]
+        self.ends = np.cumsum(shares)
+
+    def __call__(self, counters: np.ndarray) -> dict[str, Tensor]:
+        """Gather the pairs of global sample counters, step * batch_size + position: int64 [B]."""
+        step, position = np.divmod(counters, self.batch_size)
+        which = np.searchsorted(self.ends, position, side="right")
+        parts, places = [], []
+        for number, (data, order) in enumerate(zip(self.sets, self.orders, strict=True)):
+            here = np.flatnonzero(which == number)
+            if here.size:
+                share = self.shares[number]
+                local = step[here] * share + position[here] - (self.ends[number] - share)
+                parts.append(data.batch(order(local)))
+                places.append(here)
+        back = torch.from_numpy(np.argsort(np.concatenate(places)))
+        return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
