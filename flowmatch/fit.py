@@ -1,0 +1,228 @@
+"""The loop of stages 1 and 3: draw a batch, walk the path, match the velocity, step.
+
+`step` counts optimizer updates and is the only clock. The global batch is the setting; the micro-batch
+only caps one device. What a sample is trained with (its noise, its time, whether its label is dropped)
+is a function of (seed, step, position in the global batch), so neither the number of processes nor a
+restart changes it.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowmatch import config as configs
+from flowmatch import losses, nets, noise, path, times
+from flowmatch.config import UserError
+from flowmatch.coupling import Batch, Coupling
+from flowmatch.run import Run, start_accelerator
+from flowmatch.stage import bar_options, leads
+from flowmatch.state import FitConfig, State
+
+Stream = Callable[[np.ndarray], Batch]  # global sample counters [B] -> {"x1": ..., "label": ...}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A micro-batch, all that chance decides included. x0, x1: [B, ...]; t: [B]; label: [B]."""
+
+    x0: Tensor
+    x1: Tensor
+    t: Tensor
+    label: Tensor | None
+
+    def to(self, device: torch.device) -> "Drawn":
+        """Move to a device, through pinned memory where that is a GPU."""
+
+        def move(x: Tensor | None) -> Any:
+            if x is None or device.type == "cpu":
+                return x
+            return x.pin_memory().to(device, non_blocking=True)
+
+        return Drawn(move(self.x0), move(self.x1), move(self.t), move(self.label))
+
+
+def draw(
+    stream: Stream,
+    coupling: Coupling,
+    t_config: times.TimesConfig,
+    label_drop: float,
+    null_label: int | None,
+    seed: int,
+    counters: np.ndarray,
+) -> Drawn:
+    """Make the samples of some global counters, step * batch_size + position: a pure function.
+
+    Each sample has its own stream of random numbers: two uniforms (its time, its label drop), then
+    its noise. counters: int64 [B].
+    """
+    rngs = [noise.generator(seed, int(counter), noise.TRAINING) for counter in counters]
+    u = torch.from_numpy(np.stack([rng.random(2) for rng in rngs]))  # [B, 2], float64
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        numbers = [rng.standard_normal(shape, dtype=np.float32) for rng in rngs]
+        return torch.from_numpy(np.stack(numbers))
+
+    batch = stream(counters)
+    x0, x1 = coupling(batch, normal)
+    label = None
+    if null_label is not None:
+        label = torch.where(u[:, 1] < label_drop, null_label, batch["label"])
+    return Drawn(x0, x1, times.sample(u[:, 0], t_config), label)
+
+
+def split_batch(config: FitConfig, processes: int) -> tuple[int, int]:
+    """Split the global batch: (micro-batch, accumulation). Raises UserError if it does not split."""
+    share, rest = divmod(config.batch_size, processes)
+    micro = min(config.micro_batch or share, share)
+    if rest or not micro or share % micro:
+        unit = processes * (config.micro_batch or 1)
+        use = max(unit, round(config.batch_size / unit) * unit)
+        per = f" x micro_batch {config.micro_batch}" if config.micro_batch else ""
+        raise UserError(
+            f"fit.batch_size={config.batch_size} is not a multiple of {processes} processes{per}; "
+            f"use {use}"
+        )
+    return micro, share // micro
+
+
+def check(config: FitConfig, device: str, processes: int) -> None:
+    """Raise UserError for what only the machine decides, before any work."""
+    if config.precision == "fp16" and device == "cpu":
+        raise UserError("fit.precision='fp16' needs a GPU; use bf16 or fp32 on a CPU")
+    split_batch(config, processes)
+
+
+def fit(
+    net: Any,
+    stream: Stream,
+    coupling: Coupling,
+    run: Run,
+    config: FitConfig,
+    t_config: times.TimesConfig,
+    loss_config: losses.LossConfig,
+    *,
+    seed: int,
+    device: str,
+) -> list[str]:
+    """Train a network's velocity, from the newest checkpoint of the run if it has one.
+
+    net: a diffusers model with its start weights; they give way to a checkpoint's. Returns the files
+    of the finished EMA network, relative to the run's folder (rank 0). Raises UserError naming the
+    step where loss or gradient stopped being finite. Exits 75 after SIGTERM, with a checkpoint.
+    """
+    accelerator = start_accelerator(
+        device,
+        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+        log_with=config.trackers or None,
+        project_dir=str(run.folder),
+    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+    micro, accumulation = split_batch(config, world)
+    state = State(net, config, accelerator, run)
+    v, loss_of = nets.Velocity(state.model), losses.LOSSES[loss_config.name]
+    null_label = nets.classes_of(net)
+    start = state.step
+    if leads():
+        run.cut_metrics(start)
+    if config.trackers:
+        accelerator.init_trackers("flowmatch", configs.flatten(run.config.model_dump(mode="json")))
+
+    def batch_at(step: int, index: int) -> Drawn:
+        position = (index * world + rank) * micro + np.arange(micro)
+        counters = step * config.batch_size + position
+        return draw(stream, coupling, t_config, config.label_drop, null_label, seed, counters)
+
+    def stopping() -> bool:  # collective with several processes, whenever the loss is read
+        if world == 1:
+            return run.stop
+        if state.step % config.log_every:
+            return False
+        flag = torch.tensor([float(run.stop)], device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum").item())
+
+    with ThreadPoolExecutor(1, "batches") as pool, Progress(config, start) as progress:
+        ahead = pool.submit(batch_at, state.step, 0)
+        while True:
+            if state.step % config.log_every == 0 and state.step > start:
+                values = {
+                    "loss": state.read(),
+                    "lr": state.lr,
+                    "images_per_second": progress.rate(),
+                }
+                state.window.zero_()
+                progress.show(values["loss"], values["images_per_second"])
+                accelerator.log(values, step=state.step)
+                if leads():
+                    run.log(state.step, **values)
+            done, stop = state.step == config.steps, stopping()
+            if done or stop or (state.step % config.save_every == 0 and state.step > start):
+                state.save()
+            if done or stop:
+                break
+
+            total = torch.zeros((), device=accelerator.device)
+            for index in range(accumulation):
+                batch = ahead.result().to(accelerator.device)
+                last = index == accumulation - 1
+                ahead = pool.submit(batch_at, state.step + last, 0 if last else index + 1)
+                torch.manual_seed(mask_seed(seed, state.step, index * world + rank))  # dropout
+                with nullcontext() if last else accelerator.no_sync(state.model):
+                    x = path.interpolate(batch.x0, batch.x1, batch.t)  # [B, ...]
+                    cond = None if batch.label is None else {"label": batch.label}
+                    error = loss_of(
+                        v(x, batch.t, cond), path.velocity(batch.x0, batch.x1), loss_config
+                    )
+                    accelerator.backward(error.mean() / accumulation)
+                total += error.detach().mean() / accumulation
+            if state.update(total):
+                progress.advance()
+            else:  # fp16 skipped it: the same samples again
+                ahead = pool.submit(batch_at, state.step, 0)
+
+    accelerator.end_training()
+    if not done:
+        run.preempted()
+    return state.finish()
+
+
+def mask_seed(seed: int, step: int, micro: int) -> int:
+    """Seed the dropout masks of a micro-batch, so that no random state needs to be stored."""
+    return int(np.random.SeedSequence([seed, step, micro]).generate_state(1)[0])
+
+
+class Progress:
+    """A progress bar on rank 0, with the loss and images per second."""
+
+    def __init__(self, config: FitConfig, start: int):
+        from tqdm import tqdm
+
+        self.batch_size, self.began, self.seen = config.batch_size, time.perf_counter(), 0
+        self.bar = tqdm(total=config.steps, initial=start, unit="step", **bar_options())
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.close()
+
+    def advance(self) -> None:
+        """Count one update."""
+        self.seen += self.batch_size
+        self.bar.update()
+
+    def rate(self) -> float:
+        """Images a second since the last call."""
+        now = time.perf_counter()
+        rate, self.began, self.seen = self.seen / (now - self.began), now, 0
+        return round(rate, 1)
+
+    def show(self, loss: float, rate: float) -> None:
+        """Put loss and images per second beside the bar."""
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)

@@ -1,0 +1,166 @@
+"""An open stage folder: the lock, the checkpoints, the metrics, and at last the seal."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from flowmatch import config as configs
+from flowmatch import manifest
+from flowmatch.config import UserError
+from flowmatch.stage import (
+    PREEMPTED,
+    StageConfig,
+    leads,
+    pick_device,
+    say,
+    world_size,
+    write_config,
+)
+
+
+def start_accelerator(device: str, **options: Any) -> Any:
+    """Make the Accelerator, and hold the number of processes against what the launcher started.
+
+    On a machine without a GPU the launcher's obvious flags leave every process believing to be rank
+    0 of 1; such a job is stopped here.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=pick_device(device) == "cpu", **options)
+    if accelerator.num_processes != world_size():
+        raise UserError(
+            f"the launcher started {world_size()} processes, Accelerate sees "
+            f"{accelerator.num_processes}; use --config_file configs/accelerate/cpu_2.yaml on CPUs"
+        )
+    return accelerator
+
+
+class Run:
+    """An open stage folder: locked against a second process, with checkpoints and metrics.
+
+    Used as a context manager. With several processes rank 0 holds the lock and writes; the others
+    read. SIGTERM sets `stop`, for the loop to save and leave with `preempted`.
+    """
+
+    def __init__(self, name: str, config: StageConfig, inputs: Mapping[str, str]):
+        self.name, self.config, self.inputs = name, config, dict(inputs)
+        self.folder = Path(config.run_dir)
+        self.stop = False
+        self._lock: Any = None
+
+    def __enter__(self) -> "Run":
+        if leads():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            write_config(self.config, self.inputs)
+        self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+        if self._lock is not None:
+            self._lock.close()
+
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        self.stop = True
+
+    def _hold(self) -> None:
+        """Take the lock, which the system gives back when its holder dies, however it dies."""
+        path = self.folder / ".lock"
+        self._lock = open(path, "a+")  # noqa: SIM115 (held until the run ends)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = path.read_text().strip() or "another process"
+            self._lock.close()
+            raise UserError(
+                f"run_dir={self.folder} is held by {holder}; wait for it or use another run_dir"
+            ) from None
+        self._lock.truncate(0)
+        host, _, number = manifest.worker().rpartition(".")
+        self._lock.write(f"process {number} on {host}\n")
+        self._lock.flush()
+
+    def preempted(self) -> None:
+        """Leave after SIGTERM: everything is saved, the same command resumes."""
+        say(f"{self.name}: stopped by SIGTERM; repeat the command to resume")
+        sys.exit(PREEMPTED)
+
+    # Checkpoints: a folder `checkpoints/step_%08d` appears whole (by rename) or not at all.
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> None:
+        """Write a checkpoint (rank 0). tensors: file stem -> name -> tensor."""
+        from safetensors.torch import save_file
+
+        parent = self.folder / "checkpoints"
+        parent.mkdir(exist_ok=True)
+        for leftover in parent.glob("*.tmp"):
+            shutil.rmtree(leftover)
+        final = parent / f"step_{step:08d}"
+        if final.exists():
+            return
+        temporary = final.with_suffix(".tmp")
+        temporary.mkdir()
+        for stem, group in tensors.items():
+            file = temporary / f"{stem}.safetensors"
+            save_file({name: t.detach().contiguous() for name, t in group.items()}, file)
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        manifest.sync_folder(temporary)
+        os.rename(temporary, final)
+        manifest.sync_folder(parent)
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old)
+
+    def checkpoints(self) -> list[Path]:
+        """List the complete checkpoints, oldest first."""
+        return sorted((self.folder / "checkpoints").glob("step_" + "[0-9]" * 8))
+
+    def restore(self) -> tuple[int, dict[str, dict[str, Tensor]]]:
+        """Read the newest checkpoint: (step, tensors), on the CPU; (0, {}) where there is none."""
+        from safetensors.torch import load_file
+
+        found = self.checkpoints()
+        if not found:
+            return 0, {}
+        tensors = {file.stem: load_file(file) for file in sorted(found[-1].glob("*.safetensors"))}
+        return int(found[-1].name.removeprefix("step_")), tensors
+
+    # Metrics: one JSON object a line, in the order of the steps.
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines after a step, which a resumed run will write again (rank 0)."""
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
+            manifest.write_atomic(path, "".join(kept))
+
+    def log(self, step: int, **values: float) -> None:
+        """Append one line to metrics.jsonl (rank 0)."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+
+    def seal(self, outputs: list[str], **facts: Any) -> None:
+        """Write the manifest: the stage is done (rank 0)."""
+        manifest.seal(
+            self.folder,
+            stage=self.name,
+            config=configs.content(self.config),
+            inputs=self.inputs,
+            outputs=outputs,
+            **facts,
+        )
+        say(f"{self.name}: sealed {self.folder}")
+
+
+def _step(line: str) -> int:
+    return int(json.loads(line)["step"])

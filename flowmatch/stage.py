@@ -1,0 +1,178 @@
+"""A stage from the command line to its plan: errors as exit codes, one folder, one content.
+
+Resume means: repeat the command. The same content resumes, a sealed folder says so and is left alone,
+other content is an error that lists the keys.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from flowmatch import config as configs
+from flowmatch import manifest
+from flowmatch.config import Config, NotReady, UserError, option, required
+
+PREEMPTED = 75  # EX_TEMPFAIL: what a stage exits with after SIGTERM, its work saved
+USER_ERROR = 2
+
+
+class StageConfig(Config):
+    """What every stage has."""
+
+    run_dir: str = required("the stage's own folder, made if absent", run=True)
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "where networks run; auto takes a GPU where there is one", run=True
+    )
+    seed: int = option(0, "key of every random number of the stage", ge=0, lt=2**63)
+
+
+def rank() -> int:
+    """Number this process within the job."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def leads() -> bool:
+    """Tell whether this process speaks for the job (rank 0)."""
+    return rank() == 0
+
+
+def world_size() -> int:
+    """Count the processes of the job."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(text: str) -> None:
+    """Print on rank 0 alone."""
+    if leads():
+        print(text, flush=True)
+
+
+def bar_options() -> dict[str, Any]:
+    """Options of tqdm: rank 0 alone, and seldom where the output is a log and no terminal."""
+    return {"disable": not leads(), "mininterval": 1 if sys.stderr.isatty() else 30}
+
+
+def pick_device(device: str) -> str:
+    """Resolve `auto`; raise UserError where a GPU is asked for and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device='cuda': torch sees no GPU here; use device=auto or device=cpu")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def worker_device(device: str) -> str:
+    """Give this process its own GPU of the machine, or the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM unwind a stage that has nothing to save, and exit 75."""
+
+    def leave(number: int, frame: Any) -> None:
+        sys.exit(PREEMPTED)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+S = TypeVar("S", bound=StageConfig)
+
+
+def command(name: str, model: type[S], body: Callable[[S, bool], None], summary: str) -> None:
+    """Run a stage from the command line: `body(config, dry_run)` with its errors as exit codes."""
+    argv = sys.argv[1:]
+    try:
+        config, call = configs.load(model, argv)
+        if config is None:
+            say(configs.usage(model, name, summary))
+            return
+        body(config, call.dry_run)
+    except NotReady as error:
+        if "--dry-run" not in argv:
+            _fail(name, error)
+        for line in error.faults:
+            say(f"{name}: later: {line}")
+    except UserError as error:
+        _fail(name, error)
+
+
+def _fail(name: str, error: UserError) -> None:
+    if leads():
+        for line in error.faults:
+            print(f"{name}: {line}", file=sys.stderr, flush=True)
+    sys.exit(USER_ERROR)
+
+
+def begin(
+    name: str,
+    config: StageConfig,
+    inputs: Mapping[str, str],
+    plan: list[str],
+    dry_run: bool,
+    unfinished: Callable[[], bool] | None = None,
+) -> bool:
+    """Hold the folder against the config, print the plan, and tell whether there is work to do.
+
+    unfinished: given by a stage whose sealed folder may be reopened; tells whether it lacks
+    something, and then unseals it. Raises UserError where the folder was made with other content,
+    listing the keys, or where a sealed file has changed.
+    """
+    folder = Path(config.run_dir)
+    if manifest.sealed(folder):
+        sealed = manifest.read(folder, "run_dir", (name,))
+        _refuse_other(folder, sealed["config"], sealed["inputs"], config, inputs)
+        if unfinished is None:
+            manifest.verify(folder, "run_dir", sealed)
+        if unfinished is None or not unfinished():
+            say(f"{name}: {folder} is sealed: nothing to do")
+            return False
+        if not dry_run:
+            (folder / manifest.NAME).unlink(missing_ok=True)
+    early = folder / "config.yaml"
+    if early.is_file():
+        before, before_inputs = read_config(early, type(config))
+        _refuse_other(folder, configs.content(before), before_inputs, config, inputs)
+    if dry_run:
+        say(configs.dump(config))
+    for line in plan:
+        say(f"{name}: {line}")
+    return not dry_run
+
+
+def _refuse_other(
+    folder: Path, old: Any, old_inputs: Any, config: StageConfig, inputs: Mapping[str, str]
+) -> None:
+    changed = configs.differences(old, configs.content(config))
+    changed += [f"(input) {line}" for line in configs.differences(old_inputs, dict(inputs))]
+    if changed:
+        way_out = "set them back, or use another run_dir"
+        raise UserError(
+            [f"run_dir={folder} was made with other settings; {way_out}:"]
+            + [f"  {line}" for line in changed]
+        )
+
+
+def read_config(path: Path, model: type[S]) -> tuple[S, dict[str, str]]:
+    """Read the config.yaml of a run folder, and the digests of its inputs."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+        inputs = values.pop("inputs")
+        return configs.validate(model, values), inputs
+    except (yaml.YAMLError, KeyError, AttributeError, UserError) as error:
+        raise UserError(
+            f"run_dir={path.parent}: config.yaml is not one that this stage wrote ({error}); "
+            "use another run_dir"
+        ) from None
+
+
+def write_config(config: StageConfig, inputs: Mapping[str, str]) -> None:
+    """Write config.yaml: the resolved config, and the digests of the inputs under `inputs`."""
+    lines = ["inputs:"] if inputs else ["inputs: {}"]
+    lines += [f"  {name}: {digest}" for name, digest in sorted(inputs.items())]
+    text = configs.dump(config) + "\n".join(lines) + "\n"
+    manifest.write_atomic(Path(config.run_dir) / "config.yaml", text)

@@ -1,0 +1,176 @@
+"""What training changes: weights, optimizer, EMA, the step, and what is known of the loss."""
+
+import shutil
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flowmatch import nets
+from flowmatch.config import Config, UserError, option, required
+from flowmatch.run import Run
+from flowmatch.stage import leads
+
+MAX_SKIPPED = 40  # fp16 updates skipped in a row: the scale has fallen by 2^40, it is not the scale
+
+
+class FitConfig(Config):
+    """The training loop."""
+
+    steps: int = required("optimizer updates", ge=1)
+    batch_size: int = required("samples an update, over all processes (the global batch)", ge=1)
+    micro_batch: int | None = option(
+        None,
+        "most samples in one forward pass of one process; none: its whole share",
+        run=True,
+        ge=1,
+    )
+    lr: float = option(1e-3, "peak learning rate of AdamW", gt=0)
+    warmup: int = option(100, "updates over which the learning rate rises from 0", ge=0)
+    decay: Literal["constant", "linear", "cosine"] = option(
+        "cosine", "learning rate after the warm-up; the last two fall to 0 at the last update"
+    )
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", ge=0)
+    beta1: float = option(0.9, "AdamW's averaging of the gradient", ge=0, lt=1)
+    beta2: float = option(0.99, "AdamW's averaging of its square", ge=0, lt=1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", gt=0)
+    ema_decay: float = option(
+        0.999, "EMA of the weights after n updates: min(ema_decay, (1 + n) / (10 + n))", ge=0, lt=1
+    )
+    label_drop: float = option(0.1, "share of labels replaced by the null class", ge=0, le=1)
+    precision: Literal["fp32", "bf16", "fp16"] = option(
+        "fp32", "dtype of the network's arithmetic; weights, EMA and loss stay float32"
+    )
+    log_every: int = option(50, "updates between two readings of the loss", run=True, ge=1)
+    save_every: int = option(1000, "updates between two checkpoints", run=True, ge=1)
+    keep: int = option(2, "newest checkpoints kept", run=True, ge=1)
+    trackers: list[str] = option([], "Accelerate's trackers, such as [tensorboard]", run=True)
+
+
+class State:
+    """The state of a training run, restored from its newest checkpoint if there is one.
+
+    Loss and finiteness are kept on the device and read together, seldom: no update waits for them.
+    """
+
+    def __init__(self, net: Any, config: FitConfig, accelerator: Any, run: Run):
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        self.net, self.config, self.accelerator, self.run = net, config, accelerator, run
+        self.names = [name for name, _ in net.named_parameters()]
+        device = accelerator.device
+        self.step, saved = run.restore()  # every rank reads
+        if saved:
+            net.load_state_dict(saved["net"])
+        net.to(device).train()
+        self.adamw = torch.optim.AdamW(
+            net.parameters(),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            # the fused one can skip an update on the device; fp16's scaler needs the other
+            fused=config.precision != "fp16",
+        )
+        decay = "constant_with_warmup" if config.decay == "constant" else config.decay
+        self.factor = get_scheduler(
+            decay,
+            self.adamw,
+            num_warmup_steps=config.warmup,
+            num_training_steps=max(config.steps, config.warmup + 1),
+        ).lr_lambdas[0]
+        self.ema = EMAModel(net.parameters(), decay=config.ema_decay, foreach=True)
+        self.ema.to(device=device, dtype=torch.float32)
+        self.window = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, updates
+        self.bad_step = torch.zeros((), device=device)  # the first update that was not finite
+        self.skipped = 0  # fp16 updates in a row
+        if saved:
+            for name, parameter in net.named_parameters():
+                self.adamw.state[parameter] = {
+                    key: saved["optimizer"][f"{name}/{key}"].to(device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+            self.ema.shadow_params = [saved["ema"][name].to(device) for name in self.names]
+            self.window.copy_(saved["progress"]["window"])
+        self.model, self.optimizer = accelerator.prepare(net, self.adamw)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next update: a function of the step alone."""
+        return self.config.lr * self.factor(self.step)
+
+    def update(self, loss: Tensor) -> bool:
+        """Make one update from the gradients at hand; tell whether it counts.
+
+        loss: this process's mean over its share of the global batch, on the device. A loss or gradient
+        that is not finite masks this update and all later ones on the device, until `read` looks.
+        With fp16 an update that the scaler skips does not count: it is repeated at half the scale.
+        """
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = self.lr
+        if self.config.precision != "fp16":
+            finite = torch.isfinite(norm + loss)
+            first = (self.bad_step == 0) & ~finite
+            self.bad_step = torch.where(first, self.step + 1, self.bad_step)
+            self.adamw.found_inf = (self.bad_step > 0).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.accelerator.optimizer_step_was_skipped:
+            self.skipped += 1
+            if self.skipped > MAX_SKIPPED:
+                raise UserError(self._not_finite(self.step + 1))
+            return False
+        self.skipped = 0
+        self.step += 1
+        self.window += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+        self.ema.optimization_step = self.step - 1  # its decay is a function of the step, too
+        self.ema.step(self.net.parameters())
+        return True
+
+    def read(self) -> float:  # collective: every rank
+        """Read the mean loss of the window; raise UserError if an update was not finite."""
+        mean = self.window[0] / self.window[1].clamp(min=1)
+        loss = self.accelerator.reduce(mean, "mean").item()
+        bad = self.accelerator.gather(self.bad_step.reshape(1))
+        if bad.any():
+            raise UserError(self._not_finite(int(bad[bad > 0].min())))
+        return loss
+
+    def _not_finite(self, step: int) -> str:
+        return (
+            f"loss or gradient is not finite at step {step}; the newest checkpoint is from before it. "
+            "Look at the data of that step, lower fit.lr, or use fit.precision=fp32"
+        )
+
+    def save(self) -> None:  # collective: every rank
+        """Write a checkpoint of this step, after the last look at the loss."""
+        self.read()
+        window = self.accelerator.reduce(self.window, "mean")
+        if leads():
+            parameters = self.net.named_parameters()
+            optimizer = {
+                f"{name}/{key}": tensor
+                for name, parameter in parameters
+                for key, tensor in self.adamw.state[parameter].items()
+            }
+            tensors = {
+                "net": self.net.state_dict(),
+                "ema": dict(zip(self.names, self.ema.shadow_params, strict=True)),
+                "optimizer": optimizer,
+                "progress": {"window": window},
+            }
+            self.run.save(self.step, tensors, self.config.keep)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self) -> list[str]:
+        """Write the EMA network to `net/` (rank 0); return its files, relative to the run."""
+        if not leads():
+            return []
+        self.ema.copy_to(self.net.parameters())
+        temporary, final = self.run.folder / "net.tmp", self.run.folder / "net"
+        for folder in (temporary, final):
+            shutil.rmtree(folder, ignore_errors=True)
+        names = nets.save(self.net, temporary)
+        temporary.rename(final)
+        return [f"net/{name}" for name in names]

@@ -1,0 +1,264 @@
+"""The loop: pure draws, one global batch however it is split, exact resume, nothing non-finite kept."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowmatch import coupling, nets, run
+from flowmatch.config import UserError
+from flowmatch.fit import check, draw, fit, split_batch
+from flowmatch.losses import LossConfig
+from flowmatch.nets import NetConfig
+from flowmatch.noise import Order
+from flowmatch.stage import StageConfig
+from flowmatch.state import FitConfig
+from flowmatch.times import TimesConfig
+
+POINTS = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+
+
+def stream(counters):
+    return {"x1": POINTS[Order(300, 0)(counters)]}
+
+
+def net(classes=None):
+    return nets.build(NetConfig(name="VelocityMLP", hidden=16), (2,), classes, 0)
+
+
+def train(folder, stream=stream, network=None, **values):
+    """Run the loop; return the files' bytes and the metrics."""
+    values = {"steps": 40, "batch_size": 32, "log_every": 10, "save_every": 16, "lr": 1e-2} | values
+    config = StageConfig(run_dir=str(folder), device="cpu")
+    with run.Run("train_flow", config, {}) as opened:
+        files = fit(
+            network or net(),
+            stream,
+            coupling.independent,
+            opened,
+            FitConfig(**values),
+            TimesConfig(),
+            LossConfig(),
+            seed=3,
+            device="cpu",
+        )
+    folder = Path(folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return {name: (folder / name).read_bytes() for name in files}, [json.loads(x) for x in lines]
+
+
+def weights(folder):
+    return nets.load(Path(folder) / "net", "net").state_dict()
+
+
+def test_draws_do_not_depend_on_how_a_batch_is_cut():
+    def drawn(counters):
+        return draw(stream, coupling.independent, TimesConfig(), 0.5, None, 7, counters)
+
+    whole = drawn(np.arange(64))
+    order = np.random.default_rng(0).permutation(64)
+    for part in np.array_split(order, 5):
+        cut = drawn(part)
+        for name in ("x0", "x1", "t"):
+            assert torch.equal(getattr(cut, name), getattr(whole, name)[part])
+    assert len(torch.unique(whole.x0[:, 0])) == 64
+    assert abs(drawn(np.arange(20000)).x0.std() - 1) < 0.02
+
+
+def test_labels_are_dropped_one_by_one_at_the_given_share():
+    def labelled(counters):
+        return {"x1": torch.zeros(len(counters), 2), "label": torch.from_numpy(counters % 5)}
+
+    counters = np.arange(20000)
+    drawn = draw(labelled, coupling.independent, TimesConfig(), 0.2, 5, 7, counters)
+    assert drawn.label is not None
+    dropped = (drawn.label == 5).float()
+    assert dropped.mean().item() == pytest.approx(0.2, abs=0.01)
+    assert torch.equal(drawn.label[dropped == 0], torch.from_numpy(counters % 5)[dropped == 0])
+    # no whole batches, and no tie to the times
+    assert dropped.reshape(-1, 100).mean(1).std() < 0.06
+    assert abs(np.corrcoef(dropped.numpy(), drawn.t.numpy())[0, 1]) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "expected"),
+    [(128, None, 2, (64, 1)), (128, 16, 2, (16, 4)), (128, 500, 1, (128, 1)), (6, 2, 3, (2, 1))],
+)
+def test_the_global_batch_is_the_setting(batch, micro, processes, expected):
+    config = FitConfig(steps=1, batch_size=batch, micro_batch=micro)
+    assert split_batch(config, processes) == expected
+
+
+def test_a_batch_that_does_not_split_names_one_that_does():
+    config = FitConfig(steps=1, batch_size=250, micro_batch=32)
+    with pytest.raises(UserError, match="not a multiple of 8 processes x micro_batch 32; use 256"):
+        split_batch(config, 8)
+    with pytest.raises(UserError, match="not a multiple of 3 processes; use 3"):
+        split_batch(FitConfig(steps=1, batch_size=2), 3)
+    with pytest.raises(UserError, match="needs a GPU"):
+        check(FitConfig(steps=1, batch_size=2, precision="fp16"), "cpu", 1)
+
+
+def test_the_loss_falls_to_the_gaussian_floor_and_metrics_are_logged(tmp_path):
+    _, lines = train(tmp_path, steps=300, log_every=50)
+    assert [line["step"] for line in lines] == [50, 100, 150, 200, 250, 300]
+    # a standard Gaussian target: no velocity gets below pi/2 a dimension (uniform t)
+    assert lines[-1]["loss"] == pytest.approx(np.pi / 2, rel=0.08)
+    assert lines[0]["loss"] > 1.15 * np.pi / 2
+    assert lines[-1]["lr"] == pytest.approx(0, abs=1e-6)
+    assert all(line["images_per_second"] > 0 for line in lines)
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path):
+    _, whole = train(tmp_path / "a")
+    _, cut = train(tmp_path / "b", micro_batch=8)
+    for a, b in zip(whole, cut, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    for name, tensor in weights(tmp_path / "a").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "b")[name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_first_updates_are_adamw_and_ema_of_the_formulas(tmp_path):
+    def losses_of(network):
+        drawn = draw(stream, coupling.independent, TimesConfig(), 0.1, None, 3, np.arange(64))
+        for step in range(2):
+            cut = slice(32 * step, 32 * step + 32)
+            x0, x1, t = drawn.x0[cut], drawn.x1[cut], drawn.t[cut, None]
+            v = nets.Velocity(network)((1 - t) * x0 + t * x1, drawn.t[cut])
+            yield (v - (x1 - x0)).square().mean()
+
+    reference = net()
+    adamw = torch.optim.AdamW(reference.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
+    ema = [p.detach().clone() for p in reference.parameters()]
+    for step, loss in enumerate(losses_of(reference)):
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.7)
+        adamw.param_groups[0]["lr"] = 1e-2 * (step / 4)  # warm-up over 4 updates
+        adamw.step()
+        decay = min(0.999, (1 + step) / (10 + step)) if step else 0.0
+        ema = [
+            decay * e + (1 - decay) * p.detach()
+            for e, p in zip(ema, reference.parameters(), strict=True)
+        ]
+    train(
+        tmp_path,
+        steps=2,
+        warmup=4,
+        decay="constant",
+        weight_decay=0.1,
+        max_grad_norm=0.7,
+        log_every=1,
+    )
+    for mine, expected in zip(weights(tmp_path).values(), ema, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stop_at", [1, 17, 33])
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, stop_at):
+    undisturbed, lines = train(tmp_path / "a")
+
+    class Stopped(Exception):
+        pass
+
+    def stopping(counters):
+        if counters[0] // 32 >= stop_at:
+            raise Stopped
+        return stream(counters)
+
+    with pytest.raises(Stopped):
+        train(tmp_path / "b", stream=stopping)
+    resumed, again = train(tmp_path / "b")
+    assert resumed == undisturbed
+    assert [(x["step"], x["loss"], x["lr"]) for x in again] == [
+        (x["step"], x["loss"], x["lr"]) for x in lines
+    ]
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+def test_a_step_that_is_not_finite_reaches_nothing_and_is_named(tmp_path, poison):
+    def poisoned(counters):
+        batch = stream(counters)
+        batch["x1"] = torch.where(
+            torch.from_numpy(counters == 21 * 32 + 5)[:, None], poison, batch["x1"]
+        )
+        return batch
+
+    network = net()
+    with pytest.raises(UserError, match="not finite at step 22;"):
+        train(tmp_path, stream=poisoned, network=network)
+    assert all(p.isfinite().all() for p in network.parameters())
+    saved = sorted((tmp_path / "checkpoints").iterdir())
+    assert [p.name for p in saved] == ["step_00000016"]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20]
+
+
+def test_bf16_trains_and_keeps_float32_weights(tmp_path):
+    # Accelerate's precision is one a process: a process of its own
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.path[:0] = ['tests', '.']; from test_fit import *; import torch;"
+        f"_, lines = train({str(tmp_path)!r}, precision='bf16', steps=60, log_every=20);"
+        f"dtypes = {{t.dtype for t in weights({str(tmp_path)!r}).values()}};"
+        "print(dtypes, lines[-1]['loss'] < lines[0]['loss'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "{torch.float32} True", done.stderr
+
+
+def test_dropout_is_the_same_after_a_resume_and_off_in_what_is_saved(tmp_path):
+    def unet():
+        config = NetConfig(
+            name="UNet2DModel",
+            block_out_channels=[8],
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=["DownBlock2D"],
+            up_block_types=["UpBlock2D"],
+            add_attention=False,
+            dropout=0.3,
+        )
+        return nets.build(config, (1, 4, 4), None, 0)
+
+    def images(counters):
+        return {
+            "x1": torch.from_numpy(
+                np.sin(counters[:, None, None, None] + np.arange(16.0).reshape(1, 1, 4, 4))
+            ).float()
+        }
+
+    class Stopped(Exception):
+        pass
+
+    def stopping(counters):
+        if counters[0] // 32 >= 6:
+            raise Stopped
+        return images(counters)
+
+    undisturbed, _ = train(
+        tmp_path / "a", stream=images, network=unet(), steps=8, save_every=4, log_every=4
+    )
+    with pytest.raises(Stopped):
+        train(tmp_path / "b", stream=stopping, network=unet(), steps=8, save_every=4, log_every=4)
+    resumed, _ = train(
+        tmp_path / "b", stream=images, network=unet(), steps=8, save_every=4, log_every=4
+    )
+    assert resumed == undisturbed
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, lines = train(tmp_path, trackers=["tensorboard"])
+    events = list(tmp_path.rglob("events.out.tfevents.*"))
+    seen = {}
+    for file in events:
+        accumulator = EventAccumulator(str(file)).Reload()
+        if "loss" in accumulator.Tags()["scalars"]:
+            seen = {e.step: e.value for e in accumulator.Scalars("loss")}
+    assert seen == {line["step"]: pytest.approx(line["loss"], rel=1e-6) for line in lines}
