@@ -1,0 +1,146 @@
+"""The pictures of evaluation: quality against evaluations, and samples of the same noise."""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+COLOURS = {
+    "teacher": "#5b6b7f",
+    "student": "#d1495b",
+}  # told apart by the colour-blind, and in grey
+DARK = "#333333"
+MARKERS = {"teacher": "o", "student": "s"}
+NAMES = {"frechet": "Frechet distance", "sliced_wasserstein": "sliced Wasserstein-2 distance"}
+POINTS = 2000  # shown of a set of 2-D samples
+MOSAIC = 4  # images a side in one panel
+
+
+def curve(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
+    """Draw distance to real data against network evaluations, log-log, and save a PNG.
+
+    result: what `evaluate` writes to metrics.json: rows of teacher and student, floor, protocol. The
+    dashed line is the teacher's converged distance, the dotted one that of real data to real data.
+    """
+    figure, axes = _figure(7.2, 4.3)
+    ticks = set()
+    for name, colour in COLOURS.items():
+        rows = [row for row in result[name]["rows"] if row["steps"] is not None]
+        x, y = [row["evaluations"] for row in rows], [row["distance"] for row in rows]
+        axes.plot(x, y, marker=MARKERS[name], color=colour, linewidth=2, markersize=6, label=name)
+        ticks |= set(x)
+    converged = result["teacher"]["rows"][-1]
+    floor = result["floor"]
+    lines = [
+        ("--", COLOURS["teacher"], converged["distance"], _converged(converged)),
+        (":", DARK, floor["distance"], f"real against real data, n = {floor['samples']:,}"),
+    ]
+    for style, colour, y, label in lines:
+        axes.axhline(y, linestyle=style, color=colour, linewidth=1.2, label=label, zorder=1)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted(ticks), [str(x) for x in sorted(ticks)])
+    axes.set_xticks([], minor=True)
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    low, high = axes.get_ylim()
+    decades = math.log10(high / low)
+    if decades < 1.5:  # too few to be read without numbers in between
+        shown = "25" if decades > 0.7 else "23456789"
+        axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in shown else "")
+    axes.grid(which="major", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("network evaluations per sample")
+    axes.set_ylabel(f"{NAMES[result['protocol']['distance']]} (lower is better)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(_finding(result), loc="left", fontsize=11, fontweight="bold")
+    axes.legend(frameon=False, loc="best", fontsize=9)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def grid(path: str | os.PathLike[str], samples: Mapping[str, Mapping[int | None, Tensor]]) -> None:
+    """Draw samples, rows teacher and student, columns numbers of steps, and save a PNG.
+
+    samples: model -> steps (None: converged) -> x: [N, C, H, W] in [-1, 1], or [N, 2]; sample i comes
+    from the same noise in every panel. Points of more than two dimensions show their first two.
+    """
+    columns = list(next(iter(samples.values())))
+    figure, axes = _figure(
+        1.55 * len(columns) + 0.5, 1.55 * len(samples) + 0.35, len(samples), len(columns)
+    )
+    last = next(iter(samples.values()))[columns[-1]]
+    limit = 1.15 * float(last.abs().max()) or 1.0
+    for row, (name, found) in enumerate(samples.items()):
+        for column, steps in enumerate(columns):
+            panel = axes[row, column]
+            panel.set_xticks([])
+            panel.set_yticks([])
+            x = found[steps].float().cpu()
+            if x.ndim == 4:
+                picture = mosaic(x[: MOSAIC**2].numpy())
+                panel.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                panel.spines[:].set_visible(False)
+            else:
+                x = x[:POINTS]
+                colour = COLOURS.get(name, DARK)
+                panel.scatter(x[:, 0], x[:, 1], s=1.5, color=colour, alpha=0.5, linewidths=0)
+                panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
+                panel.spines[:].set_color("#cccccc")
+            if row == 0:
+                panel.set_title(_steps(steps), fontsize=10)
+            if column == 0:
+                colour = COLOURS.get(name, DARK)
+                panel.set_ylabel(name, fontsize=11, fontweight="bold", color=colour)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def mosaic(x: np.ndarray) -> np.ndarray:
+    """Lay images out in a square, one pixel of white between them.
+
+    x: [N, C, H, W] in [-1, 1] -> uint8 [side, side] for one channel, [side, side, 3] for three.
+    """
+    n, channels, high, wide = x.shape
+    side = math.ceil(math.sqrt(n))
+    sheet = np.full((side * (high + 1) - 1, side * (wide + 1) - 1, channels), 255, dtype=np.uint8)
+    pixels = np.rint((x.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+    for i, image in enumerate(pixels):
+        top, left = (i // side) * (high + 1), (i % side) * (wide + 1)
+        sheet[top : top + high, left : left + wide] = image
+    return sheet[:, :, 0] if channels == 1 else sheet
+
+
+def _figure(wide: float, high: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """Make a figure of some inches that no window shows, whatever backend is set."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(wide, high), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    if rows == columns == 1:
+        return figure, figure.subplots()
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _steps(steps: int | None) -> str:
+    if steps is None:
+        return "converged"
+    return f"{steps} step" if steps == 1 else f"{steps} steps"
+
+
+def _converged(row: Mapping[str, Any]) -> str:
+    return f"teacher converged, {row['evaluations']} evaluations"
+
+
+def _finding(result: Mapping[str, Any]) -> str:
+    """Say how many evaluations of the teacher the student's fewest beat."""
+    first, beaten = result["student"]["rows"][0], 0
+    for row in result["teacher"]["rows"]:
+        if row["steps"] is None or row["distance"] <= first["distance"]:
+            break
+        beaten = row["evaluations"]
+    few, plural = first["evaluations"], "s" if first["evaluations"] > 1 else ""
+    if beaten <= few:
+        return "Distance to real data against network evaluations"
+    return f"{few} evaluation{plural} of the student beat{'' if plural else 's'} {beaten} of the teacher"

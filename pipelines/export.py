@@ -1,0 +1,310 @@
+"""Export: the student as a folder that stock diffusers loads, checked before it is sealed.
+
+A fresh process without flowmatch loads the folder and samples; its pictures must equal those of our
+own solver. model_index.json names stock classes wherever diffusers has a pipeline for the network.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowmatch import config as configs
+from flowmatch import manifest, mlp, nets, pipeline, run, scheduler, solvers, stage, teachers
+from flowmatch.config import UserError, option, required
+
+TOLERANCE = 1e-6  # largest difference of a pixel in [0, 1] to our own solver, exact schedulers
+WARNING = 0.01  # the same with the folder's any-N scheduler, above which the stage warns
+SAMPLES = 4  # of each check
+
+
+class ExportConfig(stage.StageConfig):
+    """Config of the export."""
+
+    student: str = required("a sealed training stage (its EMA weights)", run=True)
+    evaluation: str | None = option(
+        None, "the student's sealed evaluation, whose table goes into the card", run=True
+    )
+    steps: list[int] = option([1, 2, 4], "numbers of steps that get an exact stock scheduler")
+
+
+def main(config: ExportConfig, dry_run: bool) -> None:
+    """Plan, then write the folder, try it, and seal."""
+    faults = configs.Faults()
+    inputs: dict[str, str] = {}
+    with faults:
+        if not config.steps or min(config.steps) < 1:
+            raise UserError(f"steps={config.steps}: expected one or more numbers, from 1")
+    with faults:
+        student = teachers.load(config.student, "student")
+        inputs["student"] = student.digest
+    table = "Not evaluated.\n"
+    if config.evaluation is not None:
+        with faults:
+            evaluation = manifest.read(config.evaluation, "evaluation", ["evaluate"])
+            inputs["evaluation"] = manifest.digest(config.evaluation)
+            table = (Path(config.evaluation) / "table.md").read_text()
+    if not faults.errors and config.evaluation is not None:
+        with faults:
+            if evaluation["inputs"]["student"] != student.digest:
+                raise UserError(
+                    f"evaluation={config.evaluation} scored another student than {config.student}"
+                )
+    faults.check()
+    kind = kind_of(student)
+    plan = [
+        f"{type(student.net).__name__} of {student.net.num_parameters():,} parameters, as {kind.name}",
+        f"checked in a fresh process without flowmatch at {config.steps} steps",
+    ]
+    if not stage.begin("export", config, inputs, plan, dry_run):
+        return
+    stage.exit_on_sigterm()
+    if not stage.leads():
+        return
+    with run.Run("export", config, inputs) as folder:
+        stage.exit_on_sigterm()
+        written = write(folder.folder, student, kind, config.steps)
+        differences = check(folder.folder, student, kind, config.steps)
+        card = CARD.format(
+            network=type(student.net).__name__,
+            round=student.round,
+            snippet=kind.snippet,
+            notes=kind.notes,
+            table=table,
+            differences=describe(differences, kind),
+            digest=student.digest,
+        ).replace("FOLDER", "path/to/this/folder")
+        manifest.write_atomic(folder.folder / "README.md", card)
+        for steps, found in differences.items():
+            stage.say(
+                f"export: {steps} steps: " + ", ".join(f"{k} {d:.2g}" for k, d in found.items())
+            )
+        if max(found.get("any-N", 0) for found in differences.values()) > WARNING:
+            stage.say(
+                f"export: warning: with the folder's any-N scheduler pixels differ by more than "
+                f"{WARNING:.0%}; use scheduler_N/ where N is one of {config.steps}"
+            )
+        folder.seal(written, round=student.round)
+        stage.say(f"\n{kind.snippet.replace('FOLDER', str(folder.folder))}")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a network is exported."""
+
+    name: str  # class of the pipeline in model_index.json
+    stock: bool  # whether DiffusionPipeline.from_pretrained(folder) loads it without our code
+    snippet: str  # the lines that load and sample, FOLDER standing for the folder
+    notes: str  # what the card says about steps, schedulers and labels
+
+
+def kind_of(student: teachers.Teacher) -> Kind:
+    """Choose the pipeline: a stock one for a UNet2DModel, ours for everything else."""
+    unet = type(student.net).__name__ == "UNet2DModel"
+    if unet and student.classes is None:
+        return Kind("DDPMPipeline", True, STOCK.format("num_inference_steps=1"), DDPM_NOTES)
+    if unet:
+        snippet = STOCK.format("class_labels=0, num_inference_steps=1")
+        return Kind("ConsistencyModelPipeline", True, snippet, CONSISTENCY_NOTES)
+    arguments = "num_inference_steps=1" + (", class_labels=0" if student.classes else "")
+    arguments += "" if len(student.shape) == 3 else ', output_type="np"'
+    return Kind("ReflowPipeline", False, OURS.format(arguments), OUR_NOTES)
+
+
+def write(folder: Path, student: teachers.Teacher, kind: Kind, steps: list[int]) -> list[str]:
+    """Write everything but the card; return the files, relative to the folder."""
+    from diffusers import (
+        ConsistencyModelPipeline,
+        DDPMPipeline,
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+    )
+
+    net = student.net
+    net.register_to_config(_name_or_path="")
+    # DDIM is Euler on this path: first order in log-SNR is right, to some .5%, for any number of steps
+    any_n = DPMSolverMultistepScheduler(
+        solver_order=1,
+        algorithm_type="dpmsolver++",
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        flow_shift=1.0,
+        final_sigmas_type="zero",
+    )
+    parts = {
+        "DDPMPipeline": lambda: DDPMPipeline(unet=net, scheduler=any_n),
+        "ConsistencyModelPipeline": lambda: ConsistencyModelPipeline(unet=net, scheduler=any_n),
+        "ReflowPipeline": lambda: pipeline.ReflowPipeline(net, FlowMatchEulerDiscreteScheduler()),
+    }
+    parts[kind.name]().save_pretrained(folder, safe_serialization=True)
+    for n in steps:
+        exact = FlowMatchEulerDiscreteScheduler(shift_terminal=1 / n if n > 1 else None)
+        exact.save_pretrained(folder / f"scheduler_{n}")
+    ours = scheduler.RectifiedFlowScheduler(reflow_round=student.round)
+    ours.save_pretrained(folder / "scheduler_flowmatch")
+    shutil.copyfile(pipeline.__file__, folder / "pipeline.py")
+    if type(net).__name__ == "VelocityMLP":  # its class travels with its weights
+        shutil.copyfile(mlp.__file__, folder / "unet" / "mlp.py")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["unet"] = ["mlp", "VelocityMLP"]
+        manifest.write_atomic(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+    names = ["model_index.json", "pipeline.py"]
+    for part in ("unet", "scheduler", "scheduler_flowmatch", *(f"scheduler_{n}" for n in steps)):
+        names += [f"{part}/{p.name}" for p in (folder / part).iterdir() if p.is_file()]
+    return sorted(set(names))
+
+
+def check(
+    folder: Path, student: teachers.Teacher, kind: Kind, steps: list[int]
+) -> dict[int, dict[str, float]]:
+    """Sample in a fresh process without flowmatch, and compare with our own solver.
+
+    Returns the largest differences, in [0, 1] after the clamp for images: steps -> name -> difference.
+    Raises UserError where the exact schedulers differ by more than TOLERANCE.
+    """
+    task = {
+        "folder": str(folder.resolve()),
+        "steps": steps,
+        "pipeline": kind.name,
+        "samples": SAMPLES,
+        "labels": None if student.classes is None else labels(student).tolist(),
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("sample_export.py")), json.dumps(task)],
+            cwd=scratch,
+            env=os.environ
+            | {
+                "HF_HUB_OFFLINE": "1",
+                "HF_MODULES_CACHE": f"{scratch}/modules",  # other folders ship a pipeline.py, too
+                "CUDA_VISIBLE_DEVICES": "",
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise UserError(
+                f"run_dir={folder}: a fresh process could not load or sample the export: "
+                f"{done.stderr.strip().splitlines()[-1]}"
+            )
+        theirs = torch.load(Path(scratch) / "samples.pt", weights_only=True)
+    found: dict[int, dict[str, float]] = {}
+    for n in steps:
+        mine = own_samples(student, n)
+        found[n] = {name: (x - mine).abs().max().item() for name, x in theirs[str(n)].items()}
+        if not found[n]["exact"] <= TOLERANCE:
+            raise UserError(
+                f"run_dir={folder}: at {n} steps the export differs from our solver by "
+                f"{found[n]['exact']:.2g}, expected at most {TOLERANCE}; is this diffusers "
+                "release a supported one?"
+            )
+    return found
+
+
+def labels(student: teachers.Teacher) -> Tensor:
+    """Labels of the check: the first classes in turn."""
+    return torch.arange(SAMPLES) % (student.classes or 1)
+
+
+@torch.no_grad()
+def own_samples(student: teachers.Teacher, steps: int) -> Tensor:
+    """Sample with our solver, the noise drawn as DDPMPipeline draws it; images in [0, 1]."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    x0 = randn_tensor((SAMPLES, *student.shape), generator=torch.Generator().manual_seed(0))
+    v = nets.Velocity(student.net)
+    cond = None if student.classes is None else {"label": labels(student)}
+    x = solvers.integrate(lambda x, t: v(x, t, cond), x0, solvers.uniform_grid(steps))
+    return (x / 2 + 0.5).clamp(0, 1) if len(student.shape) == 3 else x
+
+
+def describe(differences: dict[int, dict[str, float]], kind: Kind) -> str:
+    """Write the table of differences for the card."""
+    names = {
+        "exact": "with the exact `scheduler_N/`" if kind.stock else "with the folder's scheduler",
+        "any-N": "with the folder's any-N scheduler",
+    }
+    columns = [names[key] for key in next(iter(differences.values()))]
+    lines = [f"| steps | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for n, found in differences.items():
+        lines.append(f"| {n} | " + " | ".join(f"{d:.2g}" for d in found.values()) + " |")
+    return "\n".join(lines)
+
+
+STOCK = """from diffusers import DiffusionPipeline
+image = DiffusionPipeline.from_pretrained("FOLDER")({}).images[0]"""
+REMOTE = 'custom_pipeline="pipeline", trust_remote_code=True'
+OURS = f"""from diffusers import DiffusionPipeline
+sample = DiffusionPipeline.from_pretrained("FOLDER", {REMOTE})({{}}).images[0]"""
+EXACT = """from diffusers import FlowMatchEulerDiscreteScheduler
+exact = FlowMatchEulerDiscreteScheduler.from_pretrained("FOLDER", subfolder="scheduler_1")"""
+DDPM_NOTES = f"""\
+Always pass `num_inference_steps`: the pipeline's own default is 1000. The folder's scheduler is
+right for any number of steps, to the difference below. `scheduler_N/` is exact for N steps and for no
+others; one step is best sampled so:
+
+```python
+{EXACT}
+pipe = DiffusionPipeline.from_pretrained("FOLDER", scheduler=exact)
+image = pipe(num_inference_steps=1).images[0]
+```
+"""
+CONSISTENCY_NOTES = f"""\
+`class_labels` is one label, or a list of batch_size. Always pass it: without it the pipeline draws
+labels at random, the null class among them. The folder's scheduler is right for any number of steps,
+to the difference below. Exact sampling, and guidance, need the pipeline that lies in this folder;
+`scheduler_N/` is exact for N steps and for no others:
+
+```python
+{EXACT}
+pipe = DiffusionPipeline.from_pretrained("FOLDER", scheduler=exact, {REMOTE})
+image = pipe(class_labels=0, guidance_scale=1.0, num_inference_steps=1).images[0]
+```
+"""
+OUR_NOTES = """\
+diffusers has no pipeline for this network, so its own lies in this folder; it sets the uniform grid
+of any number of steps by itself. Pass `num_inference_steps`; 1 to 4 are enough.
+"""
+CARD = """---
+library_name: diffusers
+tags: [flow-matching, rectified-flow, reflow]
+---
+
+# A few-step rectified flow
+
+A {network}, reflowed {round} time(s) with flowmatch: it samples in one to four Euler steps.
+
+```python
+{snippet}
+```
+
+{notes}
+## Quality
+
+{table}
+## Fidelity of this folder
+
+Largest difference of a value to flowmatch's own Euler solver, sampled in a fresh process without
+flowmatch when this folder was made (images in [0, 1]):
+
+{differences}
+
+`pipeline.py` (guidance, float32 state, images and points) needs torch and diffusers alone, and loads
+with `custom_pipeline="pipeline", trust_remote_code=True`. `scheduler_flowmatch/` is for
+`flowmatch.RectifiedFlowScheduler.from_pretrained("FOLDER", subfolder="scheduler_flowmatch")`, with the
+package installed: the uniform grid for any number of steps, and Heun.
+
+Weights: sha256 {digest}. Provenance: `manifest.json`.
+"""
+
+
+if __name__ == "__main__":
+    stage.command("export", ExportConfig, main, __doc__)

@@ -1,0 +1,224 @@
+"""Stage two: carry noise along the teacher's flow, and store where it ends: straight pairs.
+
+Noise i, its label and so pair i are functions of the config, the teacher and i alone. Workers share
+the folder and nothing else: start any number of them, stop them, start others; the bytes are the same.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from flowmatch import claims, manifest, nets, noise, shards, solvers, stage, teachers
+from flowmatch import config as configs
+from flowmatch.config import Config, option, required
+
+PAIR_FORMAT = 1  # raised when the same config would make other bytes
+
+
+class SolverConfig(Config):
+    """How the teacher's ODE is solved."""
+
+    name: Literal["euler", "heun"] = option("heun", "ODE solver")
+    steps: int = option(
+        32, "steps from noise to data, evenly spaced; heun makes 2 evaluations each", ge=1
+    )
+
+
+class PairsConfig(stage.StageConfig):
+    """Config of stage two."""
+
+    teacher: str = required(
+        "a sealed training stage (its EMA weights), or a diffusers flow model", run=True
+    )
+    shards: int = required("number of shards; more of them extend a finished set", run=True, ge=1)
+    shard_size: int = option(16384, "pairs in a shard, the unit of work and of retry", ge=1)
+    block: int = option(64, "pairs in a tar member; choose it so that one is 0.25 to 4 MB", ge=1)
+    compute_batch: int = option(256, "pairs integrated together; part of what comes out", ge=1)
+    solver: SolverConfig = option(SolverConfig(), "how the teacher's ODE is solved")
+    guidance: float = option(
+        1.0, "classifier-free guidance scale w, baked into the pairs; 1 is none, others cost twice"
+    )
+    dtype: Literal["float16", "float32"] = option("float16", "stored dtype; the noise stays exact")
+    lease_seconds: float = option(
+        60.0, "a shard whose worker has not moved for so long is taken over", run=True, gt=0
+    )
+
+
+def main(config: PairsConfig, dry_run: bool) -> None:
+    """Plan, then make the shards that are missing; the worker that finds all of them there seals."""
+    faults = configs.Faults()
+    with faults:
+        device = stage.pick_device(config.device)
+    with faults:
+        teacher = teachers.load(config.teacher, "teacher")
+        velocity = nets.Velocity(teacher.net, config.guidance)
+        layout = shards.Layout(
+            shape=teacher.shape,
+            dtype=config.dtype,
+            labels=teacher.classes is not None,
+            shard_size=config.shard_size,
+            block=min(config.block, config.shard_size),
+        )
+    faults.check()
+    folder, inputs = Path(config.run_dir), {"teacher": teacher.digest}
+    content = configs.content(config)
+    fingerprint = manifest.fingerprint(
+        {"format": PAIR_FORMAT, "config": content, "inputs": inputs, "round": teacher.round}
+    )
+    pairs = config.shards * config.shard_size
+    evaluations = config.solver.steps * solvers.EVALUATIONS[config.solver.name]
+    evaluations *= 1 if config.guidance == 1 else 2
+    plan = [
+        f"{pairs:,} pairs of {list(teacher.shape)} in {config.shards} shards, "
+        f"{config.shards * layout.tar_bytes / 1e6:,.1f} MB on disk",
+        f"{type(teacher.net).__name__} of {teacher.net.num_parameters():,} parameters, on {device}: "
+        f"{evaluations} evaluations a pair ({config.solver.name}), {pairs * evaluations:,} in all",
+    ]
+    every = range(config.shards)
+
+    def unfinished() -> bool:
+        return bool(shards.missing(folder, every, fingerprint))
+
+    if not stage.begin("generate_pairs", config, inputs, plan, dry_run, unfinished):
+        return
+    stage.exit_on_sigterm()
+    folder.mkdir(parents=True, exist_ok=True)
+    stage.write_config(config, inputs)
+    make = Maker(config, layout, velocity, stage.worker_device(device))
+    card = CARD.format(
+        pairs=f"{pairs:,}",
+        shape=list(teacher.shape),
+        solver=config.solver.name,
+        steps=config.solver.steps,
+        evaluations=evaluations,
+        guidance=config.guidance,
+        digest=teacher.digest,
+        labels=LABELS if layout.labels else "",
+    )
+    own = list(every)[stage.rank() :: stage.world_size()]
+    with (
+        tqdm(total=pairs, unit="pair", **stage.bar_options()) as bar,
+        closing(claims.claim(folder, own, every, fingerprint, config.lease_seconds)) as todo,
+    ):
+        bar.update(pairs - len(shards.missing(folder, every, fingerprint)) * config.shard_size)
+        for k in todo:
+            blocks = make.blocks(k, bar)
+            shards.write_shard(folder, k, layout, blocks, fingerprint, make.environment, card)
+            done = pairs - len(shards.missing(folder, every, fingerprint)) * config.shard_size
+            bar.update(done - bar.n)  # what the other workers did
+    sidecars = {k: shards.sidecar(folder, k) for k in every}
+    manifest.seal(
+        folder,
+        stage="generate_pairs",
+        config=configs.content(config),
+        inputs=inputs,
+        outputs={shards.tar_name(k): side["sha256"] for k, side in sidecars.items()},
+        fingerprint=fingerprint,
+        kind="generated",
+        round=teacher.round,
+        classes=teacher.classes,
+        evaluations=evaluations,
+        layout=asdict(layout),
+        shards=config.shards,
+        count=pairs,
+        convention="x0 noise, x1 data, x_t = (1 - t) x0 + t x1, v = x1 - x0",
+    )
+    stage.say(f"generate_pairs: sealed {folder}")
+
+
+class Maker:
+    """Makes the pairs of a shard, batch by batch."""
+
+    def __init__(
+        self, config: PairsConfig, layout: shards.Layout, velocity: nets.Velocity, device: str
+    ):
+        velocity.net.to(device)
+        self.config, self.layout, self.velocity, self.device = config, layout, velocity, device
+        self.grid = solvers.uniform_grid(config.solver.steps)
+        self.environment = {
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "processor": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
+            "threads": torch.get_num_threads(),
+        }
+        torch.backends.cudnn.deterministic = True
+
+    @torch.inference_mode()
+    def batches(self, k: int) -> Iterator[shards.Block]:
+        """Integrate shard k in batches of compute_batch; the last one is padded with the next ids.
+
+        The noise is rounded to the stored dtype before it is integrated: a stored pair is exact.
+        """
+        config, size = self.config, self.config.shard_size
+        for start in range(0, size, config.compute_batch):
+            ids = k * size + start + np.arange(config.compute_batch)
+            x0 = noise.normal(config.seed, ids, self.layout.shape, noise.PAIR_NOISE)
+            x0 = x0.astype(self.layout.dtype)
+            label, cond = None, None
+            if self.velocity.classes is not None:
+                label = noise.labels(config.seed, ids, self.velocity.classes)
+                cond = {"label": torch.from_numpy(label).to(self.device)}
+            x1 = solvers.integrate(
+                lambda x, t, cond=cond: self.velocity(x, t, cond),
+                torch.from_numpy(x0.astype(np.float32)).to(self.device),
+                self.grid,
+                config.solver.name,
+            )
+            keep = min(config.compute_batch, size - start)
+            stored = x1.cpu().numpy().astype(self.layout.dtype)
+            yield x0[:keep], stored[:keep], None if label is None else label[:keep]
+
+    def blocks(self, k: int, bar: Any) -> Iterator[shards.Block]:
+        """Cut the batches of shard k into the blocks of its layout."""
+        held: list[shards.Block] = []
+        for batch in self.batches(k):
+            held.append(batch)
+            bar.update(len(batch[0]))
+            x0, x1, y = (join(column) for column in zip(*held, strict=True))
+            whole = len(x0) // self.layout.block * self.layout.block
+            for a in range(0, whole, self.layout.block):
+                b = a + self.layout.block
+                yield x0[a:b], x1[a:b], None if y is None else y[a:b]
+            held = [(x0[whole:], x1[whole:], None if y is None else y[whole:])]
+        if len(held[0][0]):
+            yield held[0]
+
+
+def join(column: tuple[np.ndarray | None, ...]) -> Any:
+    """Concatenate arrays, or pass None on."""
+    return (
+        None if column[0] is None else np.concatenate([part for part in column if part is not None])
+    )
+
+
+LABELS = ", `.y.npy` (class label, int64)"
+CARD = """# Noise/sample pairs of a flow model
+
+{pairs} pairs of shape {shape}, made by flowmatch for reflow: `x1` is where the teacher's flow carries
+the noise `x0` (x_t = (1 - t) x0 + t x1, from t = 0 to 1), {solver} with {steps} steps, {evaluations}
+network evaluations a pair, guidance {guidance}. Teacher: sha256 {digest}.
+
+The tars hold blocks of pairs: `.x0.npy` (noise), `.x1.npy` (sample){labels}, with the pairs of a block
+along the first axis. `manifest.json` holds the full provenance and the sha256 of every tar.
+
+```python
+import glob, webdataset
+for block in webdataset.WebDataset(sorted(glob.glob("*.tar")), shardshuffle=False).decode():
+    x0, x1 = block["x0.npy"], block["x1.npy"]  # [block, ...]
+```
+
+```python
+import datasets
+pairs = datasets.load_dataset("path/of/this/folder", split="train").with_format("numpy")
+```
+"""
+
+
+if __name__ == "__main__":
+    stage.command("generate_pairs", PairsConfig, main, __doc__)

@@ -1,0 +1,108 @@
+"""Stage three: reflow. Train again, from the teacher's weights, on the pairs of stage two.
+
+Same loop, same path, same target x1 - x0; but x0 and x1 now belong together, so the lines that the
+network learns do not cross, and few Euler steps follow them.
+"""
+
+from flowmatch import config as configs
+from flowmatch import coupling, manifest, nets, pairs, run, stage, teachers
+from flowmatch.config import Config, UserError, option, required
+from flowmatch.fit import check, fit
+from flowmatch.losses import LossConfig
+from flowmatch.state import FitConfig
+from flowmatch.times import TimesConfig
+
+
+class PairsEntry(Config):
+    """One set of pairs."""
+
+    path: str = required("folder of a sealed set of pairs", run=True)
+    weight: float = option(1.0, "share of each batch, relative to the other sets", gt=0)
+
+
+class ReflowConfig(stage.StageConfig):
+    """Config of stage three."""
+
+    pairs: list[PairsEntry] = required("sets of pairs, mixed in each batch by weight")
+    start: str = required(
+        "start weights: a sealed training stage (its EMA), or a diffusers model", run=True
+    )
+    fit: FitConfig = required("the training loop")
+    times: TimesConfig = option(
+        TimesConfig(name="u_shape", zero=0.5),
+        "which times it sees: half at exactly 0, where one-step sampling looks",
+    )
+    loss: LossConfig = option(LossConfig(name="pseudo_huber"), "loss on the velocity")
+
+
+def main(config: ReflowConfig, dry_run: bool) -> None:
+    """Plan, then train and seal."""
+    faults = configs.Faults()
+    with faults:
+        device = stage.pick_device(config.device)
+        check(config.fit, device, stage.world_size())
+    inputs: dict[str, str] = {}
+    with faults:
+        start = teachers.load(config.start, "start")
+        inputs["start"] = start.digest
+    sets: list[tuple[pairs.PairData, float]] = []
+    rounds = []
+    for number, entry in enumerate(config.pairs):
+        with faults:
+            key = f"pairs.{number}.path"
+            sets.append((pairs.PairData(entry.path, key), entry.weight))
+            rounds.append(manifest.read(entry.path, key, ["generate_pairs"])["facts"]["round"])
+            inputs[f"pairs.{number}"] = manifest.digest(entry.path)
+    if not faults.errors:
+        with faults:
+            check_match(start, [data for data, _ in sets])
+            stream = pairs.Mixture(sets, config.fit.batch_size, config.seed)
+    faults.check()
+
+    count = sum(len(data) for data, _ in sets)
+    seen = config.fit.steps * config.fit.batch_size
+    plan = [
+        f"{count:,} pairs of {list(start.shape)} in {len(sets)} set(s), "
+        f"{'with labels' if start.classes else 'no labels'}",
+        f"{type(start.net).__name__} of {start.net.num_parameters():,} parameters, on {device}",
+        f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / count:.1f} epochs",
+    ]
+    if not stage.begin("reflow", config, inputs, plan, dry_run):
+        return
+    with run.Run("reflow", config, inputs) as folder:
+        files = fit(
+            start.net,
+            stream,
+            coupling.stored,
+            folder,
+            config.fit,
+            config.times,
+            config.loss,
+            seed=config.seed,
+            device=config.device,
+        )
+        if stage.leads():
+            folder.seal(files, round=max(rounds) + 1, net=nets.digest(start.net))
+
+
+def check_match(start: teachers.Teacher, sets: list[pairs.PairData]) -> None:
+    """Raise UserError where the pairs are not what the network takes."""
+    faults = []
+    for data in sets:
+        if data.shape != start.shape:
+            faults.append(
+                f"{data.key}={data.folder} holds {list(data.shape)}; the network at start= takes "
+                f"{list(start.shape)}"
+            )
+        if data.has_labels != (start.classes is not None):
+            have = "labels" if data.has_labels else "no labels"
+            want = "none" if start.classes is None else f"{start.classes} classes"
+            faults.append(
+                f"{data.key}={data.folder} has {have}; the network at start= takes {want}"
+            )
+    if faults:
+        raise UserError(faults)
+
+
+if __name__ == "__main__":
+    stage.command("reflow", ReflowConfig, main, __doc__)

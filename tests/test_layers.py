@@ -1,0 +1,89 @@
+"""The house's order: imports go down only, heavy libraries stay where they belong."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LAYERS = {
+    "base": ["config"],
+    "math": ["path", "times", "coupling", "solvers", "noise", "losses", "metrics"],
+    "artefacts": ["manifest", "shards", "claims", "pairs"],
+    "export": ["scheduler", "pipeline", "mlp"],
+    "models": ["nets", "images", "sources", "tables", "data", "teachers"],
+    "loop": ["stage", "run", "state", "fit"],
+    "draw": ["draw"],
+}
+ORDER = list(LAYERS)
+LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
+HEAVY = {
+    "diffusers": {"nets", "teachers", "scheduler", "pipeline", "mlp", "state"},
+    "accelerate": {"run", "fit", "state"},
+    "datasets": {"sources", "images", "tables"},
+}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """List (module, at module level) of all imports in a file; `from flowmatch import x` is x."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = (
+                [f"flowmatch.{a.name}" for a in node.names] if node.module == "flowmatch" else []
+            )
+            found += [(name, id(node) in top) for name in names or [node.module]]
+    return found
+
+
+MODULES = sorted(path for path in (ROOT / "flowmatch").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_a_module_imports_only_what_lies_below_it(path):
+    assert path.stem in LAYER, f"{path.name} has no layer yet: name it in LAYERS"
+    for module, _ in imports(path):
+        if module.startswith("flowmatch."):
+            other = module.split(".")[1]
+            below, above = ORDER.index(LAYER[other]), ORDER.index(LAYER[path.stem])
+            assert below <= above, f"{path.stem} ({LAYER[path.stem]}) imports {other}"
+        assert not module.startswith(("pipelines", "scripts")), f"{path.stem} imports {module}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_heavy_libraries_stay_in_their_modules(path):
+    for module, top in imports(path):
+        library = module.split(".")[0]
+        if library in HEAVY:
+            assert path.stem in HEAVY[library], f"{path.stem} imports {library}"
+        slow = {"accelerate", "datasets", "torchmetrics", "scipy", "sklearn", "matplotlib"}
+        assert not (top and library in slow), f"{path.stem} imports {library} at module level"
+
+
+def test_what_is_copied_beside_weights_stands_alone():
+    for name in LAYERS["export"]:
+        ours = [m for m, _ in imports(ROOT / f"flowmatch/{name}.py") if m.startswith("flowmatch")]
+        assert not ours, f"{name} imports {ours}"
+
+
+def test_stages_never_import_one_another():
+    for path in sorted((ROOT / "pipelines").glob("*.py")):
+        for module, _ in imports(path):
+            assert not module.startswith(("pipelines", "scripts")), f"{path.stem} imports {module}"
+
+
+def test_importing_flowmatch_loads_no_torch():
+    code = "import sys, flowmatch; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout.strip() == "False", out.stderr
+
+
+def test_files_stay_small():
+    for path in [*MODULES, *(ROOT / "pipelines").glob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 330, f"{path.name} grows a second job"

@@ -1,0 +1,254 @@
+"""The stages as people run them: real processes, killed, repeated, one or two at a time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowmatch import manifest
+from flowmatch.config import UserError, load, validate
+from flowmatch.stage import StageConfig
+
+ROOT = Path(__file__).parent.parent
+PLAIN = [sys.executable, "-m"]
+TWO = [
+    *(sys.executable, "-m", "accelerate.commands.launch"),
+    *("--config_file", "configs/accelerate/cpu_2.yaml", "-m"),
+]
+SMALL = {
+    "train_flow": [
+        *("configs/ring/flow.yaml", "data.samples=500", "net.hidden=32", "fit.steps=300"),
+        *("fit.batch_size=64", "fit.log_every=10", "fit.save_every=20"),
+    ],
+    "generate_pairs": [
+        *("configs/ring/pairs.yaml", "shards=3", "shard_size=500", "block=64", "compute_batch=200"),
+        *("solver.steps=4", "dtype=float16"),
+    ],
+    "reflow": [
+        *("configs/ring/reflow.yaml", "fit.steps=300", "fit.batch_size=64", "fit.log_every=10"),
+        "fit.save_every=20",
+    ],
+    "evaluate": [
+        *("configs/ring/evaluate.yaml", "data.samples=600", "samples=600", "steps=[1,4]"),
+        *("converged_steps=8", "compute_batch=128"),
+    ],
+    "export": ["configs/ring/export.yaml"],
+}
+FOLDER = dict(zip(SMALL, ("flow", "pairs", "reflow", "evaluate", "export"), strict=True))
+
+
+def words(stage, root, *more):
+    """The command line of a stage of the small chain below a folder."""
+    inputs = {
+        "train_flow": [],
+        "generate_pairs": [f"teacher={root}/flow"],
+        "reflow": [f"start={root}/flow", f"pairs=[{{path: {root}/pairs}}]"],
+        "evaluate": [f"teacher={root}/flow", f"student={root}/reflow"],
+        "export": [f"student={root}/reflow", f"evaluation={root}/evaluate"],
+    }[stage]
+    place = f"run_dir={root}/{FOLDER[stage]}"
+    return [f"pipelines.{stage}", *SMALL[stage], place, "device=cpu", *inputs, *more]
+
+
+def call(stage, root, *more, launcher=PLAIN, **options):
+    return subprocess.run(
+        [*launcher, *words(stage, root, *more)], cwd=ROOT, capture_output=True, text=True, **options
+    )
+
+
+def succeed(stage, root, *more, launcher=PLAIN):
+    done = call(stage, root, *more, launcher=launcher)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def seal(root, stage):
+    return json.loads((Path(root) / FOLDER[stage] / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """The whole small chain, by one process a stage."""
+    root = tmp_path_factory.mktemp("chain")
+    for stage in SMALL:
+        succeed(stage, root)
+    return root
+
+
+def test_the_chain_is_sealed_and_names_its_inputs(chain):
+    seals = {stage: seal(chain, stage) for stage in SMALL}
+    assert [s["facts"].get("round") for s in seals.values()][:3] == [0, 0, 1]
+    net = seals["train_flow"]["facts"]["net"]
+    assert seals["generate_pairs"]["inputs"] == {"teacher": net}
+    pairs = manifest.digest(chain / "pairs")
+    assert seals["reflow"]["inputs"] == {"start": net, "pairs.0": pairs}
+    assert seals["evaluate"]["inputs"]["student"] == seals["reflow"]["facts"]["net"]
+    for stage, folder in FOLDER.items():
+        files = {p.name for p in (chain / folder).iterdir()}
+        assert {"config.yaml", "manifest.json"} <= files
+        assert ("metrics.jsonl" in files) == (stage in ("train_flow", "reflow"))
+        assert str(chain) not in (chain / folder / "manifest.json").read_text()
+
+
+def test_repeating_a_sealed_stage_does_nothing(chain):
+    before = (chain / "flow" / "manifest.json").stat().st_mtime_ns
+    assert "is sealed: nothing to do" in succeed("train_flow", chain)
+    assert (chain / "flow" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_evaluation_writes_table_pictures_and_protocol(chain):
+    result = json.loads((chain / "evaluate" / "metrics.json").read_text())
+    rows = result["student"]["rows"]
+    assert [row["steps"] for row in rows] == [1, 4, None]
+    assert [row["evaluations"] for row in rows] == [1, 4, 16]  # counted, heun twice a step
+    assert result["protocol"]["distance"] == "sliced_wasserstein"
+    assert result["floor"]["samples"] == 300
+    assert result["teacher"]["rows"][-1]["rmse"] == 0
+    for name in ("curve.png", "grid.png"):
+        assert (chain / "evaluate" / name).read_bytes()[:4] == b"\x89PNG"
+    assert "| 4 | 4 |" in (chain / "evaluate" / "table.md").read_text()
+
+
+def test_pairs_are_where_the_teacher_carries_the_noise(chain):
+    from flowmatch import nets, noise, pairs, solvers
+
+    data = pairs.PairData(chain / "pairs")
+    assert len(data) == 1500
+    ids = np.array([0, 3, 499, 500, 1499])
+    batch = data.batch(ids)
+    x0 = noise.normal(0, ids, (2,), noise.PAIR_NOISE).astype(np.float16).astype(np.float32)
+    assert np.array_equal(batch["x0"].numpy(), x0)
+    v = nets.Velocity(nets.load(chain / "flow" / "net", "teacher"))
+    import torch
+
+    with torch.no_grad():
+        x1 = solvers.integrate(v, torch.from_numpy(x0), solvers.uniform_grid(4), "heun")
+    torch.testing.assert_close(batch["x1"], x1, atol=2e-3, rtol=1e-3)
+
+
+def test_a_finished_set_of_pairs_grows_and_heals(chain, tmp_path):
+    root = tmp_path
+    (root / "flow").symlink_to(chain / "flow")
+    succeed("generate_pairs", root, "shards=2")
+    tars = {p.name: p.read_bytes() for p in (root / "pairs").glob("*.tar")}
+    assert len(tars) == 2
+    succeed("generate_pairs", root)
+    assert seal(root, "generate_pairs") == seal(chain, "generate_pairs")
+    (root / "pairs" / "pairs-000001.tar").write_bytes(b"cut")
+    broken = call("reflow", root)
+    assert broken.returncode == 2
+    assert "pairs-000001.tar has 3 bytes" in broken.stderr
+    assert "repeat python -m pipelines.generate_pairs" in broken.stderr
+    succeed("generate_pairs", root)
+    for name, content in tars.items():
+        assert (root / "pairs" / name).read_bytes() == content
+
+
+def test_unready_and_wrong_inputs_are_named(chain, tmp_path):
+    assert "does not exist; run the stage" in call("generate_pairs", tmp_path).stderr
+    (tmp_path / "flow").mkdir()
+    done = call("reflow", tmp_path)
+    assert done.returncode == 2
+    assert "has not finished" in done.stderr
+    assert "pairs.0.path=" in done.stderr  # both inputs, at once
+    done = call("generate_pairs", chain, f"teacher={chain}/pairs")
+    assert "holds the result of generate_pairs; expected one of train_flow or reflow" in done.stderr
+    done = call("generate_pairs", chain, "seed=9", "solver.steps=5")
+    assert done.returncode == 2
+    assert "  seed: 0 -> 9" in done.stderr
+    assert "  solver.steps: 4 -> 5" in done.stderr
+
+
+def test_dry_runs_plan_and_write_nothing(tmp_path):
+    out = succeed("train_flow", tmp_path, "--dry-run")
+    assert "300 steps of 64: 38.4 epochs" in out
+    assert "batch_size: 64" in out
+    out = succeed("generate_pairs", tmp_path, "--dry-run")
+    assert "later: teacher=" in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=str)
+def test_every_config_of_the_repository_loads(path):
+    import importlib
+
+    if path.parent.name == "accelerate":
+        pytest.skip("Accelerate's own file")
+    stage = {folder: stage for stage, folder in FOLDER.items()}[path.stem]
+    module = importlib.import_module(f"pipelines.{stage}")
+    model = next(
+        value
+        for name, value in vars(module).items()
+        if name.endswith("Config") and issubclass(value, StageConfig) and value is not StageConfig
+    )
+    config, _ = load(model, [str(path)])
+    assert config.run_dir == f"runs/{path.parent.name}/{path.stem}"
+    with pytest.raises(UserError):
+        validate(model, {"nonsense": 1})
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_bytes_as_one(chain, tmp_path):
+    (tmp_path / "flow").symlink_to(chain / "flow")
+    succeed("generate_pairs", tmp_path, launcher=TWO)
+    assert (tmp_path / "pairs/manifest.json").read_bytes() == (
+        chain / "pairs/manifest.json"
+    ).read_bytes()
+    for tar in (chain / "pairs").glob("*.tar"):
+        assert (tmp_path / "pairs" / tar.name).read_bytes() == tar.read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_curve_as_one(chain, tmp_path):
+    succeed("train_flow", tmp_path, launcher=TWO)
+    curves = [
+        [json.loads(x) for x in (root / "flow/metrics.jsonl").read_text().splitlines()]
+        for root in (chain, tmp_path)
+    ]
+    for one, two in zip(*curves, strict=True):
+        assert one["step"] == two["step"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_the_same_as_one(chain, tmp_path):
+    for name in ("flow", "reflow"):
+        (tmp_path / name).symlink_to(chain / name)
+    succeed("evaluate", tmp_path, launcher=TWO)
+    assert (tmp_path / "evaluate/metrics.json").read_bytes() == (
+        chain / "evaluate/metrics.json"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", list(SMALL))
+def test_a_stage_killed_anywhere_and_repeated_ends_with_the_same_manifest(chain, tmp_path, stage):
+    for folder in FOLDER.values():
+        if folder != FOLDER[stage]:
+            (tmp_path / folder).symlink_to(chain / folder)
+    mine, kills = tmp_path / FOLDER[stage], 0
+    for delay in np.random.default_rng(list(SMALL).index(stage)).uniform(0, 4, 6):
+        process = subprocess.Popen(
+            [*PLAIN, *words(stage, tmp_path)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while process.poll() is None and not (mine / "config.yaml").exists():
+            time.sleep(0.01)  # until the work begins
+        time.sleep(delay)
+        kills += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert kills >= 2
+    succeed(stage, tmp_path)
+    assert (mine / "manifest.json").read_bytes() == (
+        chain / FOLDER[stage] / "manifest.json"
+    ).read_bytes()
