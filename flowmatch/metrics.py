@@ -16,7 +16,6 @@ from torch.nn import functional
 from flowmatch import noise
 from flowmatch.config import UserError
 
-DIRECTIONS = 7  # stream of random numbers, beside those of `noise`
 WIDEST = 4096  # features of a Frechet distance: their covariance matrix takes a cubic time
 
 
@@ -89,7 +88,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 256, seed: int =
             "many samples in both, of one shape"
         )
     a, b = a.flatten(1).double(), b.flatten(1).double()
-    drawn = noise.normal(seed, range(projections), (a.shape[1],), DIRECTIONS)
+    drawn = noise.normal(seed, range(projections), (a.shape[1],), noise.DIRECTIONS)
     directions = functional.normalize(torch.from_numpy(drawn).double(), dim=1).to(a.device)
     total = 0.0
     for part in directions.split(32):  # 32 columns of N values at a time

@@ -18,6 +18,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
+from flowmatch import metrics
 from flowmatch.config import Config, NotReady, UserError, required
 from flowmatch.mlp import VelocityMLP
 
@@ -197,14 +198,9 @@ def digest(net: Any) -> str:
 
     Keys of the config that start with `_` (paths, versions) are left out.
     """
-    sha = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     config = {key: value for key, value in dict(net.config).items() if not key.startswith("_")}
-    sha.update(json.dumps(config, sort_keys=True, default=str).encode())
-    return sha.hexdigest()
+    text = metrics.module_digest(net) + json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def save(net: Any, folder: str | os.PathLike[str]) -> list[str]:

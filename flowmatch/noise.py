@@ -15,6 +15,8 @@ TRAINING = 2  # noise, times and dropped labels of a training step
 EVALUATION = 3  # noise of the samples that are scored
 SAMPLER = 4  # noise that a stochastic sampler adds
 ORDER = 5  # order of an epoch's samples
+RING = 6  # samples of the 2-D ring
+DIRECTIONS = 7  # projections of the sliced Wasserstein distance
 
 
 def generator(seed: int, i: int, stream: int) -> np.random.Generator:

@@ -23,7 +23,6 @@ from flowmatch.config import UserError
 if TYPE_CHECKING:
     from flowmatch.data import DataConfig
 
-RING = 6  # stream of random numbers, beside those of `noise`
 RING_MODES, RING_RADIUS, RING_STD = 8, 2.5, 0.3
 IDX_NAMES = {"train": "train", "test": "t10k"}  # split -> how its files' names begin
 
@@ -50,7 +49,7 @@ def ring_mixture() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def ring_samples(ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw samples of the ring, i from (seed, i) alone: points float32 [B, 2], modes int64 [B]."""
-    draws = [noise.generator(seed, int(i), RING) for i in ids]
+    draws = [noise.generator(seed, int(i), noise.RING) for i in ids]
     modes = np.array([rng.integers(RING_MODES) for rng in draws], dtype=np.int64)
     scatter = np.stack([rng.standard_normal(2) for rng in draws])
     return (ring_mixture()[1][modes] + RING_STD * scatter).astype(np.float32), modes

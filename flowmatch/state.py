@@ -59,6 +59,7 @@ class State:
 
         self.net, self.config, self.accelerator, self.run = net, config, accelerator, run
         self.names = [name for name, _ in net.named_parameters()]
+        self.parameters = list(net.parameters())  # walking the modules each step is not free
         device = accelerator.device
         self.step, saved = run.restore()  # every rank reads
         if saved:
@@ -106,7 +107,7 @@ class State:
         that is not finite masks this update and all later ones on the device, until `read` looks.
         With fp16 an update that the scaler skips does not count: it is repeated at half the scale.
         """
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         for group in self.adamw.param_groups:
             group["lr"] = self.lr
         if self.config.precision != "fp16":
@@ -125,7 +126,7 @@ class State:
         self.step += 1
         self.window += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
         self.ema.optimization_step = self.step - 1  # its decay is a function of the step, too
-        self.ema.step(self.net.parameters())
+        self.ema.step(self.parameters)
         return True
 
     def read(self) -> float:  # collective: every rank
@@ -167,7 +168,7 @@ class State:
         """Write the EMA network to `net/` (rank 0); return its files, relative to the run."""
         if not leads():
             return []
-        self.ema.copy_to(self.net.parameters())
+        self.ema.copy_to(self.parameters)
         temporary, final = self.run.folder / "net.tmp", self.run.folder / "net"
         for folder in (temporary, final):
             shutil.rmtree(folder, ignore_errors=True)

@@ -40,6 +40,10 @@ def test_frechet_of_gaussians_is_the_closed_form(d):
     assert metrics.frechet(a, b, None) == pytest.approx(truth, rel=1e-9)
     assert metrics.frechet(b, a, None) == pytest.approx(truth, rel=1e-9)
     assert metrics.frechet(a.float(), b.float(), None) == pytest.approx(truth, rel=1e-5)
+    single = metrics.frechet(a.float(), b.float(), None)
+    assert single == metrics.frechet(
+        a.float().double(), b.float().double(), None
+    )  # nothing rounded
     assert metrics.frechet(a, a, None) == pytest.approx(0, abs=1e-6)
 
 
@@ -308,4 +312,9 @@ def test_a_module_digest_sees_names_types_shapes_and_bytes():
     norms = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     norms[1].num_batches_tracked += 1
     seen |= {metrics.module_digest(norm) for norm in norms}
-    assert len(seen) == 6
+    zeros = [torch.zeros(4), torch.zeros(2, 2), torch.zeros(4, dtype=torch.int32)]
+    for zero in zeros:
+        module = nn.Module()
+        module.register_buffer("a", zero)
+        seen.add(metrics.module_digest(module))
+    assert len(seen) == 9
