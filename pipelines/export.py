@@ -63,7 +63,13 @@ def main(config: ExportConfig, dry_run: bool) -> None:
         f"{type(student.net).__name__} of {student.net.num_parameters():,} parameters, as {kind.name}",
         f"checked in a fresh process without flowmatch at {config.steps} steps",
     ]
+    pictures = [] if config.evaluation is None else sorted(Path(config.evaluation).glob("*.png"))
+    shown = ", ".join(map(str, pictures)) or "none"
+    snippet = kind.snippet.replace("FOLDER", config.run_dir)
+    summary = f"\n{table}\npictures: {shown}\n\n{snippet}"
     if not stage.begin("export", config, inputs, plan, dry_run):
+        if manifest.sealed(config.run_dir):
+            stage.say(summary)
         return
     stage.exit_on_sigterm()
     if not stage.leads():
@@ -92,7 +98,7 @@ def main(config: ExportConfig, dry_run: bool) -> None:
                 f"{WARNING:.0%}; use scheduler_N/ where N is one of {config.steps}"
             )
         folder.seal(written, round=student.round)
-        stage.say(f"\n{kind.snippet.replace('FOLDER', str(folder.folder))}")
+        stage.say(summary)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,10 @@ done
 [ "$status" -eq 0 ] || exit "$status"
 
 for stage in "${stages[@]}"; do
-  if grep "is sealed: nothing to do" "$plans/$stage"; then continue; fi
+  if grep -q "is sealed: nothing to do" "$plans/$stage"; then
+    cat "$plans/$stage"
+    continue
+  fi
   mapfile -t words < <(echo "configs/$name/$stage.yaml"; printf '%s' "${keys[$stage]:-}")
   "$python" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG" \
     -m "pipelines.${module[$stage]}" "${words[@]}"

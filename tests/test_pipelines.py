@@ -1,0 +1,215 @@
+"""Stages in this process, on small networks of every kind: labels, guidance, and what is exported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flowmatch import manifest, nets, noise, pairs, solvers
+from flowmatch.config import UserError, load
+from flowmatch.nets import NetConfig
+from pipelines import evaluate, export, generate_pairs, reflow, train_flow
+
+ROOT = Path(__file__).parent.parent
+UNET = {
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "add_attention": False,
+}
+DIT = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2}
+DIT |= {"norm_num_groups": 4}
+
+
+def run(stage, *words):
+    """Run a stage in this process."""
+    model = next(v for k, v in vars(stage).items() if k.endswith("Config") and k != "DataConfig")
+    models = {
+        train_flow: train_flow.FlowConfig,
+        generate_pairs: generate_pairs.PairsConfig,
+        reflow: reflow.ReflowConfig,
+        evaluate: evaluate.EvaluateConfig,
+        export: export.ExportConfig,
+    }
+    config, _ = load(models.get(stage, model), ["device=cpu", *words])
+    stage.main(config, False)
+
+
+def trained(folder, name, arguments, shape, classes, round_=1):
+    """A sealed training folder with a network whose weights are not near zero."""
+    net = nets.build(NetConfig(name=name, **arguments), shape, classes, 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    files = nets.save(net, folder / "net")
+    facts = {"round": round_, "net": nets.digest(net)}
+    outputs = [f"net/{file}" for file in files]
+    manifest.seal(folder, stage="reflow", config={}, inputs={}, outputs=outputs, **facts)
+    return net.eval()
+
+
+KINDS = {
+    "unet": ("UNet2DModel", UNET, (1, 8, 8), None, "DDPMPipeline"),
+    "unet-labels": ("UNet2DModel", UNET, (3, 8, 8), 4, "ConsistencyModelPipeline"),
+    "dit": ("DiTTransformer2DModel", DIT, (3, 8, 8), 4, "ReflowPipeline"),
+    "mlp-labels": ("VelocityMLP", {"hidden": 16}, (2,), 3, "ReflowPipeline"),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_kind_of_network_is_exported_and_checked(tmp_path, kind, capsys):
+    name, arguments, shape, classes, pipeline = KINDS[kind]
+    trained(tmp_path / "reflow", name, arguments, shape, classes)
+    run(export, f"run_dir={tmp_path}/export", f"student={tmp_path}/reflow", "steps=[1,2]")
+    folder = tmp_path / "export"
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == pipeline
+    if pipeline != "ReflowPipeline":
+        assert {value[0] for value in index.values() if isinstance(value, list)} == {"diffusers"}
+    scheduler = json.loads((folder / "scheduler_flowmatch/scheduler_config.json").read_text())
+    assert scheduler["reflow_round"] == 1
+    card = (folder / "README.md").read_text()
+    assert "| 1 | " in card
+    assert "{" not in card.split("```python")[0]
+    for file in folder.rglob("*.json"):
+        assert file.name == "config.yaml" or str(tmp_path) not in file.read_text()
+    # the lines that the stage prints, as a user would run them, without the package
+    snippet = capsys.readouterr().out.split("\n\n")[-1]
+    code = f"import sys; sys.modules['flowmatch'] = None\n{snippet}\nprint('sampled')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("sampled"), done.stderr
+
+
+def test_an_export_that_differs_is_not_sealed(tmp_path, monkeypatch):
+    trained(tmp_path / "reflow", "UNet2DModel", UNET, (1, 8, 8), None)
+    honest = export.own_samples
+    monkeypatch.setattr(export, "own_samples", lambda student, n: honest(student, n) + 1e-3)
+    with pytest.raises(UserError, match="differs from our solver by 0.001"):
+        run(export, f"run_dir={tmp_path}/export", f"student={tmp_path}/reflow", "steps=[1]")
+    assert not manifest.sealed(tmp_path / "export")
+
+
+def test_an_evaluation_of_another_student_is_refused(tmp_path):
+    trained(tmp_path / "reflow", "UNet2DModel", UNET, (1, 8, 8), None)
+    other = {"student": "somebody else"}
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "table.md").write_text("")
+    manifest.seal(tmp_path / "evaluate", stage="evaluate", config={}, inputs=other, outputs=[])
+    with pytest.raises(UserError, match="scored another student"):
+        run(
+            export,
+            f"run_dir={tmp_path}/export",
+            f"student={tmp_path}/reflow",
+            f"evaluation={tmp_path}/evaluate",
+        )
+
+
+@pytest.mark.parametrize("kind", ["unet-labels", "dit"])
+def test_labels_and_guidance_travel_with_the_pairs(tmp_path, kind):
+    name, arguments, shape, classes, _ = KINDS[kind]
+    net = trained(tmp_path / "flow", name, arguments, shape, classes, round_=0)
+    run(
+        generate_pairs,
+        f"run_dir={tmp_path}/pairs",
+        f"teacher={tmp_path}/flow",
+        *("shards=2", "shard_size=20", "block=8", "compute_batch=8", "guidance=2.5"),
+        *("solver.steps=2", "solver.name=euler", "dtype=float32", "seed=4"),
+    )
+    data = pairs.PairData(tmp_path / "pairs")
+    ids = np.arange(len(data))
+    batch = data.batch(ids)
+    label = torch.from_numpy(noise.labels(4, ids, classes))
+    assert torch.equal(batch["label"], label)
+    assert len(label.unique()) == classes
+    plain = nets.Velocity(net)
+
+    def guided(x, t):
+        null = plain(x, t)
+        return null + 2.5 * (plain(x, t, {"label": label}) - null)
+
+    with torch.no_grad():
+        x1 = solvers.integrate(guided, batch["x0"], solvers.uniform_grid(2))
+    torch.testing.assert_close(batch["x1"], x1, atol=1e-4, rtol=1e-3)
+    facts = manifest.read(tmp_path / "pairs", "pairs")["facts"]
+    assert (facts["evaluations"], facts["classes"], facts["round"]) == (4, classes, 0)
+
+
+def test_a_class_conditional_chain_on_real_digits(tmp_path):
+    """Labels from the data to the pairs to the student; the student refuses pairs without them."""
+    small = ["fit.steps=8", "fit.batch_size=16", "fit.log_every=4", "fit.warmup=2"]
+    data = ["data.source=digits", "data.labels=true"]
+    network = [f"net={json.dumps({'name': 'UNet2DModel', **UNET})}"]
+    run(train_flow, f"run_dir={tmp_path}/flow", *data, *network, *small)
+    few = ["shards=1", "shard_size=64", "block=16", "compute_batch=32", "solver.steps=2"]
+    run(generate_pairs, f"run_dir={tmp_path}/pairs", f"teacher={tmp_path}/flow", *few)
+    entry = f"pairs=[{{path: {tmp_path}/pairs}}]"
+    run(reflow, f"run_dir={tmp_path}/reflow", f"start={tmp_path}/flow", entry, *small)
+    run(
+        evaluate,
+        f"run_dir={tmp_path}/evaluate",
+        f"teacher={tmp_path}/flow",
+        f"student={tmp_path}/reflow",
+        *(*data, "samples=64", "steps=[1]", "converged_steps=1", "guidance=1.5"),
+        "features=values",
+    )
+    rows = json.loads((tmp_path / "evaluate/metrics.json").read_text())["student"]["rows"]
+    assert [row["evaluations"] for row in rows] == [2, 4]  # guidance counts two
+    run(train_flow, f"run_dir={tmp_path}/plain", "data.source=digits", *network, *small)
+    with pytest.raises(UserError, match="has labels; the network at start= takes none"):
+        run(reflow, f"run_dir={tmp_path}/no", f"start={tmp_path}/plain", entry, *small)
+
+
+def test_several_sets_of_pairs_mix_by_weight(tmp_path):
+    net = {"name": "VelocityMLP", "hidden": 8}
+    small = ["fit.steps=3", "fit.batch_size=10", "fit.log_every=1"]
+    run(
+        train_flow,
+        f"run_dir={tmp_path}/flow",
+        *("data.source=ring", "data.samples=50", f"net={json.dumps(net)}", *small),
+    )
+    for number in (0, 1):
+        run(
+            generate_pairs,
+            f"run_dir={tmp_path}/pairs{number}",
+            f"teacher={tmp_path}/flow",
+            *("shards=1", "shard_size=40", "compute_batch=40", "solver.steps=1", f"seed={number}"),
+        )
+    sets = [{"path": f"{tmp_path}/pairs0", "weight": 4}, {"path": f"{tmp_path}/pairs1"}]
+    words = [f"start={tmp_path}/flow", f"pairs={json.dumps(sets)}", *small]
+    run(reflow, f"run_dir={tmp_path}/reflow", *words)
+    seal = manifest.read(tmp_path / "reflow", "student")
+    assert seal["config"]["pairs"] == [{"weight": 4.0}, {"weight": 1.0}]
+    assert set(seal["inputs"]) == {"start", "pairs.0", "pairs.1"}
+    with pytest.raises(UserError, match="no place in a batch of 10"):
+        sets[1]["weight"] = 0.01
+        run(
+            reflow,
+            f"run_dir={tmp_path}/no",
+            f"start={tmp_path}/flow",
+            f"pairs={json.dumps(sets)}",
+            *small,
+        )
+
+
+def test_reflow_sh_names_what_it_does_not_know():
+    def call(*words):
+        script = str(ROOT / "scripts/reflow.sh")
+        done = subprocess.run(["bash", script, *words], capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    for words, expected in (
+        ([], "no NAME"),
+        (["nothing"], "configs/nothing does not exist"),
+        (["ring", "flw.fit.steps=3"], "flw.fit.steps=3 is not STAGE.key=value"),
+        (["ring", "flow"], "flow is not STAGE.key=value"),
+    ):
+        code, err = call(*words)
+        assert code == 2
+        assert expected in err
