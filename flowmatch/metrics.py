@@ -6,6 +6,7 @@ real data to real data at the same number of samples (`floor`).
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -206,6 +207,35 @@ def accuracy(net: Classifier, data: Any, ids: np.ndarray) -> float:
         found = data.batch(part)
         right += int((net.logits(found["x1"]).argmax(1) == found["label"]).sum())
     return right / len(ids)
+
+
+class Inception(nn.Module):
+    """Inception's features of images, as published FIDs use them, from weights that are given.
+
+    forward(x: [B, 1 or 3, H, W] in [-1, 1]) -> [B, 2048]. weights: torch-fidelity's file
+    (pt_inception-2015-12-05-*.pth). Nothing is downloaded. Raises UserError where the file or the
+    library is not there.
+    """
+
+    num_features = 2048
+
+    def __init__(self, weights: str):
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        super().__init__()
+        if not Path(weights).is_file():
+            raise UserError(f"inception_weights={weights}: no such file")
+        try:
+            self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
+        except ImportError as error:
+            raise UserError(
+                f"features='inception' needs torch-fidelity (pip install torch-fidelity): {error}"
+            ) from None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the features of x."""
+        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+        return self.net(((x.clamp(-1, 1) + 1) * 127.5).round().byte())
 
 
 def module_digest(module: nn.Module) -> str:

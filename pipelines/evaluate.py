@@ -41,8 +41,13 @@ class EvaluateConfig(stage.StageConfig):
     distance: Literal["auto", "frechet", "sliced_wasserstein"] = option(
         "auto", "distance of sets; auto: frechet for images, sliced_wasserstein for points"
     )
-    features: Literal["classifier", "values"] = option(
-        "classifier", "what frechet looks at: a classifier trained on the data here, or the values"
+    features: Literal["classifier", "values", "inception"] = option(
+        "classifier",
+        "what frechet looks at: features of a classifier trained on the data here, the values "
+        "themselves, or Inception's features where its weights are given",
+    )
+    inception_weights: str | None = option(
+        None, "torch-fidelity's weights file of Inception; nothing is downloaded", run=True
     )
 
 
@@ -71,6 +76,11 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
                     raise UserError(
                         f"{name} makes samples of {list(model.shape)}; data holds {list(real.shape)}"
                     )
+    inception = None
+    if config.features == "inception":
+        with faults:
+            inception = metrics.Inception(config.inception_weights or "(not given)")
+            inputs["inception"] = metrics.module_digest(inception)
     faults.check()
     samples = min(config.samples, real.count)
     kind = config.distance
@@ -91,7 +101,7 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
         }
         rows = {name: sampler.rows() for name, sampler in sampled.items()}  # collective: every rank
         if stage.leads():
-            result = score(config, real, sampled, rows, kind)
+            result = score(config, real, sampled, rows, kind, inception)
             write(folder, result, rows)
     accelerator.end_training()
 
@@ -164,10 +174,13 @@ def score(
     samplers: dict[str, Sampler],
     rows: dict[str, list[Row]],
     kind: str,
+    inception: metrics.Inception | None,
 ) -> dict[str, Any]:
     """Measure the distances of all rows, and write down the protocol."""
-    n = samplers["teacher"].samples
-    reference = data.reference(dataclasses.replace(real, flip=False), n, config.seed)["x1"]
+    n, device = samplers["teacher"].samples, samplers["teacher"].accelerator.device
+    reference = data.reference(dataclasses.replace(real, flip=False), n, config.seed)["x1"].to(
+        device
+    )
     protocol: dict[str, Any] = {
         "distance": kind,
         "samples": n,
@@ -180,21 +193,18 @@ def score(
     }
     if kind == "sliced_wasserstein":
         distance: Callable[[Tensor, Tensor], float] = metrics.sliced_wasserstein
-    elif config.features == "classifier":
-        net, accuracy = metrics.train_classifier(real, config.seed)
-        protocol["features"] = {
-            "module": "classifier trained on the real data",
-            "sha256": metrics.module_digest(net),
-            "held_out_accuracy": accuracy,
-        }
+    else:
+        net: Any = inception
+        protocol["features"] = {"name": config.features}
+        if config.features == "classifier":
+            net, accuracy = metrics.train_classifier(real, config.seed)
+            protocol["features"]["held_out_accuracy"] = accuracy
+        if net is not None:
+            protocol["features"]["sha256"] = metrics.module_digest(net)
+            net.to(device)
 
         def distance(a: Tensor, b: Tensor) -> float:
             return metrics.frechet(a, b, net)
-    else:
-        protocol["features"] = "the values themselves"
-
-        def distance(a: Tensor, b: Tensor) -> float:
-            return metrics.frechet(a, b, None)
 
     floor, half = metrics.floor(reference, distance)
     result: dict[str, Any] = {"protocol": protocol, "floor": {"distance": floor, "samples": half}}
@@ -202,11 +212,12 @@ def score(
     for name, found in rows.items():
         result[name] = {"round": samplers[name].round, **samplers[name].straightness(), "rows": []}
         for row in found:
+            x = (row.x.clamp(-1, 1) if real.images else row.x).to(device)
             result[name]["rows"].append(
                 {
                     "steps": row.steps,
                     "evaluations": row.evaluations,
-                    "distance": distance(reference, row.x.clamp(-1, 1) if real.images else row.x),
+                    "distance": distance(reference, x),
                     "rmse": (row.x - truth).square().mean().sqrt().item(),
                 }
             )

@@ -1,5 +1,6 @@
 """Metrics: closed forms first, then what each distance must not depend on, then the refusals."""
 
+import importlib.util
 import math
 from pathlib import Path
 
@@ -318,3 +319,12 @@ def test_a_module_digest_sees_names_types_shapes_and_bytes():
         module.register_buffer("a", zero)
         seen.add(metrics.module_digest(module))
     assert len(seen) == 9
+
+
+def test_inception_is_used_only_where_its_weights_are_given(tmp_path):
+    with pytest.raises(UserError, match="inception_weights=nowhere: no such file"):
+        metrics.Inception("nowhere")
+    (tmp_path / "weights.pth").write_bytes(b"")
+    if importlib.util.find_spec("torch_fidelity") is None:
+        with pytest.raises(UserError, match="needs torch-fidelity"):
+            metrics.Inception(str(tmp_path / "weights.pth"))

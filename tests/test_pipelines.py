@@ -27,17 +27,18 @@ DIT = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patc
 DIT |= {"norm_num_groups": 4}
 
 
+MODELS = {
+    train_flow: train_flow.FlowConfig,
+    generate_pairs: generate_pairs.PairsConfig,
+    reflow: reflow.ReflowConfig,
+    evaluate: evaluate.EvaluateConfig,
+    export: export.ExportConfig,
+}
+
+
 def run(stage, *words):
     """Run a stage in this process."""
-    model = next(v for k, v in vars(stage).items() if k.endswith("Config") and k != "DataConfig")
-    models = {
-        train_flow: train_flow.FlowConfig,
-        generate_pairs: generate_pairs.PairsConfig,
-        reflow: reflow.ReflowConfig,
-        evaluate: evaluate.EvaluateConfig,
-        export: export.ExportConfig,
-    }
-    config, _ = load(models.get(stage, model), ["device=cpu", *words])
+    config, _ = load(MODELS[stage], ["device=cpu", *words])
     stage.main(config, False)
 
 
@@ -187,15 +188,10 @@ def test_several_sets_of_pairs_mix_by_weight(tmp_path):
     seal = manifest.read(tmp_path / "reflow", "student")
     assert seal["config"]["pairs"] == [{"weight": 4.0}, {"weight": 1.0}]
     assert set(seal["inputs"]) == {"start", "pairs.0", "pairs.1"}
+    sets[1]["weight"] = 0.01
+    words = [f"start={tmp_path}/flow", f"pairs={json.dumps(sets)}", *small]
     with pytest.raises(UserError, match="no place in a batch of 10"):
-        sets[1]["weight"] = 0.01
-        run(
-            reflow,
-            f"run_dir={tmp_path}/no",
-            f"start={tmp_path}/flow",
-            f"pairs={json.dumps(sets)}",
-            *small,
-        )
+        run(reflow, f"run_dir={tmp_path}/no", *words)
 
 
 def test_reflow_sh_names_what_it_does_not_know():
