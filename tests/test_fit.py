@@ -170,8 +170,15 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, stop_at):
 
     with pytest.raises(Stopped):
         train(tmp_path / "b", stream=stopping)
-    resumed, again = train(tmp_path / "b")
+    seen = []
+
+    def watched(counters):
+        seen.append(int(counters[0]) // 32)
+        return stream(counters)
+
+    resumed, again = train(tmp_path / "b", stream=watched)
     assert resumed == undisturbed
+    assert min(seen) == stop_at // 16 * 16  # from the newest checkpoint, not from the start
     assert [(x["step"], x["loss"], x["lr"]) for x in again] == [
         (x["step"], x["loss"], x["lr"]) for x in lines
     ]

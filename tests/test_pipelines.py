@@ -142,7 +142,7 @@ def test_labels_and_guidance_travel_with_the_pairs(tmp_path, kind):
     assert (facts["evaluations"], facts["classes"], facts["round"]) == (4, classes, 0)
 
 
-def test_a_class_conditional_chain_on_real_digits(tmp_path):
+def test_a_class_conditional_chain_on_real_digits(tmp_path, monkeypatch):
     """Labels from the data to the pairs to the student; the student refuses pairs without them."""
     small = ["fit.steps=8", "fit.batch_size=16", "fit.log_every=4", "fit.warmup=2"]
     data = ["data.source=digits", "data.labels=true"]
@@ -152,6 +152,13 @@ def test_a_class_conditional_chain_on_real_digits(tmp_path):
     run(generate_pairs, f"run_dir={tmp_path}/pairs", f"teacher={tmp_path}/flow", *few)
     entry = f"pairs=[{{path: {tmp_path}/pairs}}]"
     run(reflow, f"run_dir={tmp_path}/reflow", f"start={tmp_path}/flow", entry, *small)
+    streams, honest = [], noise.normal
+
+    def recorded(seed, ids, shape, stream):
+        streams.append(stream)
+        return honest(seed, ids, shape, stream)
+
+    monkeypatch.setattr(noise, "normal", recorded)
     run(
         evaluate,
         f"run_dir={tmp_path}/evaluate",
@@ -162,6 +169,7 @@ def test_a_class_conditional_chain_on_real_digits(tmp_path):
     )
     rows = json.loads((tmp_path / "evaluate/metrics.json").read_text())["student"]["rows"]
     assert [row["evaluations"] for row in rows] == [2, 4]  # guidance counts two
+    assert set(streams) == {noise.EVALUATION}  # a student is never scored on the noise of its pairs
     run(train_flow, f"run_dir={tmp_path}/plain", "data.source=digits", *network, *small)
     with pytest.raises(UserError, match="has labels; the network at start= takes none"):
         run(reflow, f"run_dir={tmp_path}/no", f"start={tmp_path}/plain", entry, *small)
