@@ -9,63 +9,83 @@ This file needs torch and diffusers alone, so that it can be copied beside expor
 """
 
 import numbers
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-
-@dataclass
-class Interval:
-    """One step of the grid under way: where it began, and what the network said so far."""
-
-    x: Tensor  # the state at sigma, float32 or float64
-    sigma: float
-    h: float  # sigma of the next point less this one's: negative
-    outputs: list[Tensor] = field(default_factory=list)  # of the network, one a finished stage
-
-
-def euler(step: Interval) -> Tensor:
-    """Follow the slope at the beginning."""
-    return step.x + step.h * step.outputs[0]
-
-
-def heun(step: Interval) -> Tensor:
-    """Follow the slope at the beginning, then the mean of it and the one found there."""
-    if len(step.outputs) == 1:
-        return step.x + step.h * step.outputs[0]
-    return step.x + 0.5 * step.h * (step.outputs[0] + step.outputs[1])
-
-
-# A solver evaluates the network at these places of a step (0: sigma, 1: sigma_next; the first is
-# 0), and after each evaluation says where the next one is or, after the last, where the step ends.
-SOLVERS: dict[str, tuple[tuple[float, ...], Callable[[Interval], Tensor]]] = {
-    "euler": ((0.0,), euler),
-    "heun": ((0.0, 1.0), heun),
+# A solver is the stages of its step: each evaluates the network, then goes from the beginning of the
+# step to a place in it (0: sigma, 1: sigma_next) along the mean of all slopes so far, with weights.
+# The first evaluation is at place 0, each later one where the stage before it went.
+Stage = tuple[float, tuple[int, ...]]  # (place, weights)
+SOLVERS: dict[str, tuple[Stage, ...]] = {
+    "euler": ((1, (1,)),),
+    "midpoint": ((0.5, (1,)), (1, (0, 1))),
+    "heun": ((1, (1,)), (1, (1, 1))),
+    "rk4": ((0.5, (1,)), (0.5, (0, 1)), (1, (0, 0, 1)), (1, (1, 2, 2, 1))),
+    "ab2": ((1, (1,)),),  # its first step; the others are `adams_bashforth`
 }
+
+
+def runge_kutta(x: Tensor, h: float, slopes: list[Tensor], stage: Stage) -> Tensor:
+    """Do one stage of the table in a step of length h (negative: sigma falls)."""
+    place, weights = stage
+    total = sum(weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight)
+    return x + h * place / sum(weights) * total
+
+
+def adams_bashforth(x: Tensor, h: float, slope: Tensor, before: tuple[float, Tensor]) -> Tensor:
+    """Follow the line through this slope and the last step's. before: that step's h and slope."""
+    back = h / (2 * before[0])
+    return x + h * ((1 + back) * slope - back * before[1])
+
+
+def stochastic(
+    x: Tensor, sigma: float, after: float, slope: Tensor, eta: float, churn: float, generator: Any
+) -> Tensor:
+    """Do an Euler step to sigma = after, and exchange some of the noise in x for fresh noise z.
+
+    eta: DDIM's step to data + after (rho noise + sqrt(1 - rho^2) z), which is DDPM's for eta = 1
+    (arXiv 2010.02502, 12 and 16). churn: Euler-Maruyama on the SDE with the same marginals,
+    dx = [v + w^2 score / 2] dt + w dW with w^2 = 2 churn sigma, so that the drift is
+    (1 + churn t) v - churn x = v - churn noise in the math's time t. The last step draws nothing.
+    """
+    h = after - sigma
+    if eta:
+        kept = (1 - sigma) * after / ((1 - after) * sigma)
+        share = eta * (1 - kept**2) ** 0.5  # sqrt(1 - rho^2)
+        lost, fresh = after * (1 - (1 - share**2) ** 0.5), after * share
+    else:
+        lost, fresh = -churn * h, (-2 * churn * sigma * h) ** 0.5
+    end = x + h * slope - lost * (x + (1 - sigma) * slope)
+    if after == 0:
+        return end
+    return end + fresh * randn_tensor(x.shape, generator, x.device, x.dtype)
 
 
 class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
     """Integrate a rectified flow in N uniform steps, or on a grid of one's own.
 
     num_train_timesteps: timestep = num_train_timesteps * sigma; 1000 for every network of ours.
-    solver: "euler" (one evaluation a step) or "heun" (two, the last step included: second order).
-    reflow_round: how often the flow was rectified (0: independent coupling); None is unknown. It is
-    a record for samplers that hold for some rounds only, and changes nothing here.
+    solver: "euler" (first order), "midpoint" or "heun" (second, two evaluations a step), "rk4"
+    (fourth, four), "ab2" (second with one: it looks back a step; its first step is Euler's).
+    reflow_round: how often the flow was rectified (0: independent coupling); None is unknown.
+    eta, churn: with "euler", one of them draws fresh noise: DDIM with eta in [0, 1] (1: DDPM), or the
+    SDE with w^2 = 2 churn sigma, churn in [0, 2]. Both take a score from the velocity, which holds
+    for an independent coupling only: refused for reflow_round >= 1.
 
     The scheduler is a state machine: `timesteps` lists every evaluation of the network, `order` of
     them a step, and `sigmas` the sigma of each and a closing 0. Call `step` once for each timestep.
 
-    The state is never half precision. Arithmetic is in float32 (float64 for a float64 sample), and
-    the result has the dtype of the SAMPLE passed in, not of the network's output: keep the sample
-    in float32 and a half-precision network does not round it. A stock pipeline hands such a network
-    half-precision samples; it gets them back so, while the scheduler remembers the float32 value
-    behind each and goes on from that wherever the sample comes back unchanged.
+    The state is never half precision: arithmetic is in float32 (float64 for a float64 sample), and
+    the result has the dtype of the SAMPLE passed in, not of the network's output. Where a stock
+    pipeline passes half-precision samples, it gets them back so; the scheduler remembers the
+    float32 value behind each and goes on from that wherever the sample comes back unchanged.
     """
 
     if __name__.startswith("flowmatch."):  # not as remote code, where there is no such package
@@ -77,14 +97,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         "FlowMatchHeunDiscreteScheduler",
         "DPMSolverMultistepScheduler",
     ]
-    order = 1
     init_noise_sigma = 1.0
-
-    num_inference_steps: int | None
-    _step_index: int | None
-    _begin_index: int | None
-    _interval: Interval | None  # the step under way
-    _unrounded: Tensor | None  # the float32 state behind a half-precision sample just returned
 
     @register_to_config
     def __init__(
@@ -92,45 +105,37 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         solver: str = "euler",
         reflow_round: int | None = None,
+        eta: float = 0.0,
+        churn: float = 0.0,
     ):
-        if solver not in SOLVERS:
-            raise ValueError(f"solver={solver!r}: expected one of {', '.join(SOLVERS)}")
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps={num_train_timesteps}: expected at least 1")
-        if reflow_round is not None and reflow_round < 0:
-            raise ValueError(f"reflow_round={reflow_round}: expected None, or 0, 1, 2, ...")
+        noise, noisy = f"eta={eta}, churn={churn}", bool(eta or churn)
+        in_range = 0 <= eta <= 1 and 0 <= churn <= 2  # NaN is not
+        for wrong, message in (
+            (solver not in SOLVERS, f"solver={solver!r}: expected one of {', '.join(SOLVERS)}"),
+            (num_train_timesteps < 1, f"{num_train_timesteps=}: expected at least 1"),
+            ((reflow_round or 0) < 0, f"{reflow_round=}: expected None, or 0, 1, 2, ..."),
+            (not in_range, f"{noise}: expected eta in [0, 1] and churn in [0, 2]"),
+            (eta and churn, f"{noise}: these are two samplers; leave one of them at 0"),
+            (noisy and solver != "euler", f"{noise} with {solver=}: only Euler's steps take noise"),
+            (
+                noisy and reflow_round,
+                f"{noise} with {reflow_round=}: after reflow noise and data are not independent, so"
+                " the velocity gives no score, which these samplers need; leave both at 0",
+            ),
+        ):
+            if wrong:
+                raise ValueError(message)
         # A saved config lists every argument. Those at their default count as not given, so that
         # another class's from_config warns only where something would be lost.
-        defaults = {"num_train_timesteps": 1000, "solver": "euler", "reflow_round": None}
-        plain = [key for key, value in defaults.items() if self.config[key] == value]
+        defaults = {"num_train_timesteps": 1000, "solver": "euler", "eta": 0.0, "churn": 0.0}
+        plain = [key for key in self.config if self.config[key] == defaults.get(key)]
         self.register_to_config(_use_default_values=plain)
-        self._places, self._advance = SOLVERS[solver]
-        self.order = len(self._places)
-        self.num_inference_steps = None
-        sigmas = _uniform(num_train_timesteps)
-        self._lay_out(sigmas, sigmas * num_train_timesteps, None)
+        self.order = len(SOLVERS[solver])
+        self.set_timesteps(num_train_timesteps)
+        self.num_inference_steps: int | None = None  # the grid is not chosen yet
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
-
-    @property
-    def step_index(self) -> int | None:
-        """Position in `timesteps` of the next evaluation; None before the first."""
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int | None:
-        """Position at which the first step begins, if `set_begin_index` gave one."""
-        return self._begin_index
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin at timesteps[begin_index], a multiple of `order` (image to image)."""
-        if not 0 <= begin_index < len(self.timesteps) or begin_index % self.order:
-            raise ValueError(
-                f"begin_index={begin_index}: expected a multiple of order={self.order} below "
-                f"{len(self.timesteps)}, the number of timesteps"
-            )
-        self._begin_index = begin_index
 
     def set_timesteps(
         self,
@@ -143,20 +148,17 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         """Choose the grid, and start afresh.
 
         Give one of num_inference_steps: N steps at sigma = 1 - i/N; sigmas: strictly falling, in
-        (0, 1], without the final 0; timesteps: the same times num_train_timesteps. (The first may
-        stand beside another whose length it is.) device: where `timesteps` go; `sigmas` stay on the
-        CPU. mu: ignored, as by the stock class without dynamic shifting: some pipelines always pass
-        it, and this grid is never shifted. Raises ValueError for any other grid.
+        (0, 1], without the final 0; timesteps: the same times num_train_timesteps. device: where
+        `timesteps` go; `sigmas` stay on the CPU. mu: ignored, as by the stock class without dynamic
+        shifting: some pipelines always pass it. Raises ValueError for any other grid.
         """
         steps = num_inference_steps
-        if steps is not None and not (isinstance(steps, numbers.Integral) and steps >= 1):
-            raise ValueError(f"num_inference_steps={steps}: expected an integer of at least 1")
         if sigmas is not None and timesteps is not None:
             raise ValueError("both sigmas and timesteps are given: one grid; give one of them")
         if sigmas is None and timesteps is None:
-            if steps is None:
-                raise ValueError("no grid is given: pass num_inference_steps, sigmas or timesteps")
-            sigmas = _uniform(steps)
+            if not isinstance(steps, numbers.Integral) or steps < 1:
+                raise ValueError(f"num_inference_steps={steps}: expected an integer of at least 1")
+            sigmas = _uniform(int(steps))
         given, top = (sigmas, 1) if timesteps is None else (timesteps, len(self))
         name = "sigmas" if timesteps is None else "timesteps"
         points = torch.as_tensor(given, dtype=torch.float32, device="cpu")
@@ -167,10 +169,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
                 "the final 0 is appended by the scheduler"
             )
         if steps not in (None, len(points)):
-            raise ValueError(
-                f"num_inference_steps={steps}, but {name} has {len(points)} entries; "
-                "leave num_inference_steps out"
-            )
+            raise ValueError(f"num_inference_steps={steps}, but {name} has {len(points)} entries")
         self.num_inference_steps = len(points)
         # in float32, so that both are bit for bit what the stock class makes of either
         both = (points, points * len(self)) if timesteps is None else (points / top, points)
@@ -178,7 +177,8 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def _lay_out(self, sigmas: Tensor, times: Tensor, device: Any) -> None:
         """List the evaluations of a grid. sigmas, times: float32 [N], without the final 0."""
-        place = torch.tensor(self._places, dtype=torch.float64)
+        places = [0.0, *(place for place, _ in SOLVERS[self.config["solver"]])]
+        place = torch.tensor(places[:-1], dtype=torch.float64)
         zero = sigmas.new_zeros(1)
         grid, time = (torch.cat([points, zero]).double() for points in (sigmas, times))
         # in float64 places 0 and 1 are exactly the points of the grid
@@ -190,10 +190,20 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = timesteps.to(device)
         self._grid: list[float] = grid.tolist()
         self._times: list[float] = timesteps.tolist()
-        self._step_index = None
-        self._begin_index = None
-        self._interval = None
-        self._unrounded = None
+        self.step_index: int | None = None  # in `timesteps`, of the next evaluation
+        self.begin_index: int | None = None  # and of the first, where set_begin_index gave it
+        self._slopes: list[Tensor] = []  # noise - data, one a finished stage of the step under way
+        self._before: tuple[float, Tensor] | None = None  # h and slope of the last step, for AB2
+        self._unrounded: Tensor | None = None  # the state behind a half-precision sample returned
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin at timesteps[begin_index], a multiple of `order` (image to image)."""
+        if not 0 <= begin_index < len(self.timesteps) or begin_index % self.order:
+            raise ValueError(
+                f"begin_index={begin_index}: expected a multiple of order={self.order} below "
+                f"{len(self.timesteps)}, the number of timesteps"
+            )
+        self.begin_index = begin_index
 
     def index_for_timestep(
         self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None
@@ -205,13 +215,14 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         """
         time = _one_time(timestep)
         times = self._times if schedule_timesteps is None else schedule_timesteps.tolist()
-        for index in range(0, len(times), self.order):
-            if times[index] == time:
-                return index
-        raise ValueError(
-            f"timestep={time:g}: no step of this schedule begins there; pass one of "
-            f"scheduler.timesteps: {_listed(times[:: self.order])}"
-        )
+        starts = times[:: self.order]
+        if time not in starts:
+            listed = ", ".join(f"{start:g}" for start in starts[:8])
+            raise ValueError(
+                f"timestep={time:g}: no step of this schedule begins there; pass one of "
+                f"scheduler.timesteps: [{listed}{', ...' * (len(starts) > 8)}]"
+            )
+        return self.order * starts.index(time)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """Return the sample as it is: a flow network takes it unscaled."""
@@ -229,9 +240,10 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
 
         model_output: noise - data, [B, ...] as sample. timestep: the entry of `timesteps` whose
         turn it is. sample: the noise, or what `step` returned last; within a step (Heun's second
-        evaluation) it is not read, the step goes on from its beginning. generator: pipelines pass
-        it; these solvers draw nothing. Returns prev_sample in the dtype of sample. Raises
-        ValueError for an integer timestep, one whose turn it is not, and a call past the end.
+        evaluation) it is not read, the step goes on from its beginning. generator: what eta and
+        churn draw from, one, or one a sample, which then does not depend on its batch; torch's own
+        where a pipeline passes none (StableDiffusion3Pipeline). Returns prev_sample in the dtype of
+        sample. Raises ValueError for an integer timestep, or one whose turn it is not.
         """
         time = _one_time(timestep)
         if self.num_inference_steps is None:
@@ -241,43 +253,48 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
                 f"model_output is {list(model_output.shape)}, sample {list(sample.shape)}: expected"
                 " the same; a network that predicts a variance too is no velocity network"
             )
-        index = self._step_index if self._step_index is not None else self._begin_index
+        if isinstance(generator, list) and len(generator) != len(sample):
+            raise ValueError(f"generator is a list of {len(generator)}: expected {len(sample)}")
+        index = self.step_index if self.step_index is not None else self.begin_index
         if index is None:
             index = self.index_for_timestep(time)
         if index >= len(self._times):
             raise ValueError(
-                f"step past the end: all {len(self._times)} evaluations of this schedule are done; "
-                "call scheduler.set_timesteps before the next sample"
+                f"step past the end: all {len(self._times)} evaluations are done; call set_timesteps"
             )
         if time != self._times[index]:
             raise ValueError(
                 f"timestep={time:g}, but evaluation {index} of this schedule is at "
-                f"{self._times[index]:g}; go through scheduler.timesteps in order: "
-                f"{_listed(self._times)}"
+                f"{self._times[index]:g}; go through scheduler.timesteps in order"
             )
-        if self._interval is None:
-            x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        if not self._slopes:
+            self._x = sample.to(torch.promote_types(sample.dtype, torch.float32))
             kept = self._unrounded
-            if kept is not None and kept.shape == x.shape and kept.device == x.device:
-                x = torch.where(kept.to(sample.dtype) == sample, kept, x)
-            sigma, sigma_next = self._grid[index // self.order :][:2]
-            self._interval = Interval(x, sigma, sigma_next - sigma)
-        step = self._interval
-        step.outputs.append(model_output.to(step.x.dtype))
-        following = self._advance(step)
-        prev_sample = following.to(sample.dtype)
-        self._step_index = index + 1
-        if self._step_index % self.order == 0:
-            self._interval = None
-            self._unrounded = following if prev_sample.dtype != following.dtype else None
+            if kept is not None and kept.shape == sample.shape and kept.device == sample.device:
+                self._x = torch.where(kept.to(sample.dtype) == sample, kept, self._x)
+        x, slopes = self._x, [*self._slopes, model_output.to(self._x.dtype)]
+        solver, eta, churn = (self.config[key] for key in ("solver", "eta", "churn"))
+        turn, stage = divmod(index, self.order)
+        sigma, after = self._grid[turn : turn + 2]
+        if eta or churn:
+            end = stochastic(x, sigma, after, slopes[0], eta, churn, generator)
+        elif self._before is not None:
+            end = adams_bashforth(x, after - sigma, slopes[0], self._before)
+        else:
+            end = runge_kutta(x, after - sigma, slopes, SOLVERS[solver][stage])
+        prev_sample = end.to(sample.dtype)
+        self.step_index, self._slopes = index + 1, slopes
+        if stage + 1 == self.order:
+            self._slopes = []
+            self._before = (after - sigma, slopes[0]) if solver == "ab2" else None
+            self._unrounded = end if prev_sample.dtype != end.dtype else None
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
     def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
         """Put data on the straight path, sigma noise + (1 - sigma) sample (arXiv 2209.03003).
 
-        sample, noise: [B, ...]; timestep: a number, 0-dim, [1] or [B], anywhere in [0, 1000]: it
-        need not be on the schedule, and an integer is a time like any other. Computed in float32,
-        returned in the dtype of sample.
+        sample, noise: [B, ...]; timestep: a number, 0-dim, [1] or [B], anywhere in [0, 1000], on the
+        schedule or not, integer or not. Computed in float32, returned in the dtype of sample.
         """
         dtype = torch.promote_types(sample.dtype, torch.float32)
         time = torch.as_tensor(timestep, dtype=dtype, device=sample.device)
@@ -301,17 +318,12 @@ def _uniform(steps: int) -> Tensor:
 
 def _one_time(timestep: Any) -> float:
     """Read one float timestep, rounded to float32 as the schedule is; refuse integers."""
-    tensor = torch.is_tensor(timestep)
-    if tensor and timestep.numel() != 1:
-        raise ValueError(f"timestep is {list(timestep.shape)}: expected one for the whole batch")
-    if isinstance(timestep, numbers.Integral) or (tensor and not timestep.is_floating_point()):
+    time = torch.as_tensor(timestep)
+    if time.numel() != 1:
+        raise ValueError(f"timestep is {list(time.shape)}: expected one for the whole batch")
+    if not time.is_floating_point():
         raise ValueError(
             f"timestep={timestep} is an integer, so an index or a rounded time; pass one of "
             "scheduler.timesteps, which are floats"
         )
-    return torch.tensor(float(timestep), dtype=torch.float32).item()
-
-
-def _listed(times: list[float]) -> str:
-    """Write a schedule for an error, or at least its beginning."""
-    return f"[{', '.join(f'{time:g}' for time in times[:8])}{', ...' * (len(times) > 8)}]"
+    return time.float().item()

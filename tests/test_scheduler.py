@@ -13,9 +13,12 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
+from diffusers.utils.torch_utils import randn_tensor
 
 import flowmatch
+from flowmatch.pipeline import ReflowPipeline
 from flowmatch.scheduler import SOLVERS, RectifiedFlowScheduler
+from tests.textbook import textbook
 
 torch.set_num_threads(1)
 
@@ -26,16 +29,68 @@ def output(x, t):
     return torch.cos(2 * x) * (1 + sigma) + 0.5 * x * sigma
 
 
-def run(scheduler, x, net=output):
+def run(scheduler, x, net=output, generator=None):
     for t in scheduler.timesteps:
-        x = scheduler.step(net(x, t), t, x).prev_sample
+        x = scheduler.step(net(x, t), t, x, generator=generator).prev_sample
     return x
 
 
-def sample(steps, solver, x, net=output):
-    scheduler = RectifiedFlowScheduler(solver=solver)
-    scheduler.set_timesteps(steps)
-    return run(scheduler, x, net)
+def sample(grid, solver, x, net=output, generator=None, **config):
+    """Sample by the scheduler. grid: a number of steps, or sigmas."""
+    scheduler = RectifiedFlowScheduler(solver=solver, **config)
+    if isinstance(grid, int):
+        scheduler.set_timesteps(grid)
+    else:
+        scheduler.set_timesteps(sigmas=grid)
+    return run(scheduler, x, net, generator)
+
+
+def seeded(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+def expected(grid, solver, x, net=output):
+    """Sample by the textbook's loop, in the math's time."""
+
+    def v(x, t):
+        return -net(x, torch.tensor(1000 * (1 - t), dtype=torch.float64))
+
+    return textbook(v, x, times_of(grid), solver)
+
+
+def times_of(grid):
+    """List the math's times, 0 to 1, of a number of steps or of sigmas."""
+    sigmas = [1 - i / grid for i in range(grid)] if isinstance(grid, int) else grid
+    return [*(1 - sigma for sigma in sigmas), 1.0]
+
+
+class Mixture:
+    """Noise - data for data in a mixture of pi_k N(mu_k, s_k^2 I), exact."""
+
+    pi = torch.tensor([0.4, 0.6], dtype=torch.float64)
+    mu = torch.tensor([[1.5, 0.0], [-1.0, 1.0]], dtype=torch.float64)
+    var = torch.tensor([0.5, 0.8], dtype=torch.float64) ** 2
+
+    def __call__(self, x, timestep):
+        sigma = timestep.double() / 1000
+        t = 1 - sigma
+        c = t**2 * self.var + sigma**2  # [K]
+        apart = x[:, None] - t * self.mu  # [B, K, D]
+        log = self.pi.log() - apart.square().sum(-1) / (2 * c) - c.log() * x.shape[1] / 2
+        gamma = log.softmax(-1)[..., None]
+        slope = ((t * self.var - sigma) / c)[:, None]
+        return -(gamma * (self.mu + slope * apart)).sum(1)
+
+
+def gaussian(std):
+    """Noise - data for data in N(0, std^2), exact, float64."""
+
+    def net(x, timestep):
+        sigma = timestep.double() / 1000
+        t = 1 - sigma
+        return (sigma - t * std**2) / (t**2 * std**2 + sigma**2) * x
+
+    return net
 
 
 def noise(*shape, dtype=torch.float32):
@@ -105,24 +160,31 @@ def test_straight_flow_is_exact(solver, steps):
     torch.testing.assert_close(end, data.float(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_heun_is_plain_heun(steps):
-    x = state = noise(6, 2, dtype=torch.float64)
-    grid = torch.tensor([*(1 - i / steps for i in range(steps)), 0.0]).double()
-    for sigma, after in pairwise(grid):  # the last step, to sigma = 0, too
-        first = output(state, 1000 * sigma)
-        second = output(state + (after - sigma) * first, 1000 * after)
-        state = state + (after - sigma) * (first + second) / 2
-    # timesteps are float32, whence 1e-7
-    torch.testing.assert_close(sample(steps, "heun", x), state, rtol=0, atol=1e-7)
+UNEVEN = [0.96875, 0.75, 0.6875, 0.25, 0.125]  # dyadic, so that float32 holds every time
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
-def test_order_of_convergence(solver, order):
-    x = noise(50, 2, dtype=torch.float64)
-    truth = sample(2000, "heun", x)
-    coarse, fine = ((sample(n, solver, x) - truth).abs().median() for n in (16, 64))
-    assert torch.log(coarse / fine) / torch.log(torch.tensor(4.0)) == pytest.approx(order, abs=0.15)
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("grid", [1, 2, 5, 16, UNEVEN], ids=str)
+def test_solvers_are_the_textbook_loops(solver, grid):
+    x = noise(6, 2, dtype=torch.float64)
+    # timesteps are float32, whence 1e-7 where N is no power of two
+    tolerance = 1e-7 if grid == 5 else 1e-13
+    got = sample(grid, solver, x)
+    torch.testing.assert_close(got, expected(grid, solver, x), rtol=0, atol=tolerance)
+    if grid in (2, 16):
+        assert torch.equal(sample(grid, solver, x.float()), expected(grid, solver, x.float()))
+
+
+@pytest.mark.parametrize(
+    ("solver", "order", "slack"),
+    [("euler", 1, 0.1), ("midpoint", 2, 0.1), ("heun", 2, 0.1), ("ab2", 2, 0.1), ("rk4", 4, 0.2)],
+)
+def test_order_of_convergence(solver, order, slack):
+    x, net = noise(100, 2, dtype=torch.float64), Mixture()
+    truth = expected(1024, "rk4", x, net)
+    errors = [(sample(n, solver, x, net) - truth).norm(dim=1).median() for n in (64, 256)]
+    measured = (errors[0] / errors[1]).log2() / 2
+    assert measured == pytest.approx(order, abs=slack)
 
 
 def test_heun_lists_every_evaluation():
@@ -133,6 +195,160 @@ def test_heun_lists_every_evaluation():
     assert scheduler.sigmas.tolist() == [1, 0.5, 0.5, 0, 0]
     assert scheduler.sigmas[:: scheduler.order].tolist() == [1, 0.5, 0]
     assert scheduler.index_for_timestep(torch.tensor(500.0)) == 2  # where a step begins
+
+
+@pytest.mark.parametrize(
+    ("solver", "times", "evaluations"),
+    [
+        ("midpoint", [1000, 750, 500, 250], 2),
+        ("rk4", [1000, 750, 750, 500, 500, 250, 250, 0], 4),
+        ("ab2", [1000, 500], 1),
+    ],
+)
+def test_stages_lie_inside_their_step(solver, times, evaluations):
+    scheduler = RectifiedFlowScheduler(solver=solver)
+    scheduler.set_timesteps(2)
+    assert scheduler.order == evaluations
+    assert scheduler.timesteps.tolist() == times
+    assert (1000 * scheduler.sigmas).tolist() == [*times, 0]
+    assert scheduler.sigmas[:: scheduler.order].tolist() == [1, 0.5, 0]
+
+
+def test_ab2_forgets_the_last_sample():
+    scheduler, x = RectifiedFlowScheduler(solver="ab2"), noise(3, 2)
+    for _ in range(2):
+        scheduler.set_timesteps(4)
+        assert torch.equal(run(scheduler, x), sample(4, "ab2", x))
+
+
+@pytest.mark.parametrize("grid", [1, 2, 8, UNEVEN], ids=str)
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_eta_is_the_generalised_step(grid, eta):
+    x, net, draws = noise(6, 2, dtype=torch.float64), Mixture(), seeded()
+    got = sample(grid, "euler", x, net, seeded(), eta=eta)
+    for t, s in pairwise(times_of(grid)):
+        v = -net(x, torch.tensor(1000 * (1 - t)))
+        data, old = x + (1 - t) * v, x - t * v
+        r = t * (1 - s) / (s * (1 - t))
+        rho = (1 - eta**2 * (1 - r**2)) ** 0.5
+        z = torch.zeros_like(x)
+        if s < 1 and eta:
+            z = torch.randn(x.shape, generator=draws, dtype=x.dtype)
+        x = s * data + (1 - s) * (rho * old + (1 - rho**2) ** 0.5 * z)
+    torch.testing.assert_close(got, x, rtol=0, atol=1e-12)
+    if eta == 0:
+        start = noise(6, 2)
+        assert torch.equal(sample(grid, "euler", start, eta=0), sample(grid, "euler", start))
+
+
+@pytest.mark.parametrize("grid", [1, 2, 8, UNEVEN], ids=str)
+@pytest.mark.parametrize("churn", [0.0, 0.5, 2.0])
+def test_churn_is_euler_maruyama(grid, churn):
+    x, net, draws = noise(6, 2, dtype=torch.float64), Mixture(), seeded()
+    got = sample(grid, "euler", x, net, seeded(), churn=churn)
+    for t, s in pairwise(times_of(grid)):
+        v, h = -net(x, torch.tensor(1000 * (1 - t))), s - t
+        x = x + h * ((1 + churn * t) * v - churn * x)
+        if churn and s < 1:
+            z = torch.randn(x.shape, generator=draws, dtype=x.dtype)
+            x = x + (2 * churn * (1 - t) * h) ** 0.5 * z
+    torch.testing.assert_close(got, x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("config", "table"),
+    [
+        ({}, [0.50, 0.72, 0.85, 0.92, 0.96]),
+        ({"eta": 1.0}, [0.50, 0.63, 0.77, 0.87, 0.93]),
+    ],
+    ids=["euler", "ddpm"],
+)
+def test_known_answers_on_a_gaussian(config, table):
+    x = noise(200_000, dtype=torch.float64)
+    stds = [
+        sample(n, "euler", x, gaussian(1.0), seeded(), **config).std() for n in (2, 4, 8, 16, 32)
+    ]
+    assert torch.stack(stds).tolist() == pytest.approx(table, abs=0.009)
+
+
+@pytest.mark.parametrize(
+    "config", [{"eta": 0.5}, {"eta": 1}, {"churn": 0.5}, {"churn": 2}], ids=str
+)
+@pytest.mark.parametrize("std", [1.0, 0.3])
+def test_noise_on_the_way_keeps_the_distribution(std, config):
+    x = noise(50_000, dtype=torch.float64)
+
+    def mean_and_error(steps):
+        end = sample(steps, "euler", x, gaussian(std), seeded(), **config)
+        return end.mean().item(), abs(end.std().item() / std - 1)
+
+    (mean, fine), (_, coarse) = mean_and_error(128), mean_and_error(16)
+    assert abs(mean) < 4 * std / 50_000**0.5
+    assert fine < 0.04  # of the steps; the sampling error of std is .3%
+    assert fine < coarse + 0.005
+    # the path is another, not the ODE's
+    ode = sample(128, "euler", x, gaussian(std))
+    end = sample(128, "euler", x, gaussian(std), seeded(), **config)
+    assert torch.corrcoef(torch.stack([ode, end]))[0, 1] < 0.95
+
+
+@pytest.mark.parametrize(
+    "config", [{"eta": 1.0}, {"churn": 0.5}, {"churn": 1.0}, {"churn": 2.0}], ids=str
+)
+def test_noise_on_the_way_keeps_a_mixture(config):
+    count, pi, mu, std = 20_000, Mixture.pi, Mixture.mu, Mixture.var.sqrt()
+    end = sample(128, "euler", noise(count, 2, dtype=torch.float64), Mixture(), seeded(), **config)
+    mean = (pi[:, None] * mu).sum(0)
+    cov = (mu.T * pi) @ mu - torch.outer(mean, mean) + (pi * std**2).sum() * torch.eye(2)
+    torch.testing.assert_close(end.mean(0), mean, rtol=0, atol=0.03)
+    torch.testing.assert_close(end.T.cov(), cov, rtol=0, atol=0.08)
+    right = (pi * torch.special.ndtr((mu[:, 0] - 0.25) / std)).sum().item()  # between the modes
+    assert (end[:, 0] > 0.25).double().mean().item() == pytest.approx(right, abs=0.015)
+
+
+@pytest.mark.parametrize("config", [{"eta": 0.7}, {"churn": 1.0}], ids=str)
+def test_a_sample_with_its_own_generator_does_not_depend_on_its_batch(config):
+    unet, x = tiny_unet(), noise(3, 2)
+    together = sample(4, "euler", x, generator=[seeded(i) for i in range(3)], **config)
+    for i in range(3):
+        alone = sample(4, "euler", x[i : i + 1], generator=[seeded(i)], **config)
+        assert torch.equal(together[i], alone[0])
+        assert torch.equal(sample(4, "euler", x[i : i + 1], generator=seeded(i), **config), alone)
+    assert not torch.equal(sample(4, "euler", x, generator=seeded(), **config)[1:], together[1:])
+
+    for pipeline in (DDPMPipeline, ReflowPipeline):
+        pipe = pipeline(unet=unet, scheduler=RectifiedFlowScheduler(**config))
+        pipe.set_progress_bar_config(disable=True)
+        common = {"num_inference_steps": 4, "output_type": "np"}
+        images = pipe(batch_size=3, generator=[seeded(i) for i in range(3)], **common).images
+        alone = pipe(batch_size=1, generator=[seeded(2)], **common).images
+        torch.testing.assert_close(
+            torch.as_tensor(images[2]), torch.as_tensor(alone[0]), rtol=0, atol=1e-5
+        )
+
+    scheduler = RectifiedFlowScheduler(**config)
+    scheduler.set_timesteps(2)
+    with pytest.raises(ValueError, match="generator is a list of 2: expected 3"):
+        scheduler.step(x, 1000.0, x, generator=[seeded(), seeded()])
+
+
+@pytest.mark.parametrize("config", [{"eta": 0.7}, {"churn": 1.0}], ids=str)
+def test_the_last_step_draws_nothing(config):
+    x, draws, count = noise(4, 2), seeded(), 3
+    sample(count, "euler", x, generator=draws, **config)
+    after = seeded()
+    for _ in range(count - 1):
+        randn_tensor(x.shape, generator=after)
+    assert torch.equal(draws.get_state(), after.get_state())
+    assert torch.equal(sample(1, "euler", x, **config), sample(1, "euler", x, **config))
+
+
+def test_noise_is_float32_under_a_half_precision_network():
+    x = noise(16, 3).half()
+    exact = sample(8, "euler", x.float(), lambda x, t: output(x.half(), t), seeded(), churn=1.0)
+    got = sample(8, "euler", x, output, seeded(), churn=1.0)
+    assert got.dtype == torch.half
+    assert torch.equal(got, exact.half())
 
 
 def test_explicit_sigmas_and_timesteps():
@@ -220,7 +436,7 @@ def test_scale_noise_at_any_time():
     [
         ({"num_inference_steps": 0}, "num_inference_steps=0: expected an integer of at least 1"),
         ({"num_inference_steps": 2.0}, "num_inference_steps=2.0: expected an integer"),
-        ({}, "no grid is given"),
+        ({}, "num_inference_steps=None: expected an integer"),
         ({"sigmas": [1.0], "timesteps": [1000.0]}, "both sigmas and timesteps"),
         ({"num_inference_steps": 3, "sigmas": [1.0, 0.5]}, "sigmas has 2 entries"),
         ({"sigmas": [1.0, 0.5, 0.6]}, r"strictly falling numbers in \(0, 1\]"),
@@ -264,9 +480,18 @@ def test_wrong_steps_are_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"solver": "rk45"}, "solver='rk45': expected one of euler, heun"),
+        ({"solver": "rk45"}, "solver='rk45': expected one of euler, midpoint, heun, rk4, ab2"),
         ({"reflow_round": -1}, "reflow_round=-1"),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0"),
+        ({"eta": 1.5}, r"eta=1.5, churn=0.0: expected eta in \[0, 1\]"),
+        ({"eta": float("nan")}, "eta=nan"),
+        ({"churn": -1}, "churn=-1: expected"),
+        ({"churn": 2.5}, r"expected eta in \[0, 1\] and churn in \[0, 2\]"),
+        ({"eta": 0.5, "churn": 1.0}, "eta=0.5, churn=1.0: these are two samplers"),
+        ({"eta": 0.5, "solver": "heun"}, "with solver='heun': only Euler's steps take noise"),
+        ({"churn": 1.0, "solver": "ab2"}, "with solver='ab2': only Euler's steps take noise"),
+        ({"eta": 1.0, "reflow_round": 1}, "with reflow_round=1: after reflow .* gives no score"),
+        ({"churn": 1.0, "reflow_round": 2}, "with reflow_round=2: after reflow"),
     ],
 )
 def test_wrong_configs_are_refused(arguments, message):
@@ -275,15 +500,22 @@ def test_wrong_configs_are_refused(arguments, message):
 
 
 def test_config_survives_the_disk(tmp_path, diffusers_log):
-    RectifiedFlowScheduler(solver="heun", reflow_round=2).save_pretrained(tmp_path)
+    RectifiedFlowScheduler(solver="rk4", reflow_round=2).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert {key for key in saved if not key.startswith("_")} == {
-        "num_train_timesteps",
-        "reflow_round",
-        "solver",
+        *("num_train_timesteps", "solver", "reflow_round", "eta", "churn")
     }
     loaded = RectifiedFlowScheduler.from_pretrained(tmp_path)
-    assert (loaded.config.solver, loaded.config.reflow_round, loaded.order) == ("heun", 2, 2)
+    assert (loaded.config.solver, loaded.config.reflow_round, loaded.order) == ("rk4", 2, 4)
+    RectifiedFlowScheduler(eta=0.5, reflow_round=0).save_pretrained(tmp_path)
+    loaded = RectifiedFlowScheduler.from_pretrained(tmp_path)
+    assert (loaded.config.eta, loaded.config.reflow_round) == (0.5, 0)
+    with pytest.raises(ValueError, match="reflow_round=1"):  # the refusal holds on the way back too
+        RectifiedFlowScheduler.from_config(loaded.config, reflow_round=1)
+    # a folder written before eta and churn existed
+    old = {"_class_name": "RectifiedFlowScheduler", "solver": "heun", "reflow_round": 1}
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(old))
+    assert RectifiedFlowScheduler.from_pretrained(tmp_path).config.churn == 0
     assert diffusers_log == []
 
 
