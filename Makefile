@@ -21,6 +21,7 @@ test: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,sd3]'
 	$(BIN)/python -m pytest -n 2
 
 lint: setup

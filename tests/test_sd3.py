@@ -16,6 +16,7 @@ from tests.textbook import textbook
 
 pytest.importorskip("transformers", reason="diffusers imports its SD3 pipeline with it alone")
 torch.set_num_threads(1)
+pytestmark = pytest.mark.slow  # transformers is there for make test-all only
 
 
 def seeded(seed=1):
