@@ -10,7 +10,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     "base": ["config"],
-    "math": ["path", "times", "coupling", "solvers", "noise", "losses", "metrics"],
+    "math": [
+        "path",
+        "times",
+        "coupling",
+        "solvers",
+        "noise",
+        "losses",
+        "metrics",
+        "toy",
+        "samplers",
+    ],
     "artefacts": ["manifest", "shards", "claims", "pairs"],
     "export": ["scheduler", "pipeline", "mlp"],
     "models": ["nets", "images", "sources", "tables", "data", "teachers"],
@@ -63,6 +73,7 @@ def test_heavy_libraries_stay_in_their_modules(path):
         if library in HEAVY:
             assert path.stem in HEAVY[library], f"{path.stem} imports {library}"
         slow = {"accelerate", "datasets", "torchmetrics", "scipy", "sklearn", "matplotlib"}
+        slow |= {"torchdiffeq"}
         assert not (top and library in slow), f"{path.stem} imports {library} at module level"
 
 
