@@ -132,6 +132,27 @@ def test_pairs_are_where_the_teacher_carries_the_noise(chain):
     torch.testing.assert_close(batch["x1"], x1, atol=2e-3, rtol=1e-3)
 
 
+def test_pairs_of_the_adaptive_solver_depend_on_the_config_alone(chain, tmp_path):
+    from flowmatch import nets, pairs, solvers
+
+    (tmp_path / "flow").symlink_to(chain / "flow")
+    values = ("solver.name=dopri5", "solver.rtol=1e-6", "solver.atol=1e-6", "solver.state=float64")
+    plan = succeed("generate_pairs", tmp_path, *values, "dtype=float32", "shards=1", "--dry-run")
+    assert "dopri5 chooses its evaluations" in plan
+    succeed("generate_pairs", tmp_path, *values, "dtype=float32", "shards=1")
+    batch = pairs.PairData(tmp_path / "pairs").batch(np.arange(500))
+    v = nets.Velocity(nets.load(chain / "flow" / "net", "teacher"))
+    import torch
+
+    config = solvers.SolverConfig(name="dopri5", rtol=1e-6, atol=1e-6, state="float64")
+    with torch.inference_mode():  # a batch is 200 consecutive ids; the third is padded
+        x1 = solvers.solve(v, batch["x0"][:200], config)
+    assert torch.equal(batch["x1"][:200], x1.float())
+    counted = seal(tmp_path, "generate_pairs")["facts"]["evaluations"]
+    assert 20 < counted < 500
+    assert "dopri5 to rtol 1e-06" in (tmp_path / "pairs" / "README.md").read_text()
+
+
 def test_a_finished_set_of_pairs_grows_and_heals(chain, tmp_path):
     root = tmp_path
     (root / "flow").symlink_to(chain / "flow")
