@@ -153,6 +153,37 @@ def test_pairs_of_the_adaptive_solver_depend_on_the_config_alone(chain, tmp_path
     assert "dopri5 to rtol 1e-06" in (tmp_path / "pairs" / "README.md").read_text()
 
 
+def test_evaluation_samples_by_name_and_refuses_what_is_not_valid(chain, tmp_path):
+    for name in ("flow", "reflow"):
+        (tmp_path / name).symlink_to(chain / name)
+    succeed("evaluate", tmp_path, "solver.name=ddpm", "student_solver.name=anchored")
+    result = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())
+    assert result["protocol"]["solver"] == "ddpm, uniform steps; converged: heun"
+    assert result["protocol"]["student_solver"] == "anchored, uniform steps"
+    assert [row["evaluations"] for row in result["teacher"]["rows"]] == [1, 4, 16]
+    refused = call("evaluate", tmp_path, "solver.name=sde", "student_solver.name=ddpm")
+    assert refused.returncode == 2
+    assert "student_solver.name=ddpm: the model is of reflow round 1" in refused.stderr
+    refused = call("evaluate", tmp_path, "solver.name=anchored")
+    assert "solver.name=anchored: the model is of round 0, before reflow" in refused.stderr
+    plain = json.loads((chain / "evaluate" / "metrics.json").read_text())
+    assert plain["protocol"]["solver"] == "euler, uniform steps; converged: heun"
+
+
+def test_evaluation_converges_by_the_adaptive_solver(chain, tmp_path):
+    for name in ("flow", "reflow"):
+        (tmp_path / name).symlink_to(chain / name)
+    values = ("converged_solver=dopri5", "solver.name=rk4", "steps=[2]", "solver.grid=sigmoid")
+    succeed("evaluate", tmp_path, *values)
+    result = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())
+    first, converged = result["teacher"]["rows"]
+    assert first["evaluations"] == 8
+    assert 20 < converged["evaluations"] < 500
+    table = (tmp_path / "evaluate" / "table.md").read_text()
+    assert "converged (dopri5)" in table
+    assert "rk4, sigmoid steps (kappa 10)" in table
+
+
 def test_a_finished_set_of_pairs_grows_and_heals(chain, tmp_path):
     root = tmp_path
     (root / "flow").symlink_to(chain / "flow")
