@@ -11,7 +11,17 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "base": ["config"],
     "math": [
-        *("path", "times", "coupling", "grids", "solvers", "samplers", "noise", "losses"),
+        *(
+            "path",
+            "conversions",
+            "times",
+            "coupling",
+            "grids",
+            "solvers",
+            "samplers",
+            "noise",
+            "losses",
+        ),
         *("metrics", "toy"),
     ],
     "artefacts": ["manifest", "shards", "claims", "pairs"],
