@@ -244,8 +244,9 @@ def describe(
         literal = typing.get_origin(field.annotation) is typing.Literal
         choices = f" [{' | '.join(allowed)}]" if literal else ""
         yield key, default, f"{field.description}{choices}{' (run)' if is_run(field) else ''}"
-        if nested is not None:  # a list of configs
-            yield from describe(nested, f"{key}[].")
+        if nested is not None:  # a list of configs, or one that may be left out
+            many = typing.get_origin(field.annotation) is list
+            yield from describe(nested, f"{key}[]." if many else f"{key}.")
 
 
 def usage(model: type[Config], stage: str, summary: str) -> str:

@@ -1,4 +1,4 @@
-"""The pictures of evaluation: quality against evaluations, and samples of the same noise."""
+"""The table and the pictures of evaluation: quality against evaluations, samples of one noise."""
 
 import math
 import os
@@ -17,6 +17,34 @@ MARKERS = {"teacher": "o", "student": "s"}
 NAMES = {"frechet": "Frechet distance", "sliced_wasserstein": "sliced Wasserstein-2 distance"}
 POINTS = 2000  # shown of a set of 2-D samples
 MOSAIC = 4  # images a side in one panel
+
+
+def table(result: dict[str, Any]) -> str:
+    """Write the result as a Markdown table: a row for each number of evaluations."""
+    teacher, student = result["teacher"], result["student"]
+    converged = teacher["rows"][-1]["distance"]
+    protocol, floor = result["protocol"], result["floor"]
+    solver, reference = protocol["solver"].split("; converged: ")
+    if "student_solver" in protocol:
+        solver = f"teacher {solver}, student {protocol['student_solver']}"
+    lines = [
+        "| steps | evaluations | teacher | student | student / teacher converged |",
+        "|---|---|---|---|---|",
+    ]
+    for a, b in zip(teacher["rows"], student["rows"], strict=True):
+        steps = a["steps"] or f"converged ({reference})"
+        lines.append(
+            f"| {steps} | {a['evaluations']} | {a['distance']:.3g} | {b['distance']:.3g} "
+            f"| {b['distance'] / converged:.2f} |"
+        )
+    lines += [
+        "",
+        f"{protocol['distance']} distance, {protocol['samples']} samples against "
+        f"{protocol['real_samples']} real ones, EMA weights, {solver}; real against real, "
+        f"{floor['samples']} each: {floor['distance']:.3g}. Straightness, normalised (0 is straight): "
+        f"teacher {teacher['normalised']:.3g}, student {student['normalised']:.3g}.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def curve(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:

@@ -173,19 +173,21 @@ class Velocity:
             raise UserError("r is given, but this network takes a single time")
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0])
         timestep = 1000 * (1 - t)  # float: UNet2DModel casts a Python number to long
+        # a float64 state is the solver's; the network keeps its own dtype
+        given = x.to(next(self.net.parameters()).dtype) if x.dtype == torch.float64 else x
         if self.classes is None:
             if cond:
                 raise UserError(f"conditions {sorted(cond)} are given; this network takes none")
             self.evaluations += 1
-            return -self.net(x, timestep).sample.to(x.dtype)
+            return -self.net(given, timestep).sample.to(x.dtype)
         null = torch.full((x.shape[0],), self.classes, dtype=torch.long, device=x.device)
         label = null if cond is None else cond["label"]
         if self.guidance == 1:
             self.evaluations += 1
-            return -self.net(x, timestep, class_labels=label).sample.to(x.dtype)
+            return -self.net(given, timestep, class_labels=label).sample.to(x.dtype)
         self.evaluations += 2
         both = self.net(
-            torch.cat([x, x]),
+            torch.cat([given, given]),
             torch.cat([timestep, timestep]),
             class_labels=torch.cat([null, label]),
         )

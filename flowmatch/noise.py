@@ -17,6 +17,7 @@ SAMPLER = 4  # noise that a stochastic sampler adds
 ORDER = 5  # order of an epoch's samples
 RING = 6  # samples of the 2-D ring
 DIRECTIONS = 7  # projections of the sliced Wasserstein distance
+TOY = 8  # exact samples of a closed-form target
 
 
 def generator(seed: int, i: int, stream: int) -> np.random.Generator:

@@ -1,16 +1,23 @@
-"""Fixed-step ODE solvers for dx/dt = v(x, t): plain functions over a velocity and a time grid.
+"""ODE solvers for dx/dt = v(x, t): plain functions over a velocity and a time grid.
 
 The state is never half precision: it keeps the dtype of x (float32, or float64 on request); what
-autocast does stays inside v. A grid of N steps has N + 1 points, so N = 1 does one step.
+autocast does stays inside v. A grid of N steps has N + 1 points, so N = 1 does one step. A falling
+grid integrates backward, data to noise. Hairer, Norsett, Wanner, Solving Ordinary Differential
+Equations I: II.1 (Runge-Kutta), III.5 (Adams with variable steps), II.5 (Dormand-Prince).
 """
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any, Literal
 
+import pydantic
 import torch
 from torch import Tensor
 
-from flowmatch.config import UserError
+from flowmatch import grids
+from flowmatch.config import UserError, option
+from flowmatch.grids import GridConfig, check_times
+from flowmatch.grids import uniform_grid as uniform_grid
 
 VelocityField = Callable[[Tensor, float], Tensor]  # v(x: [B, ...], t) -> [B, ...]
 Step = Callable[[VelocityField, Tensor, float, float], Tensor]  # one step of x from t to s
@@ -21,40 +28,190 @@ def euler(v: VelocityField, x: Tensor, t: float, s: float) -> Tensor:
     return x + (s - t) * v(x, t)
 
 
+def midpoint(v: VelocityField, x: Tensor, t: float, s: float) -> Tensor:
+    """Second order, two evaluations: the slope half way, where half an Euler step leads."""
+    middle = x + 0.5 * (s - t) * v(x, t)
+    return x + (s - t) * v(middle, 0.5 * (t + s))
+
+
 def heun(v: VelocityField, x: Tensor, t: float, s: float) -> Tensor:
     """Second order, two evaluations: the mean of the slopes at both ends of an Euler step."""
     slope = v(x, t)
     return x + 0.5 * (s - t) * (slope + v(x + (s - t) * slope, s))
 
 
-SOLVERS: dict[str, Step] = {"euler": euler, "heun": heun}
-EVALUATIONS = {"euler": 1, "heun": 2}  # of v, a step
+def rk4(v: VelocityField, x: Tensor, t: float, s: float) -> Tensor:
+    """Fourth order, four evaluations: the classical Runge-Kutta method."""
+    h, middle = s - t, 0.5 * (t + s)
+    k1 = v(x, t)
+    k2 = v(x + 0.5 * h * k1, middle)
+    k3 = v(x + 0.5 * h * k2, middle)
+    k4 = v(x + h * k3, s)
+    return x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
 
 
-def uniform_grid(steps: int) -> Tensor:
-    """Space N steps evenly from noise to data: [0, 1/N, ..., 1], float64 [N + 1]."""
-    if steps < 1:
-        raise UserError(f"steps={steps}: a sampler needs at least 1 step")
-    return torch.arange(steps + 1, dtype=torch.float64) / steps
+class AB2:
+    """Adams-Bashforth 2: second order, one evaluation, for it looks back at the step before.
+
+    It follows the line through the last two slopes, for steps of any lengths h (now) and g (before):
+    x + h [(1 + h / 2g) v_n - (h / 2g) v_(n-1)]. The first step is Euler's, whose one error of order
+    h^2 leaves the order at 2. A fresh object for each integration.
+    """
+
+    def __init__(self) -> None:
+        self.before: tuple[Tensor, float] | None = None  # slope and length of the last step
+
+    def __call__(self, v: VelocityField, x: Tensor, t: float, s: float) -> Tensor:
+        """Step x from t to s; the step before must have ended at (x, t)."""
+        slope, h = v(x, t), s - t
+        last, self.before = self.before, (slope, h)
+        if last is None:
+            return x + h * slope
+        back = h / (2 * last[1])
+        return x + h * ((1 + back) * slope - back * last[0])
+
+
+SOLVERS: dict[str, Step] = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4}
+MULTISTEP: dict[str, Callable[[], Step]] = {"ab2": AB2}  # each call makes one without history
+EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 1}  # of v, a step
+FIXED = tuple(EVALUATIONS)  # solvers that take the steps of a grid
+
+
+class SolverConfig(GridConfig):
+    """How an ODE is solved, from noise to data."""
+
+    name: Literal["euler", "midpoint", "heun", "rk4", "ab2", "dopri5"] = option(
+        "heun", "ODE solver; dopri5 chooses its own steps, by rtol and atol"
+    )
+    steps: int = option(
+        32,
+        "steps from noise to data, all but dopri5; evaluations a step: euler, ab2 1, midpoint, "
+        "heun 2, rk4 4",
+        validate_default=True,
+        ge=1,
+    )
+    rtol: float = option(1e-5, "dopri5: error a step, relative to the state", gt=0, lt=1)
+    atol: float = option(1e-5, "dopri5: error a step, absolute", gt=0, lt=1)
+    state: Literal["float32", "float64"] = option(
+        "float32", "dtype of the state that is integrated"
+    )
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _own_steps(cls, value: str, info: pydantic.ValidationInfo) -> str:
+        if value == "dopri5" and info.data.get("grid", "uniform") != "uniform":
+            raise ValueError(f"it chooses its own steps; leave out grid={info.data['grid']}")
+        return value
+
+    @pydantic.field_validator("steps")
+    @classmethod
+    def _as_listed(cls, value: int, info: pydantic.ValidationInfo) -> int:
+        listed = len(info.data.get("points", [])) - 1
+        if info.data.get("grid") == "list" and listed > 0 and value != listed:
+            raise ValueError(
+                f"points lists {listed + 1} times, which make {listed} steps; set that"
+            )
+        return value
+
+    @property
+    def evaluations(self) -> int | None:
+        """Evaluations of the velocity in one integration; None where dopri5 decides."""
+        return None if self.name == "dopri5" else self.steps * EVALUATIONS[self.name]
+
+
+def check_state(x: Tensor) -> None:
+    """Raise UserError for a state in half precision, or in integers."""
+    if x.dtype not in (torch.float32, torch.float64):
+        raise UserError(f"the state is {x.dtype}; solvers keep it in float32 or float64")
+
+
+def checked(v: VelocityField) -> VelocityField:
+    """Wrap v to raise UserError where its shape is not that of x, which would else broadcast."""
+
+    def same_shape(x: Tensor, t: float) -> Tensor:
+        slope = v(x, t)
+        if slope.shape != x.shape:
+            raise UserError(
+                f"the velocity of x {list(x.shape)} is {list(slope.shape)}; expected the same shape"
+            )
+        return slope
+
+    return same_shape
 
 
 def integrate(v: VelocityField, x: Tensor, grid: Tensor, solver: str = "euler") -> Tensor:
     """Carry x along v through the points of a grid.
 
     v(x, t): velocity at x [B, ...] and time t (a float). grid: [N + 1], strictly monotone in [0, 1];
-    a falling one integrates backward. Returns x at grid[-1].
+    a falling one integrates backward. solver: one of FIXED. Returns x at grid[-1]. Raises UserError.
     """
-    if solver not in SOLVERS:
-        raise UserError(f"solver={solver!r}: expected one of {', '.join(SOLVERS)}")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise UserError(f"the state is {x.dtype}; solvers keep it in float32 or float64")
+    if solver not in FIXED:
+        raise UserError(f"solver={solver!r}: expected one of {', '.join(FIXED)}")
+    check_state(x)
     points = grid.tolist()
-    steps = [after - before for before, after in pairwise(points)]
-    if not steps or not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):
-        raise UserError(f"grid={points}: expected at least two strictly monotone times")
-    if min(points) < 0 or max(points) > 1:
-        raise UserError(f"grid={points}: expected times in [0, 1]")
-    step = SOLVERS[solver]
+    check_times(points)
+    step = SOLVERS[solver] if solver in SOLVERS else MULTISTEP[solver]()
+    v = checked(v)
     for t, s in pairwise(points):
         x = step(v, x, t, s)
     return x
+
+
+def dopri5(
+    v: VelocityField,
+    x: Tensor,
+    start: float = 0.0,
+    end: float = 1.0,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> Tensor:
+    """Carry x along v from start to end by Dormand-Prince 5(4), whose steps follow its error.
+
+    The root mean square of the error over the whole batch x [B, ...] decides, so that a sample
+    depends on its batch. v is called at times between start and end only; start > end integrates
+    backward. rtol, atol: error allowed a step; in float32 below about 1e-6 is out of reach. Raises
+    UserError for states or velocities that are not finite, and for a step that shrinks to nothing.
+    """
+    from torchdiffeq import odeint
+
+    check_state(x)
+    check_times([start, end])
+    v, low, high = checked(v), min(start, end), max(start, end)
+
+    def slope(t: Tensor, y: Tensor) -> Tensor:
+        # the probe for the first step may reach past the end
+        time = min(max(t.item(), low), high)
+        out = v(y, time)
+        if not (out.isfinite().all() and y.isfinite().all()):
+            what = "velocity" if y.isfinite().all() else "state"
+            raise UserError(
+                f"dopri5: the {what} is not finite at t = {time:g}; look at the model there, or use a "
+                "fixed-step solver"
+            )
+        return out
+
+    times = torch.tensor([start, end], dtype=torch.float64, device=x.device)
+    options: dict[str, Any] = {"step_t": times[1:], "dtype": torch.float64}
+    try:
+        return odeint(slope, x, times, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
+    except AssertionError as error:
+        if not str(error).startswith("underflow in dt"):
+            raise
+        raise UserError(
+            f"dopri5: the step shrank to nothing ({error}); the velocity is not smooth enough for "
+            f"rtol={rtol:g}, atol={atol:g} in {x.dtype}"
+        ) from None
+
+
+def solve(v: VelocityField, x: Tensor, config: SolverConfig, *, backward: bool = False) -> Tensor:
+    """Carry x from noise to data, or backward from data to noise, as a config says.
+
+    x: [B, ...], taken to the state's dtype; the answer keeps it. Raises UserError like `integrate`.
+    """
+    x = x.to(getattr(torch, config.state))
+    if config.name == "dopri5":
+        start, end = (1.0, 0.0) if backward else (0.0, 1.0)
+        return dopri5(v, x, start, end, rtol=config.rtol, atol=config.atol)
+    grid = grids.make(config, config.steps)
+    return integrate(v, x, grid.flip(0) if backward else grid, config.name)

@@ -19,11 +19,11 @@ import numpy as np
 
 from flowmatch import images, noise, tables
 from flowmatch.config import UserError
+from flowmatch.toy import RING_MODES, RING_STD, ring_mixture
 
 if TYPE_CHECKING:
     from flowmatch.data import DataConfig
 
-RING_MODES, RING_RADIUS, RING_STD = 8, 2.5, 0.3
 IDX_NAMES = {"train": "train", "test": "t10k"}  # split -> how its files' names begin
 
 
@@ -37,14 +37,6 @@ class Found:
     digest: str  # sha256 of what the source names, whatever is then made of it
     label: np.ndarray | None = None  # int64 [count], where the config asks for labels
     classes: int | None = None  # K; labels are 0 to K - 1
-
-
-def ring_mixture() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Give the ring in closed form: weights [8], means [8, 2], covariances [8, 2, 2]; float64."""
-    angles = 2 * math.pi * np.arange(RING_MODES) / RING_MODES
-    means = RING_RADIUS * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    covariances = np.tile(RING_STD**2 * np.eye(2), (RING_MODES, 1, 1))
-    return np.full(RING_MODES, 1 / RING_MODES), means, covariances
 
 
 def ring_samples(ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

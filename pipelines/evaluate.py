@@ -5,6 +5,7 @@ it is. Every distance stands beside the distance of real data to real data.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,24 @@ import torch
 from torch import Tensor
 
 from flowmatch import config as configs
-from flowmatch import data, draw, manifest, metrics, nets, noise, run, solvers, stage, teachers
+from flowmatch import (
+    data,
+    draw,
+    grids,
+    manifest,
+    metrics,
+    nets,
+    noise,
+    run,
+    samplers,
+    solvers,
+    stage,
+    teachers,
+)
 from flowmatch.config import UserError, option, required
 from flowmatch.data import DataConfig
+from flowmatch.samplers import SamplerConfig
+from flowmatch.solvers import SolverConfig, VelocityField
 
 
 class EvaluateConfig(stage.StageConfig):
@@ -32,10 +48,18 @@ class EvaluateConfig(stage.StageConfig):
     samples: int = option(
         2000, "generated samples, and real ones; all real ones if they are fewer", ge=4
     )
-    steps: list[int] = option([1, 2, 4, 8, 16, 32], "numbers of Euler steps")
-    converged_steps: int = option(
-        64, "Heun steps of the reference 'converged' (2 evaluations each)", ge=1
+    steps: list[int] = option([1, 2, 4, 8, 16, 32], "numbers of steps, a row each")
+    solver: SamplerConfig = option(SamplerConfig(), "how the rows are sampled")
+    student_solver: SamplerConfig | None = option(
+        None, "how the student's rows are sampled, where that differs"
     )
+    converged_solver: Literal["euler", "midpoint", "heun", "rk4", "ab2", "dopri5"] = option(
+        "heun", "ODE solver of the reference 'converged', on uniform steps"
+    )
+    converged_steps: int = option(
+        64, "steps of the reference 'converged', all solvers but dopri5", ge=1
+    )
+    converged_tolerance: float = option(1e-5, "dopri5: rtol and atol of 'converged'", gt=0, lt=1)
     guidance: float = option(1.0, "classifier-free guidance scale; 1 is none")
     compute_batch: int = option(256, "samples integrated together", ge=1)
     distance: Literal["auto", "frechet", "sliced_wasserstein"] = option(
@@ -50,6 +74,20 @@ class EvaluateConfig(stage.StageConfig):
         None, "torch-fidelity's weights file of Inception; nothing is downloaded", run=True
     )
 
+    def rows_of(self, name: str) -> tuple[str, SamplerConfig]:
+        """Give the key and the config of how a model's rows are sampled. name: teacher or student."""
+        if name == "student" and self.student_solver is not None:
+            return "student_solver", self.student_solver
+        return "solver", self.solver
+
+    @property
+    def converged(self) -> SolverConfig:
+        """How the reference is integrated."""
+        tolerance = self.converged_tolerance
+        return SolverConfig(
+            name=self.converged_solver, steps=self.converged_steps, rtol=tolerance, atol=tolerance
+        )
+
 
 def main(config: EvaluateConfig, dry_run: bool) -> None:
     """Plan, then sample, score, draw and seal."""
@@ -59,6 +97,10 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
         device = stage.pick_device(config.device)
         if not config.steps or min(config.steps) < 1:
             raise UserError(f"steps={config.steps}: expected one or more numbers, from 1")
+    for name in ("teacher", "student"):
+        for steps in config.steps:
+            with faults:
+                grids.make(config.rows_of(name)[1], steps)
     with faults:
         real = data.load(config.data)
         inputs["data"] = real.digest
@@ -69,6 +111,8 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
         with faults:
             models[name] = teachers.load(getattr(config, name), name)
             inputs[name] = models[name].digest
+            key, sampler = config.rows_of(name)
+            samplers.check(sampler.name, models[name].round, f"{key}.name")
     if not faults.errors:
         with faults:
             for name, model in models.items():
@@ -86,10 +130,15 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     kind = config.distance
     if kind == "auto":
         kind = "frechet" if real.images else "sliced_wasserstein"
-    evaluations = samples * 2 * (sum(config.steps) + 2 * config.converged_steps)
+    each = [
+        samplers.evaluations(config.rows_of(name)[1].name) * sum(config.steps) for name in models
+    ]
+    reference = config.converged.evaluations
+    evaluations = samples * (sum(each) + 2 * (reference or 0))
     plan = [
         f"{samples} samples a row, {kind} distance to {samples} of {real.count} real ones",
-        f"{evaluations:,} network evaluations for {len(config.steps) + 1} rows of 2 models, on {device}",
+        f"{evaluations:,} network evaluations{'' if reference else ', and those of dopri5,'} for "
+        f"{len(config.steps) + 1} rows of 2 models, on {device}",
     ]
     if not stage.begin("evaluate", config, inputs, plan, dry_run):
         return
@@ -97,7 +146,8 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     with run.Run("evaluate", config, inputs) as folder:
         stage.exit_on_sigterm()
         sampled = {
-            name: Sampler(model, config, samples, accelerator) for name, model in models.items()
+            name: Sampler(model, config, config.rows_of(name)[1], samples, accelerator)
+            for name, model in models.items()
         }
         rows = {name: sampler.rows() for name, sampler in sampled.items()}  # collective: every rank
         if stage.leads():
@@ -119,39 +169,58 @@ class Sampler:
     """Samples of one model, made in fixed batches that the processes share out."""
 
     def __init__(
-        self, model: teachers.Teacher, config: EvaluateConfig, samples: int, accelerator: Any
+        self,
+        model: teachers.Teacher,
+        config: EvaluateConfig,
+        solver: SamplerConfig,
+        samples: int,
+        accelerator: Any,
     ):
         model.net.to(accelerator.device)
-        self.config, self.samples, self.accelerator = config, samples, accelerator
+        self.config, self.solver = config, solver
+        self.samples, self.accelerator = samples, accelerator
         self.shape, self.round = model.shape, model.round
         self.velocity = nets.Velocity(model.net, config.guidance if model.classes else 1.0)
 
     def rows(self) -> list[Row]:
         """Sample with every number of steps, then converged."""
-        grids = [(n, "euler") for n in self.config.steps] + [(self.config.converged_steps, "heun")]
         found = []
-        for steps, solver in grids:
-            x, evaluations = self.sample(solvers.uniform_grid(steps), solver)
-            found.append(Row(steps if solver == "euler" else None, evaluations, x))
-        return found
+        for steps in self.config.steps:
+            row = functools.partial(self.row, steps=steps)
+            x, evaluations = self.sample(row)
+            found.append(Row(steps, evaluations, x))
+        x, evaluations = self.sample(lambda v, x0, _: solvers.solve(v, x0, self.config.converged))
+        return [*found, Row(None, evaluations, x)]
+
+    def row(self, v: VelocityField, x0: Tensor, ids: np.ndarray, *, steps: int) -> Tensor:
+        """Carry the noise of some samples to data in a number of steps."""
+        return samplers.sample(v, x0, self.solver, steps, seed=self.config.seed, ids=ids)
 
     @torch.inference_mode()
-    def sample(self, grid: Tensor, solver: str) -> tuple[Tensor, int]:  # collective: every rank
-        """Integrate the noise of all samples; (x [samples, ...], evaluations a sample)."""
+    def sample(  # collective: every rank
+        self, carry: Callable[[VelocityField, Tensor, np.ndarray], Tensor]
+    ) -> tuple[Tensor, int]:
+        """Carry the noise of all samples; (x [samples, ...], evaluations a sample).
+
+        The evaluations are counted; where they differ between batches, their mean is rounded.
+        """
         batch, world = self.config.compute_batch, self.accelerator.num_processes
         rounds = -(-self.samples // (batch * world))
-        parts, evaluations = [], 0
+        parts, counts = [], []
         for number in range(rounds):
             first = (number * world + self.accelerator.process_index) * batch
-            x0, v = self.noise(np.arange(first, first + batch))
+            ids = np.arange(first, first + batch)
+            x0, v = self.noise(ids)
             before = self.velocity.evaluations
-            parts.append(solvers.integrate(v, x0, grid, solver))
-            evaluations = self.velocity.evaluations - before
+            parts.append(carry(v, x0, ids))
+            counts.append(self.velocity.evaluations - before)
         gathered = self.accelerator.gather(torch.stack(parts))  # [world * rounds, batch, ...]
         ordered = gathered.unflatten(0, (world, rounds)).transpose(0, 1).flatten(0, 2)
-        return ordered[: self.samples].cpu(), evaluations
+        counted = self.accelerator.gather(torch.tensor(counts, device=gathered.device))
+        counted = counted.unflatten(0, (world, rounds)).T.flatten()[: -(-self.samples // batch)]
+        return ordered[: self.samples].cpu(), round(counted.double().mean().item())
 
-    def noise(self, ids: np.ndarray) -> tuple[Tensor, Callable[[Tensor, float], Tensor]]:
+    def noise(self, ids: np.ndarray) -> tuple[Tensor, VelocityField]:
         """Give the noise of some samples, and the velocity under their labels."""
         device, seed = self.accelerator.device, self.config.seed
         x0 = torch.from_numpy(noise.normal(seed, ids, self.shape, noise.EVALUATION)).to(device)
@@ -171,16 +240,15 @@ class Sampler:
 def score(
     config: EvaluateConfig,
     real: data.Data,
-    samplers: dict[str, Sampler],
+    sampled: dict[str, Sampler],
     rows: dict[str, list[Row]],
     kind: str,
     inception: metrics.Inception | None,
 ) -> dict[str, Any]:
     """Measure the distances of all rows, and write down the protocol."""
-    n, device = samplers["teacher"].samples, samplers["teacher"].accelerator.device
-    reference = data.reference(dataclasses.replace(real, flip=False), n, config.seed)["x1"].to(
-        device
-    )
+    n, device = sampled["teacher"].samples, sampled["teacher"].accelerator.device
+    unflipped = dataclasses.replace(real, flip=False)
+    reference = data.reference(unflipped, n, config.seed)["x1"].to(device)
     protocol: dict[str, Any] = {
         "distance": kind,
         "samples": n,
@@ -188,9 +256,11 @@ def score(
         "data": real.digest,
         "noise": f"Philox, seed {config.seed}, stream {noise.EVALUATION}",
         "weights": "EMA, float32",
-        "solver": "euler, uniform steps; converged: heun",
+        "solver": f"{samplers.describe(config.solver)}; converged: {config.converged_solver}",
         "guidance": config.guidance,
     }
+    if config.student_solver is not None:
+        protocol["student_solver"] = samplers.describe(config.student_solver)
     if kind == "sliced_wasserstein":
         distance: Callable[[Tensor, Tensor], float] = metrics.sliced_wasserstein
     else:
@@ -210,7 +280,7 @@ def score(
     result: dict[str, Any] = {"protocol": protocol, "floor": {"distance": floor, "samples": half}}
     truth = rows["teacher"][-1].x
     for name, found in rows.items():
-        result[name] = {"round": samplers[name].round, **samplers[name].straightness(), "rows": []}
+        result[name] = {"round": sampled[name].round, **sampled[name].straightness(), "rows": []}
         for row in found:
             x = (row.x.clamp(-1, 1) if real.images else row.x).to(device)
             result[name]["rows"].append(
@@ -224,40 +294,15 @@ def score(
     return result
 
 
-def table(result: dict[str, Any]) -> str:
-    """Write the result as a Markdown table: a row for each number of evaluations."""
-    teacher, student = result["teacher"], result["student"]
-    converged = teacher["rows"][-1]["distance"]
-    lines = [
-        "| steps | evaluations | teacher | student | student / teacher converged |",
-        "|---|---|---|---|---|",
-    ]
-    for a, b in zip(teacher["rows"], student["rows"], strict=True):
-        steps = a["steps"] or "converged (heun)"
-        lines.append(
-            f"| {steps} | {a['evaluations']} | {a['distance']:.3g} | {b['distance']:.3g} "
-            f"| {b['distance'] / converged:.2f} |"
-        )
-    protocol, floor = result["protocol"], result["floor"]
-    lines += [
-        "",
-        f"{protocol['distance']} distance, {protocol['samples']} samples against "
-        f"{protocol['real_samples']} real ones, EMA weights, Euler; real against real, "
-        f"{floor['samples']} each: {floor['distance']:.3g}. Straightness, normalised (0 is straight): "
-        f"teacher {teacher['normalised']:.3g}, student {student['normalised']:.3g}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def write(folder: run.Run, result: dict[str, Any], rows: dict[str, list[Row]]) -> None:
     """Write metrics.json, the table and the pictures, and seal."""
     place = Path(folder.folder)
     manifest.write_atomic(place / "metrics.json", json.dumps(result, indent=1) + "\n")
-    manifest.write_atomic(place / "table.md", table(result))
+    manifest.write_atomic(place / "table.md", draw.table(result))
     draw.curve(place / "curve.png", result)
     draw.grid(place / "grid.png", {n: {r.steps: r.x for r in found} for n, found in rows.items()})
     folder.seal(["metrics.json"])
-    stage.say(f"\n{table(result)}\npictures: {place / 'curve.png'}, {place / 'grid.png'}")
+    stage.say(f"\n{draw.table(result)}\npictures: {place / 'curve.png'}, {place / 'grid.png'}")
 
 
 if __name__ == "__main__":

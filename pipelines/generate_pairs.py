@@ -16,18 +16,10 @@ from tqdm import tqdm
 
 from flowmatch import claims, manifest, nets, noise, shards, solvers, stage, teachers
 from flowmatch import config as configs
-from flowmatch.config import Config, option, required
+from flowmatch.config import option, required
+from flowmatch.solvers import SolverConfig
 
 PAIR_FORMAT = 1  # raised when the same config would make other bytes
-
-
-class SolverConfig(Config):
-    """How the teacher's ODE is solved."""
-
-    name: Literal["euler", "heun"] = option("heun", "ODE solver")
-    steps: int = option(
-        32, "steps from noise to data, evenly spaced; heun makes 2 evaluations each", ge=1
-    )
 
 
 class PairsConfig(stage.StageConfig):
@@ -72,13 +64,16 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         {"format": PAIR_FORMAT, "config": content, "inputs": inputs, "round": teacher.round}
     )
     pairs = config.shards * config.shard_size
-    evaluations = config.solver.steps * solvers.EVALUATIONS[config.solver.name]
-    evaluations *= 1 if config.guidance == 1 else 2
+    evaluations: float | None = config.solver.evaluations  # a pair
+    cost = "dopri5 chooses its evaluations"
+    if evaluations is not None:
+        evaluations *= 1 if config.guidance == 1 else 2
+        cost = f"{evaluations} evaluations a pair ({config.solver.name}), {pairs * evaluations:,} in all"
     plan = [
         f"{pairs:,} pairs of {list(teacher.shape)} in {config.shards} shards, "
         f"{config.shards * layout.tar_bytes / 1e6:,.1f} MB on disk",
         f"{type(teacher.net).__name__} of {teacher.net.num_parameters():,} parameters, on {device}: "
-        f"{evaluations} evaluations a pair ({config.solver.name}), {pairs * evaluations:,} in all",
+        f"{cost}",
     ]
     every = range(config.shards)
 
@@ -94,9 +89,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     card = CARD.format(
         pairs=f"{pairs:,}",
         shape=list(teacher.shape),
-        solver=config.solver.name,
-        steps=config.solver.steps,
-        evaluations=evaluations,
+        solver=how(config.solver, evaluations),
         guidance=config.guidance,
         digest=teacher.digest,
         labels=LABELS if layout.labels else "",
@@ -113,6 +106,9 @@ def main(config: PairsConfig, dry_run: bool) -> None:
             done = pairs - len(shards.missing(folder, every, fingerprint)) * config.shard_size
             bar.update(done - bar.n)  # what the other workers did
     sidecars = {k: shards.sidecar(folder, k) for k in every}
+    if evaluations is None:  # a pair, as counted; the mean over all batches
+        counts = [side["environment"]["evaluations"] for side in sidecars.values()]
+        evaluations = sum(counts) / len(counts)
     manifest.seal(
         folder,
         stage="generate_pairs",
@@ -140,8 +136,7 @@ class Maker:
     ):
         velocity.net.to(device)
         self.config, self.layout, self.velocity, self.device = config, layout, velocity, device
-        self.grid = solvers.uniform_grid(config.solver.steps)
-        self.environment = {
+        self.environment: dict[str, Any] = {
             "torch": torch.__version__,
             "numpy": np.__version__,
             "processor": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
@@ -156,7 +151,8 @@ class Maker:
         The noise is rounded to the stored dtype before it is integrated: a stored pair is exact.
         """
         config, size = self.config, self.config.shard_size
-        for start in range(0, size, config.compute_batch):
+        before, starts = self.velocity.evaluations, range(0, size, self.config.compute_batch)
+        for start in starts:
             ids = k * size + start + np.arange(config.compute_batch)
             x0 = noise.normal(config.seed, ids, self.layout.shape, noise.PAIR_NOISE)
             x0 = x0.astype(self.layout.dtype)
@@ -164,15 +160,17 @@ class Maker:
             if self.velocity.classes is not None:
                 label = noise.labels(config.seed, ids, self.velocity.classes)
                 cond = {"label": torch.from_numpy(label).to(self.device)}
-            x1 = solvers.integrate(
+            x1 = solvers.solve(
                 lambda x, t, cond=cond: self.velocity(x, t, cond),
                 torch.from_numpy(x0.astype(np.float32)).to(self.device),
-                self.grid,
-                config.solver.name,
+                config.solver,
             )
             keep = min(config.compute_batch, size - start)
             stored = x1.cpu().numpy().astype(self.layout.dtype)
             yield x0[:keep], stored[:keep], None if label is None else label[:keep]
+        # for the shard's sidecar, which is written when its blocks are
+        counted = self.velocity.evaluations - before
+        self.environment["evaluations"] = counted / len(starts)
 
     def blocks(self, k: int, bar: Any) -> Iterator[shards.Block]:
         """Cut the batches of shard k into the blocks of its layout."""
@@ -197,12 +195,22 @@ def join(column: tuple[np.ndarray | None, ...]) -> Any:
     )
 
 
+def how(solver: SolverConfig, evaluations: float | None) -> str:
+    """Say in words how the pairs were integrated."""
+    if evaluations is None:
+        return f"dopri5 to rtol {solver.rtol:g}, atol {solver.atol:g}"
+    grid = "" if solver.grid == "uniform" else f" on a grid {solver.grid}"
+    return (
+        f"{solver.name} with {solver.steps} steps{grid}, {evaluations} network evaluations a pair"
+    )
+
+
 LABELS = ", `.y.npy` (class label, int64)"
 CARD = """# Noise/sample pairs of a flow model
 
 {pairs} pairs of shape {shape}, made by flowmatch for reflow: `x1` is where the teacher's flow carries
-the noise `x0` (x_t = (1 - t) x0 + t x1, from t = 0 to 1), {solver} with {steps} steps, {evaluations}
-network evaluations a pair, guidance {guidance}. Teacher: sha256 {digest}.
+the noise `x0` (x_t = (1 - t) x0 + t x1, from t = 0 to 1), {solver},
+guidance {guidance}. Teacher: sha256 {digest}.
 
 The tars hold blocks of pairs: `.x0.npy` (noise), `.x1.npy` (sample){labels}, with the pairs of a block
 along the first axis. `manifest.json` holds the full provenance and the sha256 of every tar.

@@ -1,4 +1,4 @@
-"""Path, times, losses, couplings and solvers against closed forms."""
+"""Path, times, losses and couplings against closed forms."""
 
 import math
 
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowmatch import coupling, losses, path, solvers, times
-from flowmatch.config import UserError
+from flowmatch import coupling, losses, path, times
 
 
 def test_the_path_is_straight_and_its_derivative_is_the_velocity():
@@ -79,64 +78,3 @@ def test_couplings():
         raise AssertionError("stored pairs need no noise")
 
     assert coupling.stored(batch, refuse) == (batch["x0"], batch["x1"])
-
-
-def smooth(x, t):
-    return torch.sin(3 * x) * (1 + t) + math.cos(5 * t)
-
-
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
-def test_order_of_convergence(solver, order):
-    x = torch.linspace(-2, 2, 50, dtype=torch.float64)[:, None]
-    truth = solvers.integrate(smooth, x, solvers.uniform_grid(8192), "heun")
-    errors = [
-        (solvers.integrate(smooth, x, solvers.uniform_grid(n), solver) - truth).abs().median()
-        for n in (64, 256)
-    ]
-    assert math.log(errors[0] / errors[1], 4) == pytest.approx(order, abs=0.1)
-
-
-@pytest.mark.parametrize("solver", solvers.SOLVERS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 7])
-def test_a_straight_flow_is_exact_for_every_n(solver, steps):
-    x0, x1 = torch.randn(2, 5, 2, dtype=torch.float64)
-    seen = []
-
-    def straight(x, t):
-        seen.append(t)
-        return x1 - x0
-
-    x = solvers.integrate(straight, x0, solvers.uniform_grid(steps), solver)
-    torch.testing.assert_close(x, x1, atol=1e-12, rtol=0)
-    assert len(seen) == steps * solvers.EVALUATIONS[solver]
-    assert seen[0] == 0
-
-
-def test_backward_undoes_forward():
-    x = torch.randn(20, 2, dtype=torch.float64)
-    grid = solvers.uniform_grid(400)
-    there = solvers.integrate(smooth, x, grid, "heun")
-    back = solvers.integrate(smooth, there, grid.flip(0), "heun")
-    assert (back - x).abs().max() < 1e-3
-
-
-@pytest.mark.parametrize(
-    ("grid", "solver", "message"),
-    [
-        ([0.0], "euler", "at least two strictly monotone"),
-        ([0.0, 0.5, 0.5, 1.0], "euler", "strictly monotone"),
-        ([0.0, 0.7, 0.5], "euler", "strictly monotone"),
-        ([0.0, 1.5], "euler", "times in"),
-        ([0.0, 1.0], "rk45", "expected one of euler, heun"),
-    ],
-)
-def test_bad_grids_and_names_are_refused(grid, solver, message):
-    with pytest.raises(UserError, match=message):
-        solvers.integrate(smooth, torch.zeros(2, 1), torch.tensor(grid), solver)
-
-
-def test_half_precision_states_and_empty_grids_are_refused():
-    with pytest.raises(UserError, match="solvers keep it in float32 or float64"):
-        solvers.integrate(smooth, torch.zeros(2, 1).half(), solvers.uniform_grid(2))
-    with pytest.raises(UserError, match="at least 1 step"):
-        solvers.uniform_grid(0)

@@ -130,6 +130,63 @@ def test_pairs_are_where_the_teacher_carries_the_noise(chain):
     with torch.no_grad():
         x1 = solvers.integrate(v, torch.from_numpy(x0), solvers.uniform_grid(40), "heun")
     torch.testing.assert_close(batch["x1"], x1, atol=2e-3, rtol=1e-3)
+    # to the last bit of the stored dtype, but for sums in another order: the noise was rounded first
+    whole = data.batch(np.arange(1500))
+    with torch.no_grad():
+        x1 = solvers.integrate(v, whole["x0"], solvers.uniform_grid(40), "heun")
+    assert (whole["x1"] == x1.half().float()).double().mean() > 0.99
+
+
+def test_pairs_of_the_adaptive_solver_depend_on_the_config_alone(chain, tmp_path):
+    from flowmatch import nets, pairs, solvers
+
+    (tmp_path / "flow").symlink_to(chain / "flow")
+    values = ("solver.name=dopri5", "solver.rtol=1e-6", "solver.atol=1e-6", "solver.state=float64")
+    plan = succeed("generate_pairs", tmp_path, *values, "dtype=float32", "shards=1", "--dry-run")
+    assert "dopri5 chooses its evaluations" in plan
+    succeed("generate_pairs", tmp_path, *values, "dtype=float32", "shards=1")
+    batch = pairs.PairData(tmp_path / "pairs").batch(np.arange(500))
+    v = nets.Velocity(nets.load(chain / "flow" / "net", "teacher"))
+    import torch
+
+    config = solvers.SolverConfig(name="dopri5", rtol=1e-6, atol=1e-6, state="float64")
+    with torch.inference_mode():  # a batch is 200 consecutive ids; the third is padded
+        x1 = solvers.solve(v, batch["x0"][:200], config)
+    assert torch.equal(batch["x1"][:200], x1.float())
+    counted = seal(tmp_path, "generate_pairs")["facts"]["evaluations"]
+    assert 20 < counted < 500
+    assert "dopri5 to rtol 1e-06" in (tmp_path / "pairs" / "README.md").read_text()
+
+
+def test_evaluation_samples_by_name_and_refuses_what_is_not_valid(chain, tmp_path):
+    for name in ("flow", "reflow"):
+        (tmp_path / name).symlink_to(chain / name)
+    succeed("evaluate", tmp_path, "solver.name=ddpm", "student_solver.name=anchored")
+    result = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())
+    assert result["protocol"]["solver"] == "ddpm, uniform steps; converged: heun"
+    assert result["protocol"]["student_solver"] == "anchored, uniform steps"
+    assert [row["evaluations"] for row in result["teacher"]["rows"]] == [1, 4, 16]
+    refused = call("evaluate", tmp_path, "solver.name=sde", "student_solver.name=ddpm")
+    assert refused.returncode == 2
+    assert "student_solver.name=ddpm: the model is of reflow round 1" in refused.stderr
+    refused = call("evaluate", tmp_path, "solver.name=anchored")
+    assert "solver.name=anchored: the model is of round 0, before reflow" in refused.stderr
+    plain = json.loads((chain / "evaluate" / "metrics.json").read_text())
+    assert plain["protocol"]["solver"] == "euler, uniform steps; converged: heun"
+
+
+def test_evaluation_converges_by_the_adaptive_solver(chain, tmp_path):
+    for name in ("flow", "reflow"):
+        (tmp_path / name).symlink_to(chain / name)
+    values = ("converged_solver=dopri5", "solver.name=rk4", "steps=[2]", "solver.grid=sigmoid")
+    succeed("evaluate", tmp_path, *values)
+    result = json.loads((tmp_path / "evaluate" / "metrics.json").read_text())
+    first, converged = result["teacher"]["rows"]
+    assert first["evaluations"] == 8
+    assert 20 < converged["evaluations"] < 500
+    table = (tmp_path / "evaluate" / "table.md").read_text()
+    assert "converged (dopri5)" in table
+    assert "rk4, sigmoid steps (kappa 10)" in table
 
 
 def test_a_finished_set_of_pairs_grows_and_heals(chain, tmp_path):
