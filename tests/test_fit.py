@@ -156,7 +156,7 @@ def test_the_first_updates_are_adamw_and_ema_of_the_formulas(tmp_path):
         torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("stop_at", [1, 17, 33])
+@pytest.mark.parametrize("stop_at", [1, 17, 31, 33])
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, stop_at):
     undisturbed, lines = train(tmp_path / "a")
 

@@ -141,7 +141,13 @@ def test_pairs_of_the_adaptive_solver_depend_on_the_config_alone(chain, tmp_path
     from flowmatch import nets, pairs, solvers
 
     (tmp_path / "flow").symlink_to(chain / "flow")
-    values = ("solver.name=dopri5", "solver.rtol=1e-6", "solver.atol=1e-6", "solver.state=float64")
+    values = (
+        "solver.name=dopri5",
+        "compute_batch=200",
+        "solver.rtol=1e-6",
+        "solver.atol=1e-6",
+        "solver.state=float64",
+    )
     plan = succeed("generate_pairs", tmp_path, *values, "dtype=float32", "shards=1", "--dry-run")
     assert "dopri5 chooses its evaluations" in plan
     succeed("generate_pairs", tmp_path, *values, "dtype=float32", "shards=1")
