@@ -152,7 +152,7 @@ def fit(
         while True:
             if state.step % config.log_every == 0 and state.step > start:
                 values = {
-                    "loss": state.read(),
+                    **state.read(),
                     "lr": state.lr,
                     "images_per_second": progress.rate(),
                 }
@@ -167,7 +167,7 @@ def fit(
             if done or stop:
                 break
 
-            total = torch.zeros((), device=accelerator.device)
+            total, cost = torch.zeros(2, device=accelerator.device)
             for index in range(accumulation):
                 batch = ahead.result().to(accelerator.device)
                 last = index == accumulation - 1
@@ -176,12 +176,12 @@ def fit(
                 with nullcontext() if last else accelerator.no_sync(state.model):
                     x = path.interpolate(batch.x0, batch.x1, batch.t)  # [B, ...]
                     cond = None if batch.label is None else {"label": batch.label}
-                    error = loss_of(
-                        v(x, batch.t, cond), path.velocity(batch.x0, batch.x1), loss_config
-                    )
+                    target = path.velocity(batch.x0, batch.x1)
+                    error = loss_of(v(x, batch.t, cond), target, loss_config)
                     accelerator.backward(error.mean() / accumulation)
                 total += error.detach().mean() / accumulation
-            if state.update(total):
+                cost += target.square().flatten(1).sum(1).mean() / accumulation  # E|x1 - x0|^2
+            if state.update(total, cost):
                 progress.advance()
             else:  # fp16 skipped it: the same samples again
                 ahead = pool.submit(batch_at, state.step, 0)

@@ -3,18 +3,39 @@
 from collections.abc import Callable
 from typing import Literal
 
-from torch import Tensor
+import pydantic
+import torch
+from torch import Tensor, nn
 
-from flowmatch.config import Config, option
+from flowmatch.config import Config, UserError, option
+from flowmatch.path import data_prediction
 
 
 class LossConfig(Config):
     """How the error of a velocity is weighed."""
 
-    name: Literal["mse", "pseudo_huber"] = option("mse", "loss on the velocity, per sample")
+    name: Literal["mse", "pseudo_huber", "normalised"] = option(
+        "mse", "loss on the velocity, per sample"
+    )
     c: float = option(
         0.5, "pseudo_huber: where it turns from quadratic to linear, in units of |v|", gt=0
     )
+    power: float = option(
+        0.0,
+        "normalised: p of |e|^2 / (|e|^2 + eps)^p, the divisor held constant; 0 is |e|^2, 1 makes "
+        "each sample weigh the same",
+        ge=0,
+        le=1,
+    )
+    eps: float = option(1e-3, "normalised: eps, in units of |v|^2", gt=0)
+
+    @pydantic.field_validator("power")
+    @classmethod
+    def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        name = info.data.get("name", "normalised")
+        if value and name != "normalised":
+            raise ValueError(f"power belongs to normalised; the loss is {name}")
+        return value
 
 
 def mse(v: Tensor, target: Tensor, c: LossConfig) -> Tensor:
@@ -27,7 +48,51 @@ def pseudo_huber(v: Tensor, target: Tensor, c: LossConfig) -> Tensor:
     return ((v - target).square().flatten(1).sum(1) + c.c**2).sqrt() - c.c
 
 
+def normalised(v: Tensor, target: Tensor, c: LossConfig) -> Tensor:
+    """|e|^2 / (sg|e|^2 + eps)^p, sg without gradient, |e|^2 summed over dimensions.
+
+    (MeanFlow, arXiv 2505.13447; Simple ReFlow, arXiv 2410.07815.) [B, ...] -> [B].
+    """
+    square = (v - target).square().flatten(1).sum(1)
+    return square / (square.detach() + c.eps) ** c.power
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor, LossConfig], Tensor]] = {
     "mse": mse,
     "pseudo_huber": pseudo_huber,
+    "normalised": normalised,
 }
+
+
+def feature_loss(
+    v: Tensor,
+    x: Tensor,
+    x0: Tensor,
+    x1: Tensor,
+    t: Tensor,
+    module: nn.Module,
+    *,
+    c: float = 0.5,
+    nearest: float = 1e-2,
+) -> Tensor:
+    """t H(v, x1 - x0) + F(x_t + (1 - t) v, x1) / (1 - t), H pseudo-Huber (arXiv 2405.20320).
+
+    v: [B, ...] at x = x_t and t: [B] in [0, 1]; x0, x1: [B, ...], its pair. F(a, b) is the pseudo-Huber
+    distance of module(a) and module(b), which the module gives as [B, ...] of any shape, such as the
+    maps of an image classifier; gradients go through it, not to its parameters if they are frozen.
+    Both errors shrink with 1 - t, so the divisor is kept above `nearest`, which leaves a factor of at
+    most 1 at t = 1. Returns [B]. Raises UserError for shapes or times that do not fit.
+    """
+    if not v.shape == x.shape == x0.shape == x1.shape or t.shape != x.shape[:1]:
+        shapes = ", ".join(str(list(value.shape)) for value in (v, x, x0, x1, t))
+        raise UserError(f"v, x, x0, x1, t are {shapes}; expected one shape [B, ...], and t [B]")
+    if not bool(((t >= 0) & (t <= 1)).all()):
+        raise UserError("feature_loss: expected times in [0, 1]")
+    huber = LossConfig(name="pseudo_huber", c=c)
+    with torch.no_grad():
+        wanted = module(x1)
+    found = module(data_prediction(x, v, t))
+    if found.ndim < 2 or len(found) != len(x):
+        raise UserError(f"the feature module gives {list(found.shape)}; expected [{len(x)}, ...]")
+    features = pseudo_huber(found, wanted, huber)
+    return t * pseudo_huber(v, x1 - x0, huber) + features / (1 - t).clamp(min=nearest)

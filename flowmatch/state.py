@@ -82,7 +82,8 @@ class State:
         ).lr_lambdas[0]
         self.ema = EMAModel(net.parameters(), decay=config.ema_decay, foreach=True)
         self.ema.to(device=device, dtype=torch.float32)
-        self.window = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, updates
+        # sums of losses and of the coupling's costs, updates
+        self.window = torch.zeros(3, dtype=torch.float64, device=device)
         self.bad_step = torch.zeros((), device=device)  # the first update that was not finite
         self.skipped = 0  # fp16 updates in a row
         if saved:
@@ -100,11 +101,12 @@ class State:
         """The learning rate of the next update: a function of the step alone."""
         return self.config.lr * self.factor(self.step)
 
-    def update(self, loss: Tensor) -> bool:
+    def update(self, loss: Tensor, cost: Tensor) -> bool:
         """Make one update from the gradients at hand; tell whether it counts.
 
-        loss: this process's mean over its share of the global batch, on the device. A loss or gradient
-        that is not finite masks this update and all later ones on the device, until `read` looks.
+        loss, cost (of the coupling, E|x1 - x0|^2): this process's means over its share of the global
+        batch, on the device. A loss or gradient that is not finite masks this update and all later ones
+        on the device, until `read` looks.
         With fp16 an update that the scaler skips does not count: it is repeated at half the scale.
         """
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
@@ -124,19 +126,19 @@ class State:
             return False
         self.skipped = 0
         self.step += 1
-        self.window += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+        self.window += torch.stack([loss.double(), cost.double(), torch.ones_like(loss.double())])
         self.ema.optimization_step = self.step - 1  # its decay is a function of the step, too
         self.ema.step(self.parameters)
         return True
 
-    def read(self) -> float:  # collective: every rank
-        """Read the mean loss of the window; raise UserError if an update was not finite."""
-        mean = self.window[0] / self.window[1].clamp(min=1)
-        loss = self.accelerator.reduce(mean, "mean").item()
+    def read(self) -> dict[str, float]:  # collective: every rank
+        """Read the window's mean loss and cost; raise UserError if an update was not finite."""
+        mean = self.window[:2] / self.window[2].clamp(min=1)
+        loss, cost = self.accelerator.reduce(mean, "mean").tolist()
         bad = self.accelerator.gather(self.bad_step.reshape(1))
         if bad.any():
             raise UserError(self._not_finite(int(bad[bad > 0].min())))
-        return loss
+        return {"loss": loss, "coupling_cost": cost}
 
     def _not_finite(self, step: int) -> str:
         return (

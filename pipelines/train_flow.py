@@ -1,4 +1,4 @@
-"""Stage one: train a flow from noise to data under random coupling.
+"""Stage one: train a flow from noise to data under random coupling, or mini-batch optimal transport.
 
 x_t = (1 - t) x0 + t x1 with fresh noise x0 for each image x1; the network learns x1 - x0. Its EMA
 weights, in `run_dir/net`, are the teacher of the next stages.
@@ -7,8 +7,9 @@ weights, in `run_dir/net`, are the teacher of the next stages.
 from flowmatch import config as configs
 from flowmatch import coupling, data, nets, run, stage
 from flowmatch.config import option, required
+from flowmatch.coupling import CouplingConfig
 from flowmatch.data import DataConfig
-from flowmatch.fit import check, fit
+from flowmatch.fit import check, fit, split_batch
 from flowmatch.losses import LossConfig
 from flowmatch.nets import NetConfig
 from flowmatch.noise import Order
@@ -22,6 +23,7 @@ class FlowConfig(stage.StageConfig):
     data: DataConfig = required("what to learn")
     net: NetConfig = required("the network")
     fit: FitConfig = required("the training loop")
+    coupling: CouplingConfig = option(CouplingConfig(), "which noise goes with which data")
     times: TimesConfig = option(TimesConfig(), "which times it sees")
     loss: LossConfig = option(LossConfig(), "loss on the velocity")
 
@@ -32,6 +34,7 @@ def main(config: FlowConfig, dry_run: bool) -> None:
     with faults:
         device = stage.pick_device(config.device)
         check(config.fit, device, stage.world_size())
+        coupling.check(config.coupling, split_batch(config.fit, stage.world_size())[0])
     with faults:
         images = data.load(config.data)
         net = nets.build(config.net, images.shape, images.classes, config.seed)
@@ -51,7 +54,7 @@ def main(config: FlowConfig, dry_run: bool) -> None:
         files = fit(
             net,
             lambda counters: images.batch(order(counters)),
-            coupling.independent,
+            coupling.build(config.coupling),
             folder,
             config.fit,
             config.times,

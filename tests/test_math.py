@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flowmatch import coupling, losses, path, times
+from flowmatch.config import UserError, validate
 
 
 def test_the_path_is_straight_and_its_derivative_is_the_velocity():
@@ -66,6 +67,70 @@ def test_losses_are_per_sample():
     huber = losses.pseudo_huber(v, target, losses.LossConfig(name="pseudo_huber", c=0.5))
     torch.testing.assert_close(huber, (square.sum((1, 2)) + 0.25).sqrt() - 0.5)
     assert (losses.pseudo_huber(v, v, losses.LossConfig()) == 0).all()
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_the_normalised_loss_holds_its_divisor_constant(power):
+    v, target = torch.randn(2, 7, 3, 4, dtype=torch.float64)
+    v = v * torch.logspace(-2, 2, 7, dtype=torch.float64)[:, None, None]
+    v.requires_grad_()
+    config = losses.LossConfig(name="normalised", power=power, eps=1e-3)
+    loss = losses.LOSSES["normalised"](v, target, config)
+    square = (v - target).square().sum((1, 2))
+    torch.testing.assert_close(loss, square / (square + 1e-3) ** power)
+    (slope,) = torch.autograd.grad(loss.sum(), v)
+    weight = (square.detach() + 1e-3) ** -power
+    torch.testing.assert_close(slope, 2 * (v - target).detach() * weight[:, None, None])
+
+
+def test_a_power_without_its_loss_is_refused():
+    with pytest.raises(UserError, match="power belongs to normalised; the loss is mse"):
+        validate(losses.LossConfig, {"power": 0.5})
+
+
+def features(dtype=torch.float64):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Tanh()).to(dtype)
+    return net.requires_grad_(False)
+
+
+def test_the_feature_loss_is_its_formula_and_finite_at_both_ends():
+    x0, x1, v = torch.randn(3, 6, 1, 5, 5, dtype=torch.float64)
+    t = torch.tensor([0, 0.2, 0.5, 0.9, 0.98, 1], dtype=torch.float64)
+    x, net, c = path.interpolate(x0, x1, t), features(), 0.3
+    loss = losses.feature_loss(v, x, x0, x1, t, net, c=c)
+    h = ((v - (x1 - x0)).square().sum((1, 2, 3)) + c**2).sqrt() - c
+    end = x + (1 - t)[:, None, None, None] * v
+    f = ((net(end) - net(x1)).square().sum((1, 2, 3)) + c**2).sqrt() - c
+    torch.testing.assert_close(loss[:-1], (t * h + f / (1 - t))[:-1])
+    torch.testing.assert_close(loss[-1], h[-1])  # at t = 1 the prediction is the data
+    at_truth = (x1 - x0).requires_grad_()
+    loss = losses.feature_loss(at_truth, x, x0, x1, t, net)
+    assert loss.abs().max() < 1e-12
+    (slope,) = torch.autograd.grad(loss.sum(), at_truth)
+    assert slope.abs().max() < 1e-9
+    v.requires_grad_()
+    (slope,) = torch.autograd.grad(losses.feature_loss(v, x, x0, x1, t, net).sum(), v)
+    assert slope.isfinite().all()
+    assert (slope.flatten(1).norm(dim=1) > 1e-3).all()
+
+
+def test_the_feature_loss_refuses_what_does_not_fit():
+    x, t = torch.randn(4, 1, 5, 5), torch.full((4,), 0.5)
+    net = features(torch.float32)
+    with pytest.raises(UserError, match="expected one shape"):
+        losses.feature_loss(x, x, x[:3], x, t, net)
+    with pytest.raises(UserError, match="expected one shape"):
+        losses.feature_loss(x, x, x, x, t[:1], net)
+    with pytest.raises(UserError, match="times in"):
+        losses.feature_loss(x, x, x, x, t + 1, net)
+    with pytest.raises(UserError, match=r"the feature module gives \[2, 50\]"):
+        losses.feature_loss(x, x, x, x, t, Halves())
+
+
+class Halves(torch.nn.Module):
+    def forward(self, x):
+        return x.reshape(2, -1)
 
 
 def test_couplings():

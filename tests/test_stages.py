@@ -164,6 +164,20 @@ def test_pairs_of_the_adaptive_solver_depend_on_the_config_alone(chain, tmp_path
     assert "dopri5 to rtol 1e-06" in (tmp_path / "pairs" / "README.md").read_text()
 
 
+def test_stage_one_matches_noise_and_data_in_blocks(tmp_path):
+    values = ("coupling.name=optimal_transport", "fit.steps=20", "fit.batch_size=96")
+    refused = call("train_flow", tmp_path, *values, "coupling.block=64")
+    assert refused.returncode == 2
+    assert "coupling.block=64: a process takes 96 samples" in refused.stderr
+    costs = []
+    for name in ("independent", "optimal_transport"):
+        root = tmp_path / name
+        succeed("train_flow", root, *values, "coupling.block=32", f"coupling.name={name}")
+        lines = (root / "flow" / "metrics.jsonl").read_text().splitlines()
+        costs.append(json.loads(lines[-1])["coupling_cost"])
+    assert costs[1] < 0.8 * costs[0]
+
+
 def test_evaluation_samples_by_name_and_refuses_what_is_not_valid(chain, tmp_path):
     for name in ("flow", "reflow"):
         (tmp_path / name).symlink_to(chain / name)
