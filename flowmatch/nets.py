@@ -12,23 +12,24 @@ import os
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pydantic
 import torch
-from diffusers import ModelMixin
 from torch import Tensor
 
 from flowmatch import metrics
 from flowmatch.config import Config, NotReady, UserError, required
-from flowmatch.mlp import VelocityMLP
 
 LABEL_KEYS = {"num_class_embeds", "num_embeds_ada_norm"}  # how diffusers' models count classes
 
 
-def network_class(name: str) -> type[ModelMixin]:
+def network_class(name: str) -> Any:
     """Look a network up by name: VelocityMLP, or any model class of diffusers."""
+    import diffusers
+
+    from flowmatch.mlp import VelocityMLP
+
     model = VelocityMLP if name == "VelocityMLP" else getattr(diffusers, name, None)
-    if not (inspect.isclass(model) and issubclass(model, ModelMixin)):
+    if not (inspect.isclass(model) and issubclass(model, diffusers.ModelMixin)):
         raise UserError(
             f"net.name={name!r}: expected VelocityMLP or a diffusers model class, such as UNet2DModel "
             "or DiTTransformer2DModel"
@@ -220,6 +221,8 @@ def load(folder: str | os.PathLike[str], key: str) -> Any:
 
     The class stands in the folder's config.json. Raises UserError naming `key`.
     """
+    from flowmatch.mlp import VelocityMLP
+
     try:
         config = VelocityMLP.load_config(folder)
         model = network_class(config.get("_class_name", "?"))
