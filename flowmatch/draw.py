@@ -138,7 +138,7 @@ def paths(
     [M, 2], points shown under the paths. A panel of several labels has a legend.
     """
     side = min(3.6, 8.8 / len(panels))
-    figure, axes = _figure(side * len(panels), side + 0.28, 1, len(panels), dpi=125)
+    figure, axes = _figure(side * len(panels), side + 0.15, 1, len(panels), dpi=125)
     shown = [points for bundles in panels.values() for points in bundles.values()]
     shown += [] if ground is None else [ground[None]]
     limit = 1.06 * max(float(points.abs().max()) for points in shown)
@@ -148,10 +148,11 @@ def paths(
         for (label, points), colour in zip(bundles.items(), PALETTE, strict=False):
             length, n, _ = points.shape
             x, y = points.detach().cpu().unbind(2)
-            style = {"color": colour, "linewidth": 2.2 if n == 1 else 1.2 if n <= 24 else 0.6}
+            style = {"color": colour, "linewidth": 2.2 if n == 1 else 1 if n <= 24 else 0.6}
             panel.plot(x, y, ".-" if 2 < length <= 17 else "-", markersize=3.5, **style)
             panel.plot([], [], color=colour, linewidth=2, label=label)
-            panel.scatter(x[0], y[0], s=10, facecolor="white", edgecolor=colour, lw=0.8, zorder=3)
+            ring = {"s": 18 if n <= 24 else 9, "linewidth": 1.2 if n <= 24 else 0.8}
+            panel.scatter(x[0], y[0], facecolor="white", edgecolor=colour, zorder=3, **ring)
             panel.scatter(x[-1], y[-1], s=13, color=colour, linewidths=0, zorder=4)
         panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
         panel.spines[:].set_color("#cccccc")
@@ -222,12 +223,12 @@ def _figure(
 
 
 def _save_small(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Save a PNG of 64 colours, which lines and dots of a few do with: a third of the bytes."""
+    """Save a PNG of 256 colours, which lines and dots of a few do with: half the bytes."""
     from PIL import Image
 
     figure.canvas.draw()
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-    picture.quantize(64, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)
 
 
 def _steps(steps: int | None) -> str:
