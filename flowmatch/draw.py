@@ -138,7 +138,7 @@ def paths(
     [M, 2], points shown under the paths. A panel of several labels has a legend.
     """
     side = min(3.6, 8.8 / len(panels))
-    figure, axes = _figure(side * len(panels), side + 0.15, 1, len(panels), dpi=125)
+    figure, axes = _figure(side * len(panels), side + 0.28, 1, len(panels), dpi=125)
     shown = [points for bundles in panels.values() for points in bundles.values()]
     shown += [] if ground is None else [ground[None]]
     limit = 1.06 * max(float(points.abs().max()) for points in shown)
