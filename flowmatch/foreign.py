@@ -141,6 +141,11 @@ def classes_of(net: Any) -> int | None:
     return net.config.num_class_embeds if has_no_null(net) else nets.classes_of(net)
 
 
+def can_be_velocity(net: Any) -> bool:
+    """Tell whether a foreign network has the shape of a flow model, and so can be trained as one."""
+    return net.config.out_channels == net.config.in_channels and not has_no_null(net)
+
+
 def read(path: str | os.PathLike[str], key: str) -> tuple[Any, Diffusion | None]:
     """Read network and training schedule of a diffusers pipeline (folder or hub name).
 

@@ -19,7 +19,7 @@ from diffusers import (
 
 from flowmatch import foreign, grids, manifest, shards, solvers, teachers, toy
 from flowmatch.config import NotReady, UserError
-from pipelines import generate_pairs
+from pipelines import evaluate, generate_pairs, reflow
 from tests.test_nets import UNET
 
 TARGET = toy.Mixture([0.4, 0.6], [[1.5, 0.0], [-1.0, 1.0]], 0.3 * torch.eye(2).expand(2, 2, 2))
@@ -173,6 +173,39 @@ def test_stage_two_takes_it_as_a_teacher(tmp_path):
     with pytest.raises(UserError, match="teacher"):
         generate_pairs.main(config, dry_run=False)
     assert (tmp_path / "pairs" / shards.tar_name(0)).is_file()
+
+
+def test_reflow_starts_from_it_and_evaluate_compares_with_it(tmp_path):
+    teacher = save(tmp_path / "ddpm", unet(), ddpm())
+    generate_pairs.main(config_of(tmp_path, teacher), dry_run=False)
+    values = {
+        "run_dir": str(tmp_path / "reflow"),
+        "pairs": [{"path": str(tmp_path / "pairs")}],
+        "start": str(teacher),
+        "fit": {"steps": 2, "batch_size": 4},
+        "device": "cpu",
+    }
+    reflow.main(reflow.ReflowConfig.model_validate(values), dry_run=False)
+    np.savez(tmp_path / "data.npz", x=np.arange(512, dtype=np.uint8).reshape(8, 8, 8, 1) % 255)
+    values = {
+        "run_dir": str(tmp_path / "evaluate"),
+        "teacher": str(teacher),
+        "student": str(tmp_path / "reflow"),
+        "data": {"source": "npz", "path": str(tmp_path / "data.npz")},
+        "distance": "sliced_wasserstein",
+        "samples": 8,
+        "steps": [1, 2],
+        "converged_steps": 4,
+        "device": "cpu",
+    }
+    evaluate.main(evaluate.EvaluateConfig.model_validate(values), dry_run=False)
+    rows = json.loads((tmp_path / "evaluate/metrics.json").read_text())
+    assert [row["evaluations"] for row in rows["teacher"]["rows"]] == [2, 3, 9]
+    assert [row["evaluations"] for row in rows["student"]["rows"]] == [1, 2, 8]
+
+    wide = save(tmp_path / "wide", unet(out=2), ddpm())
+    with pytest.raises(UserError, match="no network for velocities"):
+        reflow.check_match(teachers.load(wide, "start"), [])
 
 
 def test_a_flow_pipeline_is_a_flow_model_and_a_variance_is_left_out(tmp_path):
