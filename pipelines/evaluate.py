@@ -105,7 +105,8 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     with faults:
         real = data.load(config.data)
         inputs["data"] = real.digest
-        if config.features == "classifier" and real.images and real.label is None:
+        needed = config.features == "classifier" and config.distance != "sliced_wasserstein"
+        if needed and real.images and real.label is None:
             raise UserError("features='classifier' needs data.labels=true (or use features=values)")
     models: dict[str, teachers.Teacher] = {}
     for name in ("teacher", "student"):
