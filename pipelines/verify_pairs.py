@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(folder: Path, full: bool, repair: bool) -> int:
     """Print the findings and what to do; return the exit status."""
-    bar = stage.bar_options() | ({} if full else {"disable": True})
-    with tqdm(unit="B", unit_scale=True, **bar) as shown:
+    quiet = not (full and sys.stderr.isatty())
+    with tqdm(unit="B", unit_scale=True, disable=quiet) as shown:
         found = audit.examine(folder, full, shown.update)
     for remark in found.remarks:
         stage.say(f"verify_pairs: remark: {remark}")
@@ -89,7 +89,7 @@ def command(folder: Path, found: Findings) -> str:
     """Write the command that makes again what is missing or set aside."""
     words = ["python", "-m", "pipelines.generate_pairs"]
     config = audit.read_config(folder)
-    if config is None:
+    if config is None or any("config.yaml" in fault.aside for fault in found.faults):
         words += ["THE_CONFIG_IT_WAS_MADE_WITH.yaml", f"run_dir={folder}"]
         return " ".join([*words[:4], *map(shlex.quote, words[4:])])
     words += [str(folder / "config.yaml")]
