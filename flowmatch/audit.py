@@ -49,16 +49,22 @@ class Findings:
     remarks: list[str] = field(default_factory=list)
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
-    """Read config.yaml; None where it is not there or not a stage's."""
+def read_yaml(path: Path) -> dict[str, Any] | None:
+    """Read a mapping from a YAML file, as plain data; None where there is none."""
     import yaml
 
     try:
-        values = yaml.safe_load((folder / "config.yaml").read_bytes())
+        values = yaml.safe_load(path.read_bytes())
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
+    return values if isinstance(values, dict) else None
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Read config.yaml; None where it is not there or not a stage's."""
+    values = read_yaml(folder / "config.yaml")
     wanted = {"run_dir", "teacher", "shards", "inputs"}
-    if not isinstance(values, dict) or not wanted <= values.keys():
+    if values is None or not wanted <= values.keys():
         return None
     whole = type(values["shards"]) is int and values["shards"] > 0
     return values if whole and isinstance(values["inputs"], dict) else None
