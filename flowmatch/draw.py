@@ -160,7 +160,8 @@ def pairs(
     for panel in axes.flat:
         panel.set_axis_off()
     kept = slice(0, 3) if channels > 2 else slice(0, 1)
-    scales = (3.0, max(1.0, float(np.quantile(np.abs(x1), 0.995))))
+    latent = channels not in (1, 3)  # images lie in [-1, 1], latents anywhere
+    scales = (3.0, float(np.quantile(np.abs(x1), 0.995)) or 1.0 if latent else 1.0)
     for i in range(n):
         row, column = 2 * (i // columns), i % columns
         for down, (x, scale) in enumerate(zip((x0, x1), scales, strict=True)):
@@ -172,7 +173,7 @@ def pairs(
                 panel.text(-0.12, 0.5, words, **BESIDE, transform=panel.transAxes)
         if label is not None:
             axes[row, column].set_title(str(label[i]), fontsize=8, pad=2)
-    shown = "" if channels in (1, 3) else f", channels 1 to {kept.stop} of {channels}"
+    shown = f", channels 1 to {kept.stop} of {channels}" if latent else ""
     figure.suptitle(f"The first {n} pairs{shown}", fontsize=11, fontweight="bold")
     figure.savefig(path, metadata={"Software": None})
 

@@ -19,7 +19,7 @@ import numpy as np
 from flowmatch import audit, draw, manifest, noise, shards
 from flowmatch.config import UserError
 from flowmatch.pairs import PairData
-from flowmatch.stage import USER_ERROR
+from flowmatch.stage import REFUSED, USER_ERROR
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 READ = 1 << 24  # values of x0 read at once
@@ -64,6 +64,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         for line in error.faults:
             print(f"inspect_pairs: {line}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        print(f"inspect_pairs: {error}; choose another folder by --out", file=sys.stderr)
         return USER_ERROR
     print("\n".join([*tell(folder, found), f"wrote {out}/pairs.png, cost.png, summary.json"]))
     return 0

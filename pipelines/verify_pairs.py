@@ -43,6 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         for line in error.faults:
             print(f"verify_pairs: {line}", file=sys.stderr)
         return stage.USER_ERROR
+    except OSError as error:
+        if error.errno not in stage.REFUSED:
+            raise
+        print(f"verify_pairs: {error}; make it readable, for --repair writable", file=sys.stderr)
+        return stage.USER_ERROR
 
 
 def report(folder: Path, full: bool, repair: bool) -> int:
