@@ -111,7 +111,9 @@ def read(folder: str | os.PathLike[str], key: str, stages: Iterable[str] = ()) -
     try:
         manifest = json.loads((folder / NAME).read_bytes())
         known, stage = manifest["format"], manifest["stage"]
-        manifest["facts"], manifest["outputs"], manifest["inputs"], manifest["config"]
+        for part in ("facts", "outputs", "inputs", "config"):
+            if not isinstance(manifest[part], dict):
+                raise TypeError(f"{part} is no mapping")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(
             f"{key}={folder}: {NAME} is damaged ({error!r}); delete it and repeat its stage"

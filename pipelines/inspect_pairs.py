@@ -87,7 +87,7 @@ def summary(data: PairData, samples: int, teacher: str | None) -> dict[str, Any]
     facts, layout = sealed["facts"], data.layout
     sidecars = [shards.sidecar(data.folder, k) for k in range(data.shards)]
     environments = Counter(
-        manifest.canonical({k: v for k, v in side["environment"].items() if k != "evaluations"})
+        json.dumps(side["environment"] | {"evaluations": None}, sort_keys=True)
         for side in sidecars
         if side and isinstance(side.get("environment"), dict)
     )
@@ -217,13 +217,15 @@ def tell(folder: Path, found: dict[str, Any]) -> Iterator[str]:
         f"{folder}: {found['pairs']:,} pairs of {found['shape']} in {found['shards']} shards, "
         f"{found['bytes'] / 1e6:,.1f} MB, {found['dtype']}"
     )
-    solver = config.get("solver") or {}
+    solver = config.get("solver")
+    name = solver.get("name") if isinstance(solver, dict) else solver
     yield (
-        f"  {found['kind']} by {solver.get('name')}, {found['evaluations']} evaluations a pair, "
+        f"  {found['kind']} by {name}, {found['evaluations']} evaluations a pair, "
         f"guidance {config.get('guidance')}, seed {config.get('seed')}"
     )
     for environment, count in found["environments"]:
-        words = ", ".join(f"{name} {value}" for name, value in environment.items())
+        told = [f"{name} {value}" for name, value in environment.items() if value is not None]
+        words = ", ".join(told)
         yield f"  {count} shards made with {words}"
     if len(found["environments"]) > 1:
         yield "  WARNING: a mixture; equal bytes are promised within one environment only"
@@ -232,7 +234,7 @@ def tell(folder: Path, found: dict[str, Any]) -> Iterator[str]:
     yield "made from"
     for link in found["provenance"]:
         path = f" {link['path']}" if link["path"] else ""
-        yield f"  {'  ' * link['depth']}{link['input']} {link['digest'][:12]}{path}: {link['what']}"
+        yield f"  {'  ' * link['depth']}{link['input']} {str(link['digest'])[:12]}{path}: {link['what']}"
     ratio = cost["mean"] / cost["mean_at_random"] if cost["mean_at_random"] else float("nan")
     yield (
         f"transport cost |x1 - x0|^2 of {found['samples']:,} pairs: mean {cost['mean']:.4g}; paired at "

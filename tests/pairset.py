@@ -19,9 +19,10 @@ WORDS = [
 ]
 
 
-def make_teacher(folder, classes=CLASSES):
+def make_teacher(folder, classes=CLASSES, shape=(2,), **net):
     """Write a sealed training folder with an untrained network whose weights are not near zero."""
-    net = nets.build(NetConfig(name="VelocityMLP", hidden=8), (2,), classes, 0)
+    config = NetConfig(**(net or {"name": "VelocityMLP", "hidden": 8}))
+    net = nets.build(config, shape, classes, 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in net.parameters():
