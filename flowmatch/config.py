@@ -139,10 +139,6 @@ def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
     Later values win; values are YAML, keys are dotted. Raises UserError with every fault at once.
     With --help the config is None.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     flags = [word for word in argv if word.startswith("-")]
     unknown = [word for word in flags if word not in ("--dry-run", "--help", "-h")]
     if unknown:
@@ -150,6 +146,10 @@ def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
     call = Call("--dry-run" in flags, "--help" in flags or "-h" in flags)
     if call.help:
         return None, call
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
     files = [word for word in argv if "=" not in word and word not in flags]
     merged: Any = OmegaConf.create()
     faults: list[str] = []

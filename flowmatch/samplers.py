@@ -97,16 +97,17 @@ def sde(
 ) -> Tensor:
     """Follow dx = [v + w^2 (t v - x) / (2 (1 - t))] dt + w dW by Euler-Maruyama.
 
-    x: [B, ...] at grid[0]; grid: [N + 1], rising, in [0, 1]; the last step adds no noise. w2(t): the
-    square of w, >= 0; None is 2 (1 - t). Raises UserError where w^2 is not finite (2 (1 - t) / t, DDPM's
-    reverse SDE, at t = 0) and where a step is too long for it: the score term multiplies the noise in
-    x by 1 - w^2 h / (2 (1 - t)^2), so beyond 2 it would blow up (constant w close to t = 1).
+    x: [B, ...] at grid[0]; grid: [N + 1], rising, in [0, 1]. w2(t): the square of w, >= 0; None is
+    2 (1 - t). The last step takes w = 0: noise that is not added must not be taken out by the drift
+    either, or the samples come out too narrow. Raises UserError where w^2 is not finite (2 (1 - t) / t,
+    DDPM's reverse SDE, at t = 0) and where a step is too long for it: the score term multiplies the
+    noise in x by 1 - w^2 h / (2 (1 - t)^2), so beyond 2 it would blow up (constant w close to t = 1).
     """
     w2 = w2 or sqrt_diffusion()
     v, points = _begin(v, x, grid)
     for t, s in pairwise(points):
         h = s - t
-        strength = w2(t)
+        strength = w2(t) if s != points[-1] else 0.0
         if not (math.isfinite(strength) and strength >= 0):
             raise UserError(f"w^2 is {strength:g} at t = {t:g}; expected a finite number >= 0")
         pull = strength * h / (2 * (1 - t) ** 2)
@@ -247,16 +248,18 @@ def sample(
     x0: Tensor,
     config: SamplerConfig,
     steps: int,
+    span: tuple[float, float] = (0.0, 1.0),
     *,
     seed: int,
     ids: Sequence[int] | np.ndarray,
 ) -> Tensor:
     """Carry noise to data in some steps as a config says.
 
-    x0: [B, ...] noise at t = 0; seed, ids: what fresh noise is drawn from (`FreshNoise`). Does not know
-    the model: `check` first. Raises UserError.
+    x0: [B, ...] noise at t = 0; span: the times of noise and data, into which the grid is squeezed;
+    seed, ids: what fresh noise is drawn from (`FreshNoise`). Does not know the model: `check` first.
+    Raises UserError.
     """
-    grid = grids.make(config, steps)
+    grid = grids.squeeze(grids.make(config, steps), span)
     draw = FreshNoise(seed, ids)
     if config.name == "sde":
         return sde(v, x0, grid, draw, sqrt_diffusion(config.c))

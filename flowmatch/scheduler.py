@@ -53,9 +53,11 @@ def stochastic(
     eta: DDIM's step to data + after (rho noise + sqrt(1 - rho^2) z), which is DDPM's for eta = 1
     (arXiv 2010.02502, 12 and 16). churn: Euler-Maruyama on the SDE with the same marginals,
     dx = [v + w^2 score / 2] dt + w dW with w^2 = 2 churn sigma, so that the drift is
-    (1 + churn t) v - churn x = v - churn noise in the math's time t. The last step draws nothing.
+    (1 + churn t) v - churn x = v - churn noise in the math's time t. The last step is Euler's alone.
     """
     h = after - sigma
+    if after == 0:
+        return x + h * slope
     if eta:
         kept = (1 - sigma) * after / ((1 - after) * sigma)
         share = eta * (1 - kept**2) ** 0.5  # sqrt(1 - rho^2)
@@ -63,8 +65,6 @@ def stochastic(
     else:
         lost, fresh = -churn * h, (-2 * churn * sigma * h) ** 0.5
     end = x + h * slope - lost * (x + (1 - sigma) * slope)
-    if after == 0:
-        return end
     return end + fresh * randn_tensor(x.shape, generator, x.device, x.dtype)
 
 

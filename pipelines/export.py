@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flowmatch import config as configs
-from flowmatch import manifest, mlp, nets, pipeline, run, scheduler, solvers, stage, teachers
+from flowmatch import manifest, nets, run, solvers, stage, teachers
 from flowmatch.config import UserError, option, required
 
 TOLERANCE = 1e-6  # largest difference of a pixel in [0, 1] to our own solver, exact schedulers
@@ -132,6 +132,8 @@ def write(folder: Path, student: teachers.Teacher, kind: Kind, steps: list[int])
         DPMSolverMultistepScheduler,
         FlowMatchEulerDiscreteScheduler,
     )
+
+    from flowmatch import mlp, pipeline, scheduler
 
     net = student.net
     net.register_to_config(_name_or_path="")
