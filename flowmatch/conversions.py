@@ -134,7 +134,3 @@ class Foreign:
         """Take the last step, t_max to 1, by the data prediction. x: [B, ...] at t_max."""
         out, t = self._predict(x, self.t_max)
         return out if self.kind == "data" else (x - (1 - t) * out) / t
-
-    def grid(self, grid: Tensor) -> Tensor:
-        """Squeeze a grid from 0 to 1 into [t_min, t_max]. grid: [N + 1] -> [N + 1]."""
-        return self.t_min + (self.t_max - self.t_min) * grid

@@ -104,6 +104,11 @@ def make(config: GridConfig, steps: int) -> Tensor:
     return grid
 
 
+def squeeze(grid: Tensor, span: tuple[float, float]) -> Tensor:
+    """Squeeze a grid from 0 to 1 into the times of a span. [N + 1] -> [N + 1]; (0, 1) changes no bit."""
+    return span[0] + (span[1] - span[0]) * grid
+
+
 def check_times(points: Sequence[float]) -> None:
     """Raise UserError unless times are two or more, strictly monotone, in [0, 1]."""
     steps = [after - before for before, after in pairwise(points)]

@@ -106,8 +106,11 @@ def straightness(
     *,
     steps: int = 50,
     batch: int = 256,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> dict[str, float]:
     """Estimate how far a flow's own paths are from straight lines; 0 is straight.
+
+    span: the times between which v is valid, if not all.
 
     S = mean_i E|(x1 - x0) - v(x_ti, ti)|^2 over an Euler path of `steps` uniform steps (arXiv
     2209.03003, section 2.2). v(x, t), or v(x, t, cond) where cond is given; x0: [N, ...] noise; cond:
@@ -118,16 +121,16 @@ def straightness(
         raise UserError(f"straightness on a path of {steps} steps; use 50 or more")
     variance = distance = 0.0
     for start in range(0, len(x0), batch):
-        x = x0[start : start + batch]
+        x = (1 - span[0]) * x0[start : start + batch]
         given = () if cond is None else ({k: c[start : start + batch] for k, c in cond.items()},)
         # x1 - x0 is the mean of the path's velocities, S their variance: Welford's running moments
         mean, moment = torch.zeros_like(x, dtype=torch.float64), 0.0
         for i in range(steps):
-            velocity = v(x, i / steps, *given)
+            velocity = v(x, span[0] + (span[1] - span[0]) * i / steps, *given)
             gap = velocity.double() - mean
             mean += gap / (i + 1)
             moment += float((gap * (velocity.double() - mean)).sum())
-            x = x + velocity / steps
+            x = x + (span[1] - span[0]) * velocity / steps
         variance += moment / steps
         distance += float(mean.square().sum())
     return {

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +154,16 @@ class Velocity:
     2022, arXiv 2207.12598, in velocities); both halves run as one batch and count as two evaluations.
     """
 
+    span = (0.0, 1.0)  # the times at which it is valid
+    extra = 0  # evaluations of `carry` beyond those of its solver
+
     def __init__(self, net: Any, guidance: float = 1.0):
         self.net = net
         self.guidance = guidance
         self.evaluations = 0  # of the network, a sample; guidance counts two
         inner = getattr(net, "module", net)  # DDP hides the config
         self.classes = classes_of(getattr(inner, "_orig_mod", inner))
+        self.null = self.classes  # the null class is the one after the last
         if guidance != 1 and self.classes is None:
             raise UserError(f"guidance={guidance}: this network takes no labels; use guidance=1")
 
@@ -173,27 +178,41 @@ class Velocity:
         if r is not None:
             raise UserError("r is given, but this network takes a single time")
         t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0])
-        timestep = 1000 * (1 - t)  # float: UNet2DModel casts a Python number to long
+        return -self.predict(x, 1000 * (1 - t), cond)
+
+    def predict(self, x: Tensor, timestep: Tensor, cond: dict[str, Tensor] | None) -> Tensor:
+        """Evaluate the network itself, guided. timestep: [B], as it sees it -> [B, ...], as it says it.
+
+        The timestep is a float tensor: UNet2DModel casts a Python number to long.
+        """
         # a float64 state is the solver's; the network keeps its own dtype
         given = x.to(next(self.net.parameters()).dtype) if x.dtype == torch.float64 else x
         if self.classes is None:
             if cond:
                 raise UserError(f"conditions {sorted(cond)} are given; this network takes none")
             self.evaluations += 1
-            return -self.net(given, timestep).sample.to(x.dtype)
-        null = torch.full((x.shape[0],), self.classes, dtype=torch.long, device=x.device)
+            return self.net(given, timestep).sample.to(x.dtype)
+        if self.null is None and cond is None:
+            raise UserError("this network has no null class; give it labels")
+        null = torch.full((x.shape[0],), self.null or 0, dtype=torch.long, device=x.device)
         label = null if cond is None else cond["label"]
         if self.guidance == 1:
             self.evaluations += 1
-            return -self.net(given, timestep, class_labels=label).sample.to(x.dtype)
+            return self.net(given, timestep, class_labels=label).sample.to(x.dtype)
         self.evaluations += 2
         both = self.net(
             torch.cat([given, given]),
             torch.cat([timestep, timestep]),
             class_labels=torch.cat([null, label]),
         )
-        v_null, v_cond = (-both.sample.to(x.dtype)).chunk(2)
-        return v_null + self.guidance * (v_cond - v_null)
+        out_null, out_cond = both.sample.to(x.dtype).chunk(2)
+        return out_null + self.guidance * (out_cond - out_null)
+
+    def carry(
+        self, x0: Tensor, solve: Callable[..., Tensor], cond: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Carry noise to data: solve(v, x, span) integrates v(x, t) from span[0] to span[1]."""
+        return solve(lambda x, t: self(x, t, cond), x0, self.span)
 
 
 def digest(net: Any) -> str:
@@ -216,7 +235,7 @@ def save(net: Any, folder: str | os.PathLike[str]) -> list[str]:
     return sorted(file.name for file in Path(folder).iterdir() if file.is_file())
 
 
-def load(folder: str | os.PathLike[str], key: str) -> Any:
+def load(folder: str | os.PathLike[str], key: str, subfolder: str = "") -> Any:
     """Load a network in float32 and eval mode from a diffusers model folder or a hub name.
 
     The class stands in the folder's config.json. Raises UserError naming `key`.
@@ -224,9 +243,10 @@ def load(folder: str | os.PathLike[str], key: str) -> Any:
     from flowmatch.mlp import VelocityMLP
 
     try:
-        config = VelocityMLP.load_config(folder)
+        where = {"subfolder": subfolder} if subfolder else {}
+        config = VelocityMLP.load_config(folder, **where)
         model = network_class(config.get("_class_name", "?"))
-        net = model.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+        net = model.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, **where)
     except (OSError, json.JSONDecodeError) as error:
         kind = UserError if Path(folder).is_dir() else NotReady
         reason = " ".join(str(error).split())

@@ -248,16 +248,18 @@ def sample(
     x0: Tensor,
     config: SamplerConfig,
     steps: int,
+    span: tuple[float, float] = (0.0, 1.0),
     *,
     seed: int,
     ids: Sequence[int] | np.ndarray,
 ) -> Tensor:
     """Carry noise to data in some steps as a config says.
 
-    x0: [B, ...] noise at t = 0; seed, ids: what fresh noise is drawn from (`FreshNoise`). Does not know
-    the model: `check` first. Raises UserError.
+    x0: [B, ...] noise at t = 0; span: the times of noise and data, into which the grid is squeezed;
+    seed, ids: what fresh noise is drawn from (`FreshNoise`). Does not know the model: `check` first.
+    Raises UserError.
     """
-    grid = grids.make(config, steps)
+    grid = grids.squeeze(grids.make(config, steps), span)
     draw = FreshNoise(seed, ids)
     if config.name == "sde":
         return sde(v, x0, grid, draw, sqrt_diffusion(config.c))

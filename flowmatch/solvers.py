@@ -204,14 +204,22 @@ def dopri5(
         ) from None
 
 
-def solve(v: VelocityField, x: Tensor, config: SolverConfig, *, backward: bool = False) -> Tensor:
+def solve(
+    v: VelocityField,
+    x: Tensor,
+    config: SolverConfig,
+    span: tuple[float, float] = (0.0, 1.0),
+    *,
+    backward: bool = False,
+) -> Tensor:
     """Carry x from noise to data, or backward from data to noise, as a config says.
 
-    x: [B, ...], taken to the state's dtype; the answer keeps it. Raises UserError like `integrate`.
+    x: [B, ...], taken to the state's dtype; the answer keeps it. span: the times of noise and data,
+    into which the config's grid is squeezed. Raises UserError like `integrate`.
     """
-    x = x.to(getattr(torch, config.state))
+    x, (start, end) = x.to(getattr(torch, config.state)), span
     if config.name == "dopri5":
-        start, end = (1.0, 0.0) if backward else (0.0, 1.0)
-        return dopri5(v, x, start, end, rtol=config.rtol, atol=config.atol)
-    grid = grids.make(config, config.steps)
+        times = (end, start) if backward else (start, end)
+        return dopri5(v, x, *times, rtol=config.rtol, atol=config.atol)
+    grid = grids.squeeze(grids.make(config, config.steps), span)
     return integrate(v, x, grid.flip(0) if backward else grid, config.name)

@@ -23,7 +23,6 @@ from flowmatch import (
     grids,
     manifest,
     metrics,
-    nets,
     noise,
     run,
     samplers,
@@ -35,6 +34,8 @@ from flowmatch.config import UserError, option, required
 from flowmatch.data import DataConfig
 from flowmatch.samplers import SamplerConfig
 from flowmatch.solvers import SolverConfig, VelocityField
+
+Span = tuple[float, float]  # the times of noise and data
 
 
 class EvaluateConfig(stage.StageConfig):
@@ -104,7 +105,8 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     with faults:
         real = data.load(config.data)
         inputs["data"] = real.digest
-        if config.features == "classifier" and real.images and real.label is None:
+        needed = config.features == "classifier" and config.distance != "sliced_wasserstein"
+        if needed and real.images and real.label is None:
             raise UserError("features='classifier' needs data.labels=true (or use features=values)")
     models: dict[str, teachers.Teacher] = {}
     for name in ("teacher", "student"):
@@ -180,7 +182,7 @@ class Sampler:
         self.config, self.solver = config, solver
         self.samples, self.accelerator = samples, accelerator
         self.shape, self.round = model.shape, model.round
-        self.velocity = nets.Velocity(model.net, config.guidance if model.classes else 1.0)
+        self.velocity = model.velocity(config.guidance if model.classes else 1.0)
 
     def rows(self) -> list[Row]:
         """Sample with every number of steps, then converged."""
@@ -189,16 +191,20 @@ class Sampler:
             row = functools.partial(self.row, steps=steps)
             x, evaluations = self.sample(row)
             found.append(Row(steps, evaluations, x))
-        x, evaluations = self.sample(lambda v, x0, _: solvers.solve(v, x0, self.config.converged))
+        x, evaluations = self.sample(
+            lambda v, x0, span, ids: solvers.solve(v, x0, self.config.converged, span)
+        )
         return [*found, Row(None, evaluations, x)]
 
-    def row(self, v: VelocityField, x0: Tensor, ids: np.ndarray, *, steps: int) -> Tensor:
+    def row(
+        self, v: VelocityField, x0: Tensor, span: Span, ids: np.ndarray, *, steps: int
+    ) -> Tensor:
         """Carry the noise of some samples to data in a number of steps."""
-        return samplers.sample(v, x0, self.solver, steps, seed=self.config.seed, ids=ids)
+        return samplers.sample(v, x0, self.solver, steps, span, seed=self.config.seed, ids=ids)
 
     @torch.inference_mode()
     def sample(  # collective: every rank
-        self, carry: Callable[[VelocityField, Tensor, np.ndarray], Tensor]
+        self, solve: Callable[[VelocityField, Tensor, Span, np.ndarray], Tensor]
     ) -> tuple[Tensor, int]:
         """Carry the noise of all samples; (x [samples, ...], evaluations a sample).
 
@@ -210,9 +216,9 @@ class Sampler:
         for number in range(rounds):
             first = (number * world + self.accelerator.process_index) * batch
             ids = np.arange(first, first + batch)
-            x0, v = self.noise(ids)
+            x0, cond = self.noise(ids)
             before = self.velocity.evaluations
-            parts.append(carry(v, x0, ids))
+            parts.append(self.velocity.carry(x0, functools.partial(solve, ids=ids), cond))
             counts.append(self.velocity.evaluations - before)
         gathered = self.accelerator.gather(torch.stack(parts))  # [world * rounds, batch, ...]
         ordered = gathered.unflatten(0, (world, rounds)).transpose(0, 1).flatten(0, 2)
@@ -220,21 +226,22 @@ class Sampler:
         counted = counted.unflatten(0, (world, rounds)).T.flatten()[: -(-self.samples // batch)]
         return ordered[: self.samples].cpu(), round(counted.double().mean().item())
 
-    def noise(self, ids: np.ndarray) -> tuple[Tensor, VelocityField]:
-        """Give the noise of some samples, and the velocity under their labels."""
+    def noise(self, ids: np.ndarray) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Give the noise of some samples, and their labels."""
         device, seed = self.accelerator.device, self.config.seed
         x0 = torch.from_numpy(noise.normal(seed, ids, self.shape, noise.EVALUATION)).to(device)
         cond = None
         if self.velocity.classes is not None:
             label = noise.labels(seed, ids, self.velocity.classes)
             cond = {"label": torch.from_numpy(label).to(device)}
-        return x0, lambda x, t: self.velocity(x, t, cond)
+        return x0, cond
 
     @torch.inference_mode()
     def straightness(self) -> dict[str, float]:
         """Estimate the straightness on 256 samples."""
-        x0, v = self.noise(np.arange(256))
-        return metrics.straightness(v, x0, steps=64)
+        x0, cond = self.noise(np.arange(256))
+        span = self.velocity.span
+        return metrics.straightness(lambda x, t: self.velocity(x, t, cond), x0, steps=64, span=span)
 
 
 def score(

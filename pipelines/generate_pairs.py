@@ -26,7 +26,9 @@ class PairsConfig(stage.StageConfig):
     """Config of stage two."""
 
     teacher: str = required(
-        "a sealed training stage (its EMA weights), or a diffusers flow model", run=True
+        "a sealed training stage (its EMA weights), a diffusers flow model, or a diffusers pipeline "
+        "whose network predicts noise, data or v",
+        run=True,
     )
     shards: int = required("number of shards; more of them extend a finished set", run=True, ge=1)
     shard_size: int = option(16384, "pairs in a shard, the unit of work and of retry", ge=1)
@@ -49,7 +51,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         device = stage.pick_device(config.device)
     with faults:
         teacher = teachers.load(config.teacher, "teacher")
-        velocity = nets.Velocity(teacher.net, config.guidance)
+        velocity = teacher.velocity(config.guidance)
         layout = shards.Layout(
             shape=teacher.shape,
             dtype=config.dtype,
@@ -67,6 +69,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     evaluations: float | None = config.solver.evaluations  # a pair
     cost = "dopri5 chooses its evaluations"
     if evaluations is not None:
+        evaluations += velocity.extra
         evaluations *= 1 if config.guidance == 1 else 2
         cost = f"{evaluations} evaluations a pair ({config.solver.name}), {pairs * evaluations:,} in all"
     plan = [
@@ -124,6 +127,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         shards=config.shards,
         count=pairs,
         convention="x0 noise, x1 data, x_t = (1 - t) x0 + t x1, v = x1 - x0",
+        **teacher.facts,
     )
     stage.say(f"generate_pairs: sealed {folder}")
 
@@ -160,10 +164,10 @@ class Maker:
             if self.velocity.classes is not None:
                 label = noise.labels(config.seed, ids, self.velocity.classes)
                 cond = {"label": torch.from_numpy(label).to(self.device)}
-            x1 = solvers.solve(
-                lambda x, t, cond=cond: self.velocity(x, t, cond),
+            x1 = self.velocity.carry(
                 torch.from_numpy(x0.astype(np.float32)).to(self.device),
-                config.solver,
+                lambda v, x, span: solvers.solve(v, x, config.solver, span),
+                cond,
             )
             keep = min(config.compute_batch, size - start)
             stored = x1.cpu().numpy().astype(self.layout.dtype)

@@ -5,7 +5,7 @@ network learns do not cross, and few Euler steps follow them.
 """
 
 from flowmatch import config as configs
-from flowmatch import coupling, manifest, nets, pairs, run, stage, teachers
+from flowmatch import coupling, foreign, manifest, nets, pairs, run, stage, teachers
 from flowmatch.config import Config, UserError, option, required
 from flowmatch.fit import check, fit
 from flowmatch.losses import LossConfig
@@ -25,7 +25,9 @@ class ReflowConfig(stage.StageConfig):
 
     pairs: list[PairsEntry] = required("sets of pairs, mixed in each batch by weight")
     start: str = required(
-        "start weights: a sealed training stage (its EMA), or a diffusers model", run=True
+        "start weights: a sealed training stage (its EMA), or a diffusers model or pipeline; one that "
+        "predicts noise or data learns the velocity from there",
+        run=True,
     )
     fit: FitConfig = required("the training loop")
     times: TimesConfig = option(
@@ -86,8 +88,13 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
 
 
 def check_match(start: teachers.Teacher, sets: list[pairs.PairData]) -> None:
-    """Raise UserError where the pairs are not what the network takes."""
+    """Raise UserError where the pairs are not what the network takes, or it can be no velocity."""
     faults = []
+    if start.diffusion is not None and not foreign.can_be_velocity(start.net):
+        faults.append(
+            "start= is no network for velocities: it gives a variance too, or has no row for the null "
+            "class; start from a flow model"
+        )
     for data in sets:
         if data.shape != start.shape:
             faults.append(

@@ -24,16 +24,16 @@ LAYERS = {
         ),
         *("metrics", "toy"),
     ],
-    "artefacts": ["manifest", "shards", "claims", "pairs"],
+    "artefacts": ["manifest", "shards", "claims", "pairs", "audit"],
     "export": ["scheduler", "pipeline", "mlp"],
-    "models": ["nets", "images", "sources", "tables", "data", "teachers"],
+    "models": ["nets", "foreign", "images", "sources", "tables", "data", "teachers"],
     "loop": ["stage", "run", "state", "fit"],
-    "draw": ["draw"],
+    "draw": ["draw", "plane"],
 }
 ORDER = list(LAYERS)
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 HEAVY = {
-    "diffusers": {"nets", "teachers", "scheduler", "pipeline", "mlp", "state"},
+    "diffusers": {"nets", "foreign", "teachers", "scheduler", "pipeline", "mlp", "state"},
     "accelerate": {"run", "fit", "state"},
     "datasets": {"sources", "images", "tables"},
 }
