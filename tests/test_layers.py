@@ -24,11 +24,11 @@ LAYERS = {
         ),
         *("metrics", "toy"),
     ],
-    "artefacts": ["manifest", "shards", "claims", "pairs"],
+    "artefacts": ["manifest", "shards", "claims", "pairs", "audit"],
     "export": ["scheduler", "pipeline", "mlp"],
     "models": ["nets", "foreign", "images", "sources", "tables", "data", "teachers"],
     "loop": ["stage", "run", "state", "fit"],
-    "draw": ["draw"],
+    "draw": ["draw", "plane"],
 }
 ORDER = list(LAYERS)
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
