@@ -39,7 +39,7 @@ def generation(folder: Path, load: Load, device: str) -> dict[str, Figure]:
     def forwards() -> None:
         bare.forwards(-(-load.shard // load.batch) * load.evaluations)
 
-    mine, theirs = alternate(load.rounds, ours, forwards)
+    mine, theirs = alternate((load.rounds + 1) // 2, ours, forwards)
     arrays = [noise.normal(s, range(load.shard), load.shape, 0).astype("float16") for s in (0, 1)]
     layout = shards.Layout(load.shape, "float16", False, load.shard, min(64, load.shard))
     writes = []
