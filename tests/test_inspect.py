@@ -46,7 +46,7 @@ def test_the_figures_are_those_of_the_pairs(whole, tmp_path, capsys):
     assert found["labels"] == {str(k): (label == k).sum() for k in range(3)}
     assert found["environments"][0][1] == 3
     assert f"mean {cost.mean():.4g}; paired at random" in out
-    assert "3 shards made with numpy" in out
+    assert "3 shards made with" in out
     for name in ("pairs.png", "cost.png"):
         assert (tmp_path / "look" / name).read_bytes()[:4] == b"\x89PNG"
 
@@ -119,7 +119,7 @@ def test_a_mixture_of_environments_is_warned_of(whole, tmp_path, capsys):
     path.write_text(json.dumps(side))
     (folder / ".meta/pairs-000002.json").unlink()
     _, out, _ = inspect(capsys, folder)
-    assert "1 shards made with numpy" in out
+    assert "1 shards made with" in out
     assert "torch 1.0" in out
     assert "WARNING: a mixture" in out
     assert "WARNING: 1 shards without sidecar" in out
