@@ -3,15 +3,15 @@
 #
 #   scripts/reflow.sh NAME [STAGE.key=value ...]      e.g.  scripts/reflow.sh digits flow.fit.steps=100
 #
-# NAME is a folder of configs/; STAGE is one of flow pairs reflow evaluate export. Read from the
-# environment: PYTHON (default python) and ACCELERATE_CONFIG (default: two CPU processes, or one GPU
-# where there is one).
+# NAME is a folder of configs/; STAGE is one of flow pairs reflow classifier evaluate export (classifier
+# where NAME has a config for it). Read from the environment: PYTHON (default python) and
+# ACCELERATE_CONFIG (default: two CPU processes, or one GPU where there is one).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-stages=(flow pairs reflow evaluate export)
+stages=(flow pairs reflow classifier evaluate export)
 declare -A module=([flow]=train_flow [pairs]=generate_pairs [reflow]=reflow
-                   [evaluate]=evaluate [export]=export)
+                   [classifier]=train_classifier [evaluate]=evaluate [export]=export)
 usage="usage: scripts/reflow.sh NAME [STAGE.key=value ...]; STAGE is one of ${stages[*]}"
 fail() { echo "reflow.sh: $1; $usage" >&2; exit 2; }
 
@@ -19,10 +19,11 @@ fail() { echo "reflow.sh: $1; $usage" >&2; exit 2; }
 name=$1
 shift
 [ -d "configs/$name" ] || fail "configs/$name does not exist"
+[ -f "configs/$name/classifier.yaml" ] || stages=(flow pairs reflow evaluate export)
 declare -A keys=()
 for word in "$@"; do
   stage=${word%%.*}
-  [[ $word == *.*=* && -n ${module[$stage]:-} ]] || fail "$word is not STAGE.key=value"
+  [[ $word == *.*=* && " ${stages[*]} " == *" $stage "* ]] || fail "$word is not STAGE.key=value"
   keys[$stage]+="${word#*.}"$'\n'
 done
 
