@@ -1,9 +1,9 @@
-# make demo | test | test-all | lint | setup; everything happens in .venv, with pinned versions.
+# make demo | test | test-all | lint | docs | setup; everything happens in .venv, with pinned versions.
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint setup clean
+.PHONY: demo test test-all lint docs setup clean
 
 setup: .venv/installed
 
@@ -28,6 +28,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -m scripts.run_page docs/flow-matching.md
 
 clean:
 	rm -rf .venv runs

@@ -116,7 +116,8 @@ def value_paths(paths: Paths) -> Any:
 def losses(curves: Mapping[str, list[dict[str, float]]]) -> Any:
     """Draw the loss along the steps of training, a panel a model, for each has a loss of its own."""
     figure, axes = draw.canvas(WIDE, WIDE / 2 + 0.1, 1, len(curves))
-    for panel, (name, lines) in zip(axes[0], curves.items(), strict=True):
+    panels = np.atleast_2d(axes)[0]  # of a lone model, canvas gives its one panel itself
+    for panel, (name, lines) in zip(panels, curves.items(), strict=True):
         steps, values = [line["step"] for line in lines], [line["loss"] for line in lines]
         panel.plot(steps, values, color=draw.COLOURS[name], linewidth=1.4)
         if max(values) > 10 * min(values) > 0:
@@ -126,7 +127,7 @@ def losses(curves: Mapping[str, list[dict[str, float]]]) -> Any:
         panel.set_title(name, fontsize=11, fontweight="bold", color=draw.COLOURS[name])
         panel.set_xlabel("step")
         _tidy(panel)
-    axes[0, 0].set_ylabel("loss")
+    panels[0].set_ylabel("loss")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""The table and the pictures of evaluation: quality against evaluations, samples of one noise."""
+"""The table and the pictures of evaluation, and the pictures of a set of pairs."""
 
 import math
 import os
@@ -23,6 +23,9 @@ QUALITIES = {  # what images are scored by beside the distance: name, format
 }
 POINTS = 2000  # shown of a set of 2-D samples
 MOSAIC = 4  # images a side in one panel
+ROW = 8  # pairs of images side by side
+GREY: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
+BESIDE: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 9}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -81,7 +84,7 @@ def curve_figure(result: Mapping[str, Any], wide: float, high: float, title: boo
     result: what `evaluate` writes to metrics.json: rows of teacher and student, floor, protocol. The
     dashed line is the teacher's converged distance, the dotted one that of real data to real data.
     """
-    figure, ((axes,),) = canvas(wide, high)
+    figure, axes = canvas(wide, high)
     ticks = set()
     for name, colour in COLOURS.items():
         rows = [row for row in result[name]["rows"] if row["steps"] is not None]
@@ -170,13 +173,95 @@ def mosaic(x: np.ndarray) -> np.ndarray:
     return sheet[:, :, 0] if channels == 1 else sheet
 
 
-def canvas(wide: float, high: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+def pairs(
+    path: str | os.PathLike[str], x0: np.ndarray, x1: np.ndarray, label: np.ndarray | None = None
+) -> None:
+    """Draw pairs, noise and sample, and save a PNG.
+
+    x0, x1: images [N, C, H, W], a row of noise over a row of samples; or [N, D] with D > 1, joined by
+    lines in their first two dimensions. label: [N], written above.
+    """
+    if x0.ndim < 4:
+        _lines(path, x0.reshape(len(x0), -1), x1.reshape(len(x1), -1))
+        return
+    n, channels = x0.shape[:2]
+    columns = min(n, ROW)
+    rows = 2 * -(-n // columns)
+    figure, axes = canvas(0.75 * columns + 0.7, 0.78 * rows + 0.5, rows, columns)
+    for panel in axes.flat:
+        panel.set_axis_off()
+    kept = slice(0, 3) if channels > 2 else slice(0, 1)
+    latent = channels not in (1, 3)  # images lie in [-1, 1], latents anywhere
+    scales = (3.0, float(np.quantile(np.abs(x1), 0.995)) or 1.0 if latent else 1.0)
+    for i in range(n):
+        row, column = 2 * (i // columns), i % columns
+        for down, (x, scale) in enumerate(zip((x0, x1), scales, strict=True)):
+            panel = axes[row + down, column]
+            picture = ((x[i, kept] / scale).clip(-1, 1) + 1).transpose(1, 2, 0) / 2
+            panel.imshow(picture.squeeze(2) if picture.shape[2] == 1 else picture, **GREY)
+            if column == 0:
+                words = ("noise", "sample")[down]
+                panel.text(-0.12, 0.5, words, **BESIDE, transform=panel.transAxes)
+        if label is not None:
+            axes[row, column].set_title(str(label[i]), fontsize=8, pad=2)
+    shown = f", channels 1 to {kept.stop} of {channels}" if latent else ""
+    figure.suptitle(f"The first {n} pairs{shown}", fontsize=11, fontweight="bold")
+    figure.savefig(path, metadata={"Software": None})
+
+
+def _lines(path: str | os.PathLike[str], x0: np.ndarray, x1: np.ndarray) -> None:
+    from matplotlib.collections import LineCollection
+
+    figure, axes = canvas(5.2, 5.4)
+    dimensions = x0.shape[1]
+    a, b = (np.pad(x, ((0, 0), (0, max(0, 2 - dimensions))))[:, :2] for x in (x0, x1))
+    axes.add_collection(
+        LineCollection(list(np.stack([a, b], axis=1)), colors="#999999", linewidths=0.5, alpha=0.5)
+    )
+    axes.scatter(*a.T, s=7, color=COLOURS["teacher"], linewidths=0, label="noise x0", zorder=2)
+    axes.scatter(*b.T, s=7, color=COLOURS["student"], linewidths=0, label="sample x1", zorder=3)
+    axes.set_aspect("equal")
+    axes.spines[:].set_color("#cccccc")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.99), ncols=2, fontsize=9)
+    shown = "" if dimensions == 2 else f", the first 2 of {dimensions} dimensions"
+    title = f"The first {len(a)} pairs{shown}"
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    figure.savefig(path, metadata={"Software": None})
+
+
+def costs(path: str | os.PathLike[str], cost: np.ndarray, at_random: np.ndarray) -> None:
+    """Draw the histogram of |x1 - x0|^2, beside that of the same points at random, and save a PNG.
+
+    cost, at_random: [N].
+    """
+    figure, axes = canvas(6.4, 3.6)
+    low, high = np.quantile(np.concatenate([cost, at_random]), [0, 0.999])
+    edges = np.linspace(low, max(high, low + 1e-6), 61)
+    shown = (("paired at random", at_random, "teacher"), ("these pairs", cost, "student"))
+    for name, values, colour in shown:
+        style = {"histtype": "stepfilled", "alpha": 0.45, "color": COLOURS[colour]}
+        axes.hist(values, edges, label=f"{name}, mean {values.mean():.4g}", **style)
+        axes.axvline(values.mean(), color=COLOURS[colour], linewidth=1.5)
+    axes.set_xlabel(r"transport cost $|x_1 - x_0|^2$")
+    axes.set_ylabel(f"pairs, of {len(cost):,}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    title = f"The pairs cost {cost.mean() / at_random.mean():.2f} of a random pairing"
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    figure.savefig(path, metadata={"Software": None})
+
+
+def canvas(
+    wide: float, high: float, rows: int = 1, columns: int = 1, dpi: int = 150
+) -> tuple[Any, Any]:
     """Make a figure of some inches that no window shows, whatever backend is set."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(wide, high), dpi=150, layout="constrained")
+    figure = Figure(figsize=(wide, high), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
+    if rows == columns == 1:
+        return figure, figure.subplots()
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 

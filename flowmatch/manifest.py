@@ -18,6 +18,10 @@ FORMAT = 1  # raised when a manifest of an older format no longer means the same
 NAME = "manifest.json"
 
 
+class Damaged(UserError):
+    """A manifest that is none any more."""
+
+
 def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write a file so that a reader sees all of it or none, also after a power cut."""
     path = Path(path)
@@ -107,9 +111,11 @@ def read(folder: str | os.PathLike[str], key: str, stages: Iterable[str] = ()) -
     try:
         manifest = json.loads((folder / NAME).read_bytes())
         known, stage = manifest["format"], manifest["stage"]
-        manifest["facts"], manifest["outputs"], manifest["inputs"], manifest["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
+        for part in ("facts", "outputs", "inputs", "config"):
+            if not isinstance(manifest[part], dict):
+                raise TypeError(f"{part} is no mapping")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Damaged(
             f"{key}={folder}: {NAME} is damaged ({error!r}); delete it and repeat its stage"
         ) from None
     if known != FORMAT:

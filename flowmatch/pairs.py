@@ -38,7 +38,7 @@ class PairData(Dataset[dict[str, Tensor]]):
         try:
             self.layout = Layout(**facts["layout"])
             self.shards, count = int(facts["shards"]), int(facts["count"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError, ValueError) as error:
             raise UserError(f"{key}={folder} is not a folder of pairs: {error!r}") from None
         if self.shards < 1 or count != self.shards * self.layout.shard_size:
             raise UserError(

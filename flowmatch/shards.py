@@ -53,6 +53,9 @@ class Layout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))  # JSON knows lists only
         faults = []
+        sizes = (*self.shape, self.shard_size, self.block)
+        if not all(type(size) is int for size in sizes) or type(self.labels) is not bool:
+            raise UserError(f"{self}: expected whole numbers, and labels true or false")
         if not self.shape or min(self.shape) < 1:
             faults.append(f"shape={self.shape}: expected one or more positive sizes")
         if self.dtype not in ("float16", "float32"):
@@ -256,7 +259,7 @@ def sidecar(folder: str | os.PathLike[str], k: int) -> dict[str, Any] | None:
     """Read the sidecar of shard k; None where it is missing or damaged."""
     try:
         facts = json.loads(_sidecar_path(Path(folder), k).read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     needed = {"fingerprint", "bytes", "sha256", "count"}
     return facts if isinstance(facts, dict) and needed <= facts.keys() else None

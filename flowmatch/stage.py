@@ -4,6 +4,7 @@ Resume means: repeat the command. The same content resumes, a sealed folder says
 other content is an error that lists the keys.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from flowmatch.config import Config, NotReady, UserError, option, required
 
 PREEMPTED = 75  # EX_TEMPFAIL: what a stage exits with after SIGTERM, its work saved
 USER_ERROR = 2
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class StageConfig(Config):
@@ -97,10 +99,17 @@ def command(name: str, model: type[S], body: Callable[[S, bool], None], summary:
             say(f"{name}: later: {line}")
     except UserError as error:
         _fail(name, error)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        again = (
+            "free space there or make it writable, and repeat the command: what is whole is kept"
+        )
+        _fail(name, UserError(f"the disk refuses: {error}; {again}"))
 
 
 def _fail(name: str, error: UserError) -> None:
-    if leads():
+    if leads() or "LOCAL_RANK" not in os.environ:  # started by hand or as an array: its own log
         for line in error.faults:
             print(f"{name}: {line}", file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)

@@ -39,6 +39,11 @@ class PairsConfig(stage.StageConfig):
         1.0, "classifier-free guidance scale w, baked into the pairs; 1 is none, others cost twice"
     )
     dtype: Literal["float16", "float32"] = option("float16", "stored dtype; the noise stays exact")
+    compile: bool = option(
+        False,
+        "compile the network by torch.compile; alters rounding, so let all workers of a set agree",
+        run=True,
+    )
     lease_seconds: float = option(
         60.0, "a shard whose worker has not moved for so long is taken over", run=True, gt=0
     )
@@ -83,6 +88,8 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     def unfinished() -> bool:
         return bool(shards.missing(folder, every, fingerprint))
 
+    if dry_run and not manifest.sealed(folder):
+        plan.append(teachers.measure_batch(velocity, layout.shape, stage.worker_device(device)))
     if not stage.begin("generate_pairs", config, inputs, plan, dry_run, unfinished):
         return
     stage.exit_on_sigterm()
@@ -139,12 +146,15 @@ class Maker:
         self, config: PairsConfig, layout: shards.Layout, velocity: nets.Velocity, device: str
     ):
         velocity.net.to(device)
+        if config.compile:  # every batch is a whole one: a single graph
+            velocity.net.compile(fullgraph=True, dynamic=False)
         self.config, self.layout, self.velocity, self.device = config, layout, velocity, device
         self.environment: dict[str, Any] = {
             "torch": torch.__version__,
             "numpy": np.__version__,
             "processor": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
             "threads": torch.get_num_threads(),
+            "compile": config.compile,
         }
         torch.backends.cudnn.deterministic = True
 

@@ -24,14 +24,14 @@ LAYERS = {
         ),
         *("metrics", "toy"),
     ],
-    "artefacts": ["manifest", "shards", "claims", "pairs"],
+    "artefacts": ["manifest", "shards", "claims", "pairs", "audit"],
     "export": ["scheduler", "pipeline", "mlp"],
     "models": [
         *("nets", "foreign", "images", "sources", "tables", "data", "teachers"),
         *("features", "scores", "rows"),
     ],
     "loop": ["stage", "run", "state", "fit"],
-    "draw": ["draw", "charts", "report"],
+    "draw": ["draw", "plane", "charts", "report"],
 }
 ORDER = list(LAYERS)
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}

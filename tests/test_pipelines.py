@@ -1,6 +1,7 @@
 """Stages in this process, on small networks of every kind: labels, guidance, and what is exported."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowmatch import features, manifest, metrics, nets, noise, pairs, solvers
+from flowmatch import features, manifest, metrics, nets, noise, pairs, solvers, teachers
 from flowmatch.config import UserError, load
 from flowmatch.data import DataConfig, reference
 from flowmatch.data import load as load_data
@@ -114,17 +115,67 @@ def test_an_evaluation_of_another_student_is_refused(tmp_path):
         )
 
 
+def generate(folder, *words):
+    run(
+        generate_pairs,
+        f"run_dir={folder}/pairs",
+        f"teacher={folder}/flow",
+        *("shards=2", "shard_size=20", "block=8", "compute_batch=8", *words),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
+def test_a_compiled_teacher_makes_the_same_pairs_by_one_graph(tmp_path):
+    name, arguments, shape, classes, _ = KINDS["unet-labels"]
+    found = []
+    for number, compiled in enumerate((False, True)):
+        root = tmp_path / str(number)
+        trained(root / "flow", name, arguments, shape, classes, round_=0)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        words = ("guidance=2.0", "solver.steps=3", "dtype=float32")
+        generate(root, *words, f"compile={compiled}")
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == int(compiled)
+        found.append(pairs.PairData(root / "pairs").batch(np.arange(40)))
+    assert torch.equal(found[0]["x0"], found[1]["x0"])
+    torch.testing.assert_close(found[0]["x1"], found[1]["x1"], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["unet", "unet-labels", "mlp-labels"])
+def test_a_dry_run_measures_batches_and_writes_nothing(tmp_path, kind, capsys):
+    name, arguments, shape, classes, _ = KINDS[kind]
+    trained(tmp_path / "flow", name, arguments, shape, classes, round_=0)
+    config, _ = load(
+        generate_pairs.PairsConfig,
+        [f"run_dir={tmp_path}/pairs", f"teacher={tmp_path}/flow", "shards=1", "device=cpu"],
+    )
+    generate_pairs.main(config, True)
+    assert "generate_pairs: compute_batch: up to " in capsys.readouterr().out
+    assert [p.name for p in tmp_path.iterdir()] == ["flow"]
+
+
+def test_the_batch_that_does_not_fit_is_named():
+    class Narrow(nets.Velocity):
+        def __call__(self, x, t, cond=None, r=None):
+            tried.append(len(x))
+            if len(x) > 10:
+                raise torch.OutOfMemoryError
+            return x
+
+    tried = []
+    velocity = Narrow(nets.build(NetConfig(name="VelocityMLP"), (2,), None, 0))
+    line = teachers.measure_batch(velocity, (2,), "cpu", seconds=60)
+    assert "compute_batch: up to 8 fit (16 do not); fastest a sample " in line
+    assert tried == [1, 1, 2, 2, 4, 4, 8, 8, 16]
+
+
 @pytest.mark.parametrize("kind", ["unet-labels", "dit"])
 def test_labels_and_guidance_travel_with_the_pairs(tmp_path, kind):
     name, arguments, shape, classes, _ = KINDS[kind]
     net = trained(tmp_path / "flow", name, arguments, shape, classes, round_=0)
-    run(
-        generate_pairs,
-        f"run_dir={tmp_path}/pairs",
-        f"teacher={tmp_path}/flow",
-        *("shards=2", "shard_size=20", "block=8", "compute_batch=8", "guidance=2.5"),
-        *("solver.steps=2", "solver.name=euler", "dtype=float32", "seed=4"),
-    )
+    values = ("solver.steps=2", "solver.name=euler", "dtype=float32", "seed=4")
+    generate(tmp_path, "guidance=2.5", *values)
     data = pairs.PairData(tmp_path / "pairs")
     ids = np.arange(len(data))
     batch = data.batch(ids)

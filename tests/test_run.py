@@ -106,7 +106,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
 
 STAGE = textwrap.dedent(
     """
-    import sys, time
+    import errno, os, sys, time
     from flowmatch import run, stage
     from flowmatch.config import NotReady, UserError, option
 
@@ -119,6 +119,9 @@ STAGE = textwrap.dedent(
             raise UserError(["first", "second"])
         if config.fault == "input":
             raise NotReady("teacher=x does not exist")
+        if config.fault.startswith("E"):
+            number = getattr(errno, config.fault)
+            raise OSError(number, os.strerror(number))
         with run.Run("toy", config, {}) as folder:
             print("ready", flush=True)
             while not folder.stop:
@@ -152,7 +155,20 @@ def test_user_errors_are_one_line_each_and_exit_2(tmp_path):
     code, _, err = outcome(tmp_path, "lr=-1", "lrr=2")
     assert code == 2
     assert err.count("\n") == 2
-    assert outcome(tmp_path, "fault=user", RANK="1") == (2, "", "")  # rank 0 alone prints
+    launched = {"RANK": "1", "LOCAL_RANK": "1"}
+    assert outcome(tmp_path, "fault=user", **launched) == (2, "", "")  # rank 0 alone prints
+    by_hand = outcome(tmp_path, "fault=user", RANK="1")  # a member of an array: its own log
+    assert by_hand == (2, "", "toy: first\ntoy: second\n")
+
+
+def test_a_disk_that_refuses_is_named_and_exits_2(tmp_path):
+    code, _, err = outcome(tmp_path, "fault=ENOSPC")
+    assert code == 2
+    assert err.startswith("toy: the disk refuses: [Errno 28] No space left on device; free space")
+    assert err.count("\n") == 1
+    code, _, err = outcome(tmp_path, "fault=EIO")  # not the user's: a traceback
+    assert code == 1
+    assert "Traceback" in err
 
 
 def test_a_missing_input_is_a_remark_for_a_plan_and_an_error_for_a_run(tmp_path):

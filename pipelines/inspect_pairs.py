@@ -1,0 +1,256 @@
+"""Inspect a sealed set of pairs: what it holds, where it comes from, what its pairs look like.
+
+Prints counts, bytes, environments, the chain of digests back to the data, and the transport cost
+|x1 - x0|^2 beside that of the same points paired at random; writes pairs.png, cost.png and summary.json.
+
+Exit status: 0, or 2 for a folder that is no sealed set. Damage of the tars is for verify_pairs to find.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowmatch import audit, draw, manifest, noise, shards
+from flowmatch.config import UserError
+from flowmatch.pairs import PairData
+from flowmatch.stage import REFUSED, USER_ERROR
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+READ = 1 << 24  # values of x0 read at once
+SHOWN_IMAGES, SHOWN_POINTS = 16, 400
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Look, print, draw; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.inspect_pairs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="DIR", help="the folder of the pairs (their run_dir)")
+    parser.add_argument("--out", help="where pictures and summary.json go (default: DIR_inspect)")
+    parser.add_argument("--teacher", help="the teacher's folder, where it has moved since")
+    parser.add_argument(
+        "--pairs",
+        type=number,
+        help=f"pairs drawn ({SHOWN_IMAGES} of images, {SHOWN_POINTS} of points)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=number,
+        default=10_000,
+        help="pairs the statistics are of (10000, at random)",
+    )
+    call = parser.parse_args(argv)
+    folder = Path(call.folder)
+    out = Path(call.out or f"{str(folder).rstrip('/')}_inspect")
+    try:
+        data = PairData(folder, "DIR")
+        found = summary(data, call.samples, call.teacher)
+        costs, at_random = found["cost"].pop("values"), found["cost"].pop("values_at_random")
+        out.mkdir(parents=True, exist_ok=True)
+        shown = call.pairs or (SHOWN_IMAGES if len(data.shape) > 1 else SHOWN_POINTS)
+        first = {k: v.numpy() for k, v in data.batch(range(min(shown, len(data)))).items()}
+        draw.pairs(out / "pairs.png", first["x0"], first["x1"], first.get("label"))
+        draw.costs(out / "cost.png", costs, at_random)
+        text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+        (out / "summary.json").write_text(text)
+    except UserError as error:
+        for line in error.faults:
+            print(f"inspect_pairs: {line}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        print(f"inspect_pairs: {error}; choose another folder by --out", file=sys.stderr)
+        return USER_ERROR
+    print("\n".join([*tell(folder, found), f"wrote {out}/pairs.png, cost.png, summary.json"]))
+    return 0
+
+
+def number(text: str) -> int:
+    """Read a positive number of pairs."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number of pairs, from 1")
+    return int(text)
+
+
+def summary(data: PairData, samples: int, teacher: str | None) -> dict[str, Any]:
+    """Gather what is told of a set; all but `cost.values` and `.values_at_random` is JSON."""
+    sealed = manifest.read(data.folder, data.key)
+    facts, layout = sealed["facts"], data.layout
+    sidecars = [shards.sidecar(data.folder, k) for k in range(data.shards)]
+    environments = Counter(
+        json.dumps(side["environment"] | {"evaluations": None}, sort_keys=True)
+        for side in sidecars
+        if side and isinstance(side.get("environment"), dict)
+    )
+    return {
+        "pairs": len(data),
+        "shards": data.shards,
+        "bytes": data.shards * layout.tar_bytes,
+        "shape": list(data.shape),
+        "dtype": layout.dtype,
+        "kind": facts.get("kind"),
+        "evaluations": facts.get("evaluations"),
+        "config": sealed["config"],
+        "environments": [[json.loads(text), n] for text, n in environments.most_common()],
+        "without_sidecar": sum(side is None for side in sidecars),
+        "provenance": list(chain(data.folder, sealed, teacher)),
+        **statistics(data, samples),
+    }
+
+
+def statistics(data: PairData, samples: int) -> dict[str, Any]:
+    """Read some pairs at random: cost, moments, labels."""
+    count = min(samples, len(data))
+    ids = noise.generator(0, 0, noise.SAMPLER).choice(len(data), count, replace=False)
+    ids.sort()
+    rows = max(2, READ // int(np.prod(data.shape)))
+    cost, at_random, labels = [], [], Counter()
+    moments = {name: [] for name in ("x0", "x1")}
+    for start in range(0, count, rows):
+        batch = data.batch(ids[start : start + rows])
+        x0, x1 = (batch[name].double().flatten(1) for name in ("x0", "x1"))  # [B, D]
+        cost.append((x1 - x0).square().sum(1).numpy())
+        at_random.append((x1.roll(1, 0) - x0).square().sum(1).numpy())
+        for name, x in (("x0", x0), ("x1", x1)):
+            sums = (
+                x.numel(),
+                float(x.sum()),
+                float(x.square().sum()),
+                float(x.min()),
+                float(x.max()),
+            )
+            moments[name].append(sums)
+        labels.update(batch["label"].tolist() if data.has_labels else ())
+    values, others = np.concatenate(cost), np.concatenate(at_random)
+    return {
+        "samples": count,
+        "cost": {
+            "mean": float(values.mean()),
+            "quantiles": dict(
+                zip(map(str, QUANTILES), np.quantile(values, QUANTILES).tolist(), strict=True)
+            ),
+            "mean_at_random": float(others.mean()),
+            "values": values,
+            "values_at_random": others,
+        },
+        **{name: moment(parts) for name, parts in moments.items()},
+        "labels": {str(label): labels[label] for label in sorted(labels)},
+    }
+
+
+def moment(parts: list[tuple[float, ...]]) -> dict[str, float]:
+    """Join the sums of the parts: mean, standard deviation, smallest, largest."""
+    n, total, squares, low, high = zip(*parts, strict=True)
+    mean = sum(total) / sum(n)
+    deviation = max(0.0, sum(squares) / sum(n) - mean**2) ** 0.5
+    return {"mean": mean, "deviation": deviation, "min": min(low), "max": max(high)}
+
+
+def chain(
+    folder: Path, sealed: dict[str, Any], teacher: str | None, depth: int = 0
+) -> Iterator[Any]:
+    """Follow the inputs of a sealed folder, through config.yaml, as long as their folders are there.
+
+    Yields {depth, input, digest, path, what}; what says what stands at the path, or why it ends there.
+    """
+    config = audit.read_yaml(folder / "config.yaml") or {}
+    for name, digest in sorted(sealed["inputs"].items()):
+        link = {"depth": depth, "input": name, "digest": digest, "path": None}
+        if name == "data":
+            yield link | {"what": describe(config.get("data"))}
+            continue
+        path = teacher if name == "teacher" and teacher else place(config, name)
+        here = path and next(
+            (p for p in (Path(path), folder.parent / Path(path).name) if p.is_dir()), None
+        )
+        if not here:
+            yield link | {"path": path, "what": "not here"}
+            continue
+        link["path"] = str(here)
+        if (here / "config.json").is_file():
+            yield link | {"what": "a diffusers model"}
+            continue
+        try:
+            source = manifest.read(here, name)
+        except UserError as error:
+            yield link | {"what": error.faults[0]}
+            continue
+        facts = source["facts"]
+        mine = manifest.digest(here) if name.startswith("pairs.") else facts.get("net")
+        what = source["stage"] + (f", round {facts['round']}" if "round" in facts else "")
+        if mine != digest:
+            yield link | {"what": f"{what}; ANOTHER by now: its digest is {mine}"}
+            continue
+        yield link | {"what": what}
+        yield from chain(here, source, None, depth + 1)
+
+
+def place(config: dict[str, Any], name: str) -> str | None:
+    """Find the path of an input in a stage's config; inputs of a list are NAME.INDEX."""
+    key, _, index = name.partition(".")
+    value = config.get(key)
+    if index and isinstance(value, list) and index.isdecimal() and int(index) < len(value):
+        value = value[int(index)].get("path") if isinstance(value[int(index)], dict) else None
+    return value if isinstance(value, str) else None
+
+
+def describe(data: Any) -> str:
+    """Say in words what a data config names."""
+    if not isinstance(data, dict) or "source" not in data:
+        return "data"
+    return " ".join(str(data[key]) for key in ("source", "path") if data.get(key))
+
+
+def tell(folder: Path, found: dict[str, Any]) -> Iterator[str]:
+    """Write the summary for a reader."""
+    config, cost = found["config"], found["cost"]
+    yield (
+        f"{folder}: {found['pairs']:,} pairs of {found['shape']} in {found['shards']} shards, "
+        f"{found['bytes'] / 1e6:,.1f} MB, {found['dtype']}"
+    )
+    solver = config.get("solver")
+    name = solver.get("name") if isinstance(solver, dict) else solver
+    yield (
+        f"  {found['kind']} by {name}, {found['evaluations']} evaluations a pair, "
+        f"guidance {config.get('guidance')}, seed {config.get('seed')}"
+    )
+    for environment, count in found["environments"]:
+        told = [f"{name} {value}" for name, value in environment.items() if value is not None]
+        words = ", ".join(told)
+        yield f"  {count} shards made with {words}"
+    if len(found["environments"]) > 1:
+        yield "  WARNING: a mixture; equal bytes are promised within one environment only"
+    if found["without_sidecar"]:
+        yield f"  WARNING: {found['without_sidecar']} shards without sidecar; see verify_pairs"
+    yield "made from"
+    for link in found["provenance"]:
+        path = f" {link['path']}" if link["path"] else ""
+        yield f"  {'  ' * link['depth']}{link['input']} {str(link['digest'])[:12]}{path}: {link['what']}"
+    ratio = cost["mean"] / cost["mean_at_random"] if cost["mean_at_random"] else float("nan")
+    yield (
+        f"transport cost |x1 - x0|^2 of {found['samples']:,} pairs: mean {cost['mean']:.4g}; paired at "
+        f"random {cost['mean_at_random']:.4g} ({ratio:.2f} of it)"
+    )
+    spread = [f"{float(q):.0%} {value:.4g}" for q, value in cost["quantiles"].items()]
+    yield f"  quantiles: {', '.join(spread)}"
+    for name in ("x0", "x1"):
+        m = found[name]
+        yield (
+            f"{name}: mean {m['mean']:.3f}, standard deviation {m['deviation']:.3f}, "
+            f"{m['min']:.3g} to {m['max']:.3g}"
+        )
+    if found["labels"]:
+        yield "labels: " + ", ".join(f"{label}: {n}" for label, n in found["labels"].items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The chain as dependent SLURM jobs: train, pairs by an array of workers, reflow, evaluate, export.
+#
+#   scripts/slurm/chain.sh NAME [STAGE.key=value ...]
+#
+# Each job starts when the one before has ended well. Read from the environment: WORKERS (members of
+# the array, default 4), TRAIN, PAIRS and CHECK (words for sbatch of the training jobs, of an array's
+# member, and of evaluation and export), and sbatch's own, such as SBATCH_ACCOUNT, SBATCH_PARTITION:
+#
+#   TRAIN="--nodes=2 --gpus-per-node=8" PAIRS="--gpus-per-node=1" WORKERS=16 scripts/slurm/chain.sh NAME
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+scripts/reflow.sh --dry-run "$@"  # a mistake in any config comes to light before a job waits in the queue
+
+last=
+submit() { # STAGE WORDS-FOR-SBATCH KEYS...: queue one stage behind the one before
+  local stage=$1 words
+  read -ra words <<<"$2"
+  shift 2
+  [ -z "$last" ] || words+=("--dependency=afterok:$last")
+  last=$(sbatch --parsable --job-name="$name-$stage" --export="ALL,STAGES=$stage" "${words[@]}" \
+    scripts/slurm/job.sh "$@")
+  last=${last%%;*}  # --parsable adds the cluster's name where there are several
+  echo "chain.sh: $stage is job $last"
+}
+
+name=$1
+submit flow "${TRAIN:-}" "$@"
+submit pairs "--array=0-$((${WORKERS:-4} - 1)) ${PAIRS:-}" "$@"
+submit reflow "${TRAIN:-}" "$@"
+[ ! -f "configs/$name/classifier.yaml" ] || submit classifier "${CHECK:-}" "$@"
+submit evaluate "${CHECK:-}" "$@"
+submit export "${CHECK:-}" "$@"
