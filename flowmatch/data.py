@@ -22,10 +22,11 @@ EMBEDDED = ("digits", "ring")
 class DataConfig(Config):
     """What to train on, or to compare with."""
 
-    source: Literal["digits", "ring", "idx", "npz", "images"] = option(
+    source: Literal["digits", "ring", "idx", "npz", "latents", "images"] = option(
         "images",
         "digits: sklearn's 8x8 digits; ring: 2-D Gaussians on a circle; idx: a folder of gzipped "
-        "IDX files (MNIST's format); npz: an .npz or .npy file; images: what HF datasets reads",
+        "IDX files (MNIST's format); npz: an .npz or .npy file; latents: the same of scaled latents; "
+        "images: what HF datasets reads",
     )
     path: str = option(
         "",
@@ -69,12 +70,13 @@ class DataConfig(Config):
     @classmethod
     def _fits(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         source, name = info.data.get("source"), info.field_name
-        if name == "split" and source in ("digits", "ring", "npz") and value != "train":
+        if name == "split" and source in ("digits", "ring", "npz", "latents") and value != "train":
             raise ValueError(f"source {source} has one split, train")
         if name == "split" and source == "idx" and value not in sources.IDX_NAMES:
             raise ValueError(f"source idx has the splits {' and '.join(sources.IDX_NAMES)}")
-        if source == "ring" and name in ("size", "channels", "flip") and value:
-            raise ValueError("the ring's samples are points, not images")
+        if source in ("ring", "latents") and name in ("size", "channels", "flip") and value:
+            what = "the ring's samples are points" if source == "ring" else "latents are coded"
+            raise ValueError(f"{what}, not images")
         return value
 
 
@@ -90,7 +92,7 @@ class Data(sources.Found):
     @property
     def images(self) -> bool:
         """Tell whether samples are images, with values in [-1, 1]."""
-        return len(self.shape) == 3
+        return len(self.shape) == 3 and not self.latents
 
     def batch(self, ids: np.ndarray) -> dict[str, Tensor]:
         """Give the items of some numbers. ids: int64 [B] in [0, len).

@@ -15,6 +15,12 @@ COLOURS = {
 DARK = "#333333"
 MARKERS = {"teacher": "o", "student": "s"}
 NAMES = {"frechet": "Frechet distance", "sliced_wasserstein": "sliced Wasserstein-2 distance"}
+QUALITIES = {  # what images are scored by beside the distance: name, format
+    "kernel": ("kernel distance", ".3g"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "nearest": ("nearest training image", ".3g"),
+}
 POINTS = 2000  # shown of a set of 2-D samples
 MOSAIC = 4  # images a side in one panel
 ROW = 8  # pairs of images side by side
@@ -47,16 +53,38 @@ def table(result: dict[str, Any]) -> str:
         f"{floor['samples']} each: {floor['distance']:.3g}. Straightness, normalised (0 is straight): "
         f"teacher {teacher['normalised']:.3g}, student {student['normalised']:.3g}.",
     ]
+    shown = [name for name in QUALITIES if name in floor]
+    if shown:
+        lines += [
+            "",
+            f"| teacher / student | {' | '.join(QUALITIES[name][0] for name in shown)} |",
+            f"|---|{'---|' * len(shown)}",
+        ]
+        for a, b in zip(teacher["rows"], student["rows"], strict=True):
+            cells = [f"{quality(name, a)} / {quality(name, b)}" for name in shown]
+            lines.append(f"| {steps_name(a['steps'])} | {' | '.join(cells)} |")
+        cells = [quality(name, floor) for name in shown]
+        lines += [f"| real against real | {' | '.join(cells)} |"]
     return "\n".join(lines) + "\n"
 
 
+def quality(name: str, measured: Mapping[str, float]) -> str:
+    """Write a measure as the tables show it. measured: a row, or the floor."""
+    return f"{measured[name]:{QUALITIES[name][1]}}"
+
+
 def curve(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
-    """Draw distance to real data against network evaluations, log-log, and save a PNG.
+    """Draw distance to real data against network evaluations, log-log, and save a PNG."""
+    curve_figure(result, 7.2, 4.3).savefig(path, metadata={"Software": None})
+
+
+def curve_figure(result: Mapping[str, Any], wide: float, high: float, title: bool = True) -> Any:
+    """Draw distance to real data against network evaluations, log-log, in a figure of some inches.
 
     result: what `evaluate` writes to metrics.json: rows of teacher and student, floor, protocol. The
     dashed line is the teacher's converged distance, the dotted one that of real data to real data.
     """
-    figure, axes = canvas(7.2, 4.3)
+    figure, axes = canvas(wide, high)
     ticks = set()
     for name, colour in COLOURS.items():
         rows = [row for row in result[name]["rows"] if row["steps"] is not None]
@@ -86,9 +114,10 @@ def curve(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
     axes.set_xlabel("network evaluations per sample")
     axes.set_ylabel(f"{NAMES[result['protocol']['distance']]} (lower is better)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(_finding(result), loc="left", fontsize=11, fontweight="bold")
+    if title:
+        axes.set_title(finding(result), loc="left", fontsize=11, fontweight="bold")
     axes.legend(frameon=False, loc="best", fontsize=9)
-    figure.savefig(path, metadata={"Software": None})
+    return figure
 
 
 def grid(path: str | os.PathLike[str], samples: Mapping[str, Mapping[int | None, Tensor]]) -> None:
@@ -120,7 +149,7 @@ def grid(path: str | os.PathLike[str], samples: Mapping[str, Mapping[int | None,
                 panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
                 panel.spines[:].set_color("#cccccc")
             if row == 0:
-                panel.set_title(_steps(steps), fontsize=10)
+                panel.set_title(steps_name(steps), fontsize=10)
             if column == 0:
                 colour = COLOURS.get(name, DARK)
                 panel.set_ylabel(name, fontsize=11, fontweight="bold", color=colour)
@@ -130,8 +159,10 @@ def grid(path: str | os.PathLike[str], samples: Mapping[str, Mapping[int | None,
 def mosaic(x: np.ndarray) -> np.ndarray:
     """Lay images out in a square, one pixel of white between them.
 
-    x: [N, C, H, W] in [-1, 1] -> uint8 [side, side] for one channel, [side, side, 3] for three.
+    x: [N, C, H, W] in [-1, 1] -> uint8 [side, side] for one channel, [side, side, 3] for three. Of any
+    other number of channels, as latents have, the first is shown.
     """
+    x = x if x.shape[1] in (1, 3) else x[:, :1]
     n, channels, high, wide = x.shape
     side = math.ceil(math.sqrt(n))
     sheet = np.full((side * (high + 1) - 1, side * (wide + 1) - 1, channels), 255, dtype=np.uint8)
@@ -234,7 +265,7 @@ def canvas(
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _steps(steps: int | None) -> str:
+def steps_name(steps: int | None) -> str:
     if steps is None:
         return "converged"
     return f"{steps} step" if steps == 1 else f"{steps} steps"
@@ -244,7 +275,7 @@ def _converged(row: Mapping[str, Any]) -> str:
     return f"teacher converged, {row['evaluations']} evaluations"
 
 
-def _finding(result: Mapping[str, Any]) -> str:
+def finding(result: Mapping[str, Any]) -> str:
     """Say how many evaluations of the teacher the student's fewest beat."""
     first, beaten = result["student"]["rows"][0], 0
     for row in result["teacher"]["rows"]:

@@ -1,15 +1,13 @@
-"""Distances between sets of samples, straightness of a flow, and the features that images need.
+"""Distances between sets of samples, and how straight a flow is.
 
 Two exact, independent sets already differ: every distance here is to be read beside the distance of
-real data to real data at the same number of samples (`floor`).
+real data to real data (`scores.Scorer.floor`). Those of features take what
+`features.embed` gives: float64 matrices, [N, num_features].
 """
 
 import hashlib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,63 +16,115 @@ from flowmatch import noise
 from flowmatch.config import UserError
 
 WIDEST = 4096  # features of a Frechet distance: their covariance matrix takes a cubic time
+PANEL = 1 << 24  # values of a matrix of distances, or of a kernel, that are held at a time
 
 
-class _Features(nn.Module):
-    """A feature module as torchmetrics wants it: `num_features`, and a float64 matrix."""
+class _Matrix(nn.Module):
+    """Features as torchmetrics wants them of a module, where they are computed already."""
 
-    def __init__(self, module: nn.Module | None, num_features: int):
+    def __init__(self, num_features: int):
         super().__init__()
-        self.module, self.num_features = module, num_features
+        self.num_features = num_features
 
     def forward(self, x: Tensor) -> Tensor:
-        out = x if self.module is None else self.module(x)
-        return out.flatten(1).double()
+        return x
 
 
-def frechet(real: Tensor, fake: Tensor, features: nn.Module | None, batch: int = 256) -> float:
-    """Measure the Frechet distance between Gaussian fits of two sets' features.
+def check(real: Tensor, fake: Tensor) -> None:
+    """Raise UserError unless both are matrices of finite features, of one width, two rows or more."""
+    if real.ndim != 2 or real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) < 2:
+        raise UserError(
+            f"a distance between features {list(real.shape)} and {list(fake.shape)}; expected two or "
+            "more samples each, of one shape"
+        )
+    for name, x in (("real", real), ("generated", fake)):
+        if not x.isfinite().all():
+            raise UserError(f"the features of the {name} samples hold NaN or inf")
+
+
+def frechet(real: Tensor, fake: Tensor, batch: int = 256) -> float:
+    """Measure the Frechet distance between Gaussian fits of two sets of features.
 
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500, eq. 6), in
-    float64 by torchmetrics. real, fake: [N, ...]. features: a module x -> [B, num_features] with an int
-    `num_features`, run in eval mode, `batch` samples at a time; None takes the values themselves.
-    Raises UserError for fewer than two samples, non-finite ones, or too many features.
+    float64 by torchmetrics. real, fake: [N, D]. Raises UserError for what `check` refuses, and for
+    too many features.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    width = real[0].numel() if features is None else int(features.num_features)  # type: ignore[arg-type]
+    check(real, fake)
+    width = real.shape[1]
     if width > WIDEST:
         raise UserError(f"a Frechet distance on {width} values a sample; use a feature module")
-    if real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) < 2:
-        raise UserError(
-            f"a Frechet distance between {list(real.shape)} and {list(fake.shape)}; expected two or "
-            "more samples each, of one shape"
-        )
     # No sync: one rank may score alone while others of its process group do something else.
-    metric = FrechetInceptionDistance(
-        _Features(features, width), normalize=True, sync_on_compute=False
-    ).to(real.device)
-    was_training = features is not None and features.training
-    metric.eval()
-    try:
-        for x, is_real in ((real, True), (fake, False)):
-            if not x.isfinite().all():
-                raise UserError(f"the {'real' if is_real else 'generated'} samples hold NaN or inf")
-            for part in x.split(batch):
-                metric.update(part.to(real.device), real=is_real)
-    finally:
-        if features is not None:
-            features.train(was_training)
+    metric = FrechetInceptionDistance(_Matrix(width), normalize=True, sync_on_compute=False)
+    metric.to(real.device).eval()
+    for x, is_real in ((real, True), (fake, False)):
+        for part in x.double().split(batch):
+            metric.update(part.to(real.device), real=is_real)
     return max(0.0, float(metric.compute()))
 
 
-def floor(real: Tensor, distance: Callable[[Tensor, Tensor], float]) -> tuple[float, int]:
-    """Measure a distance between two disjoint halves of the real data: (distance, n of a half).
+def kernel(real: Tensor, fake: Tensor) -> float:
+    """Measure the kernel distance (KID) of two sets of features; below 0 by chance at times.
 
-    real: [N, ...] in random order (as `data.reference` gives it).
+    The unbiased squared maximum mean discrepancy under k(a, b) = (a.b / D + 1)^3 (Binkowski et al.
+    2018, arXiv 1801.01401, eq. 4), over all pairs rather than random subsets, in float64. real,
+    fake: [N, D]. Raises UserError for what `check` refuses.
     """
-    n = len(real) // 2
-    return distance(real[:n], real[n : 2 * n]), n
+    check(real, fake)
+    real, fake = real.double(), fake.double()
+
+    def total(a: Tensor, b: Tensor) -> float:
+        rows = max(1, PANEL // len(b))
+        return sum(float(((c @ b.T) / a.shape[1] + 1).pow(3).sum()) for c in a.split(rows))
+
+    def within(a: Tensor) -> float:  # the mean over pairs of different rows
+        own = float((a.square().sum(1) / a.shape[1] + 1).pow(3).sum())
+        return (total(a, a) - own) / (len(a) * (len(a) - 1))
+
+    return within(real) + within(fake) - 2 * total(real, fake) / (len(real) * len(fake))
+
+
+def radii(x: Tensor, k: int) -> Tensor:
+    """Measure the distance of each sample to its k-th neighbour in its own set. x: [N, D] -> [N]."""
+    if len(x) <= k:
+        raise UserError(f"{k} neighbours among {len(x)} samples; take {k + 1} or more")
+    found = [d.topk(k, largest=False).values[:, -1] for d in _distances(x, x, apart=True)]
+    return torch.cat(found)
+
+
+def covered(x: Tensor, centres: Tensor, radius: Tensor) -> float:
+    """Give the share of samples that lie within the radius of at least one centre.
+
+    Precision is covered(fake, real, radii(real, k)), recall covered(real, fake, radii(fake, k))
+    (Kynkaanniemi et al. 2019, arXiv 1904.06991, eq. 1 to 3). x: [N, D]; centres: [M, D]; radius: [M].
+    """
+    inside = [(d <= radius).any(dim=1) for d in _distances(x, centres)]
+    return float(torch.cat(inside).double().mean())
+
+
+def nearest(x: Tensor, among: Tensor, apart: bool = False) -> float:
+    """Give the median distance of samples to the nearest of a set. x: [N, D]; among: [M, D].
+
+    apart: x is the beginning of `among`, and no sample is its own neighbour.
+    """
+    found = [d.min(dim=1).values for d in _distances(x, among, apart)]
+    return float(torch.cat(found).median())
+
+
+def _distances(a: Tensor, b: Tensor, apart: bool = False) -> Iterator[Tensor]:
+    """Yield the Euclidean distances of some rows of a to all of b: [rows, len(b)].
+
+    apart: a is the beginning of b; what a row is from itself counts as infinite.
+    """
+    start = 0
+    for part in a.split(max(1, PANEL // len(b))):
+        d = torch.cdist(part, b)
+        if apart:
+            rows = torch.arange(len(part), device=d.device)
+            d[rows, start + rows] = torch.inf
+        start += len(part)
+        yield d
 
 
 def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 256, seed: int = 0) -> float:
@@ -137,108 +187,6 @@ def straightness(
         "straightness": variance / len(x0),
         "normalised": variance / distance if distance else 0.0,
     }
-
-
-class Classifier(nn.Module):
-    """A small convolutional classifier whose last hidden layer serves as features.
-
-    forward(x: [B, C, H, W]) -> features [B, num_features]; logits(x) -> [B, classes].
-    """
-
-    def __init__(self, shape: tuple[int, ...], classes: int, num_features: int = 64):
-        """shape: (C, H, W); sides are halved until they are at most 7, six times at most."""
-        super().__init__()
-        channels, high, wide = shape
-        self.num_features = num_features
-        layers: list[nn.Module] = []
-        for width in (16, 32, 64, 64, 64, 64, 64):
-            if layers:
-                layers.append(nn.MaxPool2d(2, ceil_mode=True))
-                high, wide = (high + 1) // 2, (wide + 1) // 2
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-            channels = width
-            if max(high, wide) <= 7:
-                break
-        layers += [nn.Flatten(), nn.Linear(channels * high * wide, num_features)]
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Sequential(nn.ReLU(), nn.Linear(num_features, classes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Give the features of x."""
-        return self.body(x)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Give the class scores of x."""
-        return self.head(self.body(x))
-
-
-def train_classifier(
-    data: Any, seed: int, *, steps: int = 1500, batch: int = 64, lr: float = 4e-3
-) -> tuple[Classifier, float]:
-    """Train the classifier whose features score images: (module in eval mode, held-out accuracy).
-
-    data: a `data.Data` of images with labels; a fifth of them, 4,000 at most, are held out. The
-    result depends on data and seed alone, at one thread of one build of torch. Raises UserError for
-    data without labels or images.
-    """
-    if data.label is None or not data.images:
-        raise UserError("a classifier needs images with labels; set data.labels=true")
-    shuffled = noise.Order(data.count, seed)(np.arange(data.count))  # no mirror images
-    held, kept = np.split(shuffled, [min(data.count // 5, 4000)])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = Classifier(data.shape, data.classes)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-2)
-    order = noise.Order(len(kept), seed)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    for step in range(steps):
-        part = data.batch(kept[order(step * batch + np.arange(batch))])
-        loss = functional.cross_entropy(net.logits(part["x1"]), part["label"])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    net.eval()
-    return net, accuracy(net, data, held)
-
-
-@torch.no_grad()
-def accuracy(net: Classifier, data: Any, ids: np.ndarray) -> float:
-    """Give the share of items that a classifier names rightly. ids: int64 [N]."""
-    right = 0
-    for part in np.array_split(ids, max(1, len(ids) // 256)):
-        found = data.batch(part)
-        right += int((net.logits(found["x1"]).argmax(1) == found["label"]).sum())
-    return right / len(ids)
-
-
-class Inception(nn.Module):
-    """Inception's features of images, as published FIDs use them, from weights that are given.
-
-    forward(x: [B, 1 or 3, H, W] in [-1, 1]) -> [B, 2048]. weights: torch-fidelity's file
-    (pt_inception-2015-12-05-*.pth). Nothing is downloaded. Raises UserError where the file or the
-    library is not there.
-    """
-
-    num_features = 2048
-
-    def __init__(self, weights: str):
-        from torchmetrics.image.fid import NoTrainInceptionV3
-
-        super().__init__()
-        if not Path(weights).is_file():
-            raise UserError(f"inception_weights={weights}: no such file")
-        try:
-            self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
-        except ImportError as error:
-            raise UserError(
-                f"features='inception' needs torch-fidelity (pip install torch-fidelity): {error}"
-            ) from None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Give the features of x."""
-        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
-        return self.net(((x.clamp(-1, 1) + 1) * 127.5).round().byte())
 
 
 def module_digest(module: nn.Module) -> str:

@@ -37,6 +37,7 @@ class Found:
     digest: str  # sha256 of what the source names, whatever is then made of it
     label: np.ndarray | None = None  # int64 [count], where the config asks for labels
     classes: int | None = None  # K; labels are 0 to K - 1
+    latents: bool = False  # three axes, but no picture
 
 
 def ring_samples(ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -99,6 +100,27 @@ def _read_idx(config: "DataConfig", files: list[Path], kind: str) -> np.ndarray:
 
 def npz(config: "DataConfig") -> Found:
     """Read images or points from .npz (x or images, y or labels) or .npy (no labels)."""
+    return from_arrays(config, *_stored(config, "images"))
+
+
+def latents(config: "DataConfig") -> Found:
+    """Read scaled latents [N, C, H, W] from .npz (x or latents, y or labels) or .npy (no labels)."""
+    x, label, digest = _stored(config, "latents")
+    if x.ndim != 4 or x.dtype.kind != "f" or 0 in x.shape:
+        raise UserError(
+            f"data: the array is {x.dtype} {list(x.shape)}; expected floats [N, C, H, W]"
+        )
+    _check_floats(x, latents=True)
+    label, classes = check_labels(label, len(x)) if config.labels else (None, None)
+
+    def read(ids: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(x[ids], dtype=np.float32)
+
+    return Found(read, len(x), x.shape[1:], digest, label, classes, latents=True)
+
+
+def _stored(config: "DataConfig", kind: str) -> tuple[np.ndarray, Any, str]:
+    """Open an .npz or .npy file: (x, labels or None, digest). kind: another name for x."""
     where = f"data.path={config.path}"
     found = tables.local_files(config.path)
     if found is None or not Path(config.path).expanduser().is_file():
@@ -111,14 +133,14 @@ def npz(config: "DataConfig") -> Found:
             if config.labels:
                 raise UserError(f"data.labels=true: {where} is one array; save x and y as .npz")
         else:
-            x = stored[_key(stored.files, ("x", "images"), where)]
+            x = stored[_key(stored.files, ("x", kind), where)]
             if config.labels:
                 label = stored[_key(stored.files, ("y", "labels"), f"data.labels=true: {where}")]
     except (OSError, EOFError, ValueError, BadZipFile, zlib.error) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where} is no .npz or .npy file of plain numbers: {error}") from None
-    return from_arrays(config, x, label, tables.digest_files(*found))
+    return x, label, tables.digest_files(*found)
 
 
 def _key(held: list[str], names: tuple[str, str], where: str) -> str:
@@ -187,7 +209,7 @@ def _convert(x: np.ndarray, size: int | None, channels: int | None) -> np.ndarra
     return np.stack([one(i) for i in range(len(x))])
 
 
-def _check_floats(x: np.ndarray) -> None:
+def _check_floats(x: np.ndarray, latents: bool = False) -> None:
     low, high = math.inf, -math.inf
     rows = max(1, (1 << 24) // max(1, x[0].size))
     for start in range(0, len(x), rows):
@@ -196,7 +218,7 @@ def _check_floats(x: np.ndarray) -> None:
         if bad.any():
             raise UserError(f"data: sample {start + int(bad.argmax())} holds NaN or infinity")
         low, high = min(low, float(part.min())), max(high, float(part.max()))
-    if x.ndim == 2:
+    if x.ndim == 2 or latents:
         return
     if low < -1 or high > 1 or low >= 0:
         way = "2 x - 1" if low >= 0 and high <= 1 else "values moved there"
@@ -265,5 +287,6 @@ SOURCES: dict[str, Callable[["DataConfig"], Found]] = {
     "ring": ring,
     "idx": idx,
     "npz": npz,
+    "latents": latents,
     "images": hugging_face,
 }

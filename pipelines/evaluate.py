@@ -5,37 +5,32 @@ it is. Every distance stands beside the distance of real data to real data.
 """
 
 import dataclasses
-import functools
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from flowmatch import config as configs
 from flowmatch import (
     data,
     draw,
+    features,
     grids,
     manifest,
     metrics,
     noise,
+    report,
     run,
     samplers,
-    solvers,
+    scores,
     stage,
     teachers,
 )
 from flowmatch.config import UserError, option, required
 from flowmatch.data import DataConfig
+from flowmatch.rows import Row, Sampler
 from flowmatch.samplers import SamplerConfig
-from flowmatch.solvers import SolverConfig, VelocityField
-
-Span = tuple[float, float]  # the times of noise and data
+from flowmatch.solvers import SolverConfig
 
 
 class EvaluateConfig(stage.StageConfig):
@@ -44,7 +39,11 @@ class EvaluateConfig(stage.StageConfig):
     teacher: str = required("the teacher: a sealed training stage, or a diffusers model", run=True)
     student: str = required("the student: a sealed training stage, or a diffusers model", run=True)
     data: DataConfig = required(
-        "real data to compare with; with labels where features are a classifier's"
+        "real data that the models were trained on, to compare with; with labels where a classifier "
+        "is to be trained here"
+    )
+    reference: DataConfig | None = option(
+        None, "real data to compare with that the models have not seen; default: data itself"
     )
     samples: int = option(
         2000, "generated samples, and real ones; all real ones if they are fewer", ge=4
@@ -68,8 +67,18 @@ class EvaluateConfig(stage.StageConfig):
     )
     features: Literal["classifier", "values", "inception"] = option(
         "classifier",
-        "what frechet looks at: features of a classifier trained on the data here, the values "
-        "themselves, or Inception's features where its weights are given",
+        "what images are scored on: features of a classifier, the values themselves, or Inception's "
+        "features where its weights are given",
+    )
+    classifier: str | None = option(
+        None,
+        "sealed folder of train_classifier; default: a classifier is trained on the data here",
+        run=True,
+    )
+    training_samples: int = option(
+        100_000,
+        "images of data among which each sample's nearest is sought; all of them if they are fewer",
+        ge=12,
     )
     inception_weights: str | None = option(
         None, "torch-fidelity's weights file of Inception; nothing is downloaded", run=True
@@ -102,12 +111,12 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
         for steps in config.steps:
             with faults:
                 grids.make(config.rows_of(name)[1], steps)
-    with faults:
-        real = data.load(config.data)
-        inputs["data"] = real.digest
-        needed = config.features == "classifier" and config.distance != "sliced_wasserstein"
-        if needed and real.images and real.label is None:
-            raise UserError("features='classifier' needs data.labels=true (or use features=values)")
+    sets: dict[str, data.Data] = {}
+    for name, given in (("data", config.data), ("reference", config.reference)):
+        with faults:
+            if given is not None:
+                sets[name] = data.load(given)
+                inputs[name] = sets[name].digest
     models: dict[str, teachers.Teacher] = {}
     for name in ("teacher", "student"):
         with faults:
@@ -115,23 +124,24 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
             inputs[name] = models[name].digest
             key, sampler = config.rows_of(name)
             samplers.check(sampler.name, models[name].round, f"{key}.name")
-    if not faults.errors:
+    if "data" in sets:
+        kind = kind_of(config, sets["data"])
         with faults:
-            for name, model in models.items():
-                if model.shape != real.shape:
+            look = features_of(config, sets["data"], kind, inputs)
+        with faults:
+            for name, made in (sets | models).items():
+                if made.shape != sets["data"].shape:
                     raise UserError(
-                        f"{name} makes samples of {list(model.shape)}; data holds {list(real.shape)}"
+                        f"{name} {'holds' if name in sets else 'makes samples of'} "
+                        f"{list(made.shape)}; data holds {list(sets['data'].shape)}"
                     )
-    inception = None
-    if config.features == "inception":
-        with faults:
-            inception = metrics.Inception(config.inception_weights or "(not given)")
-            inputs["inception"] = metrics.module_digest(inception)
     faults.check()
+    real = sets.get("reference", sets["data"])
     samples = min(config.samples, real.count)
-    kind = config.distance
-    if kind == "auto":
-        kind = "frechet" if real.images else "sliced_wasserstein"
+    if kind == "frechet" and samples < 2 * scores.NEIGHBOURS + 2:
+        raise UserError(
+            f"{samples} samples: images are scored on {2 * scores.NEIGHBOURS + 2} or more"
+        )
     each = [
         samplers.evaluations(config.rows_of(name)[1].name) * sum(config.steps) for name in models
     ]
@@ -148,168 +158,146 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     with run.Run("evaluate", config, inputs) as folder:
         stage.exit_on_sigterm()
         sampled = {
-            name: Sampler(model, config, config.rows_of(name)[1], samples, accelerator)
+            name: Sampler(
+                model, samples, config.compute_batch, config.seed, config.guidance, accelerator
+            )
             for name, model in models.items()
         }
-        rows = {name: sampler.rows() for name, sampler in sampled.items()}  # collective: every rank
+        found = {  # collective: every rank
+            name: sampler.rows(config.steps, config.rows_of(name)[1], config.converged)
+            for name, sampler in sampled.items()
+        }
         if stage.leads():
-            result = score(config, real, sampled, rows, kind, inception)
-            write(folder, result, rows)
+            result = score(config, sets, sampled, found, kind, look)
+            write(folder, result, found, sampled, real)
     accelerator.end_training()
 
 
+def kind_of(config: EvaluateConfig, real: data.Data) -> str:
+    """Choose the distance."""
+    if config.distance != "auto":
+        return config.distance
+    return "frechet" if real.images else "sliced_wasserstein"
+
+
 @dataclass(frozen=True)
-class Row:
-    """What one number of steps gives. steps: None is converged."""
+class Look:
+    """What images are scored on. module: None for the values, or for a classifier to be trained."""
 
-    steps: int | None
-    evaluations: int  # of the network, a sample, as counted
-    x: Tensor  # [samples, ...] on rank 0's CPU
+    module: Any
+    facts: dict[str, Any]
 
 
-class Sampler:
-    """Samples of one model, made in fixed batches that the processes share out."""
-
-    def __init__(
-        self,
-        model: teachers.Teacher,
-        config: EvaluateConfig,
-        solver: SamplerConfig,
-        samples: int,
-        accelerator: Any,
-    ):
-        model.net.to(accelerator.device)
-        self.config, self.solver = config, solver
-        self.samples, self.accelerator = samples, accelerator
-        self.shape, self.round = model.shape, model.round
-        self.velocity = model.velocity(config.guidance if model.classes else 1.0)
-
-    def rows(self) -> list[Row]:
-        """Sample with every number of steps, then converged."""
-        found = []
-        for steps in self.config.steps:
-            row = functools.partial(self.row, steps=steps)
-            x, evaluations = self.sample(row)
-            found.append(Row(steps, evaluations, x))
-        x, evaluations = self.sample(
-            lambda v, x0, span, ids: solvers.solve(v, x0, self.config.converged, span)
+def features_of(config: EvaluateConfig, real: data.Data, kind: str, inputs: dict[str, str]) -> Look:
+    """Load what images are scored on, but for a classifier that is to be trained; name the input."""
+    name = config.features
+    if config.classifier is not None and name != "classifier":
+        raise UserError(f"classifier={config.classifier} is not looked at: features={name!r}")
+    if name == "inception":
+        module = features.Inception(config.inception_weights or "(not given)")
+        inputs["inception"] = metrics.module_digest(module)
+        return Look(module, {})
+    if name == "values" or kind == "sliced_wasserstein":
+        return Look(None, {})
+    if config.classifier is not None:
+        module, facts = features.load(config.classifier, "classifier", real.shape)
+        inputs["classifier"] = manifest.digest(config.classifier)
+        return Look(module, {"held_out_accuracy": facts["accuracy"]})
+    if real.images and real.label is None:
+        raise UserError(
+            "features='classifier' needs data.labels=true, or classifier= (or use features=values)"
         )
-        return [*found, Row(None, evaluations, x)]
-
-    def row(
-        self, v: VelocityField, x0: Tensor, span: Span, ids: np.ndarray, *, steps: int
-    ) -> Tensor:
-        """Carry the noise of some samples to data in a number of steps."""
-        return samplers.sample(v, x0, self.solver, steps, span, seed=self.config.seed, ids=ids)
-
-    @torch.inference_mode()
-    def sample(  # collective: every rank
-        self, solve: Callable[[VelocityField, Tensor, Span, np.ndarray], Tensor]
-    ) -> tuple[Tensor, int]:
-        """Carry the noise of all samples; (x [samples, ...], evaluations a sample).
-
-        The evaluations are counted; where they differ between batches, their mean is rounded.
-        """
-        batch, world = self.config.compute_batch, self.accelerator.num_processes
-        rounds = -(-self.samples // (batch * world))
-        parts, counts = [], []
-        for number in range(rounds):
-            first = (number * world + self.accelerator.process_index) * batch
-            ids = np.arange(first, first + batch)
-            x0, cond = self.noise(ids)
-            before = self.velocity.evaluations
-            parts.append(self.velocity.carry(x0, functools.partial(solve, ids=ids), cond))
-            counts.append(self.velocity.evaluations - before)
-        gathered = self.accelerator.gather(torch.stack(parts))  # [world * rounds, batch, ...]
-        ordered = gathered.unflatten(0, (world, rounds)).transpose(0, 1).flatten(0, 2)
-        counted = self.accelerator.gather(torch.tensor(counts, device=gathered.device))
-        counted = counted.unflatten(0, (world, rounds)).T.flatten()[: -(-self.samples // batch)]
-        return ordered[: self.samples].cpu(), round(counted.double().mean().item())
-
-    def noise(self, ids: np.ndarray) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Give the noise of some samples, and their labels."""
-        device, seed = self.accelerator.device, self.config.seed
-        x0 = torch.from_numpy(noise.normal(seed, ids, self.shape, noise.EVALUATION)).to(device)
-        cond = None
-        if self.velocity.classes is not None:
-            label = noise.labels(seed, ids, self.velocity.classes)
-            cond = {"label": torch.from_numpy(label).to(device)}
-        return x0, cond
-
-    @torch.inference_mode()
-    def straightness(self) -> dict[str, float]:
-        """Estimate the straightness on 256 samples."""
-        x0, cond = self.noise(np.arange(256))
-        span = self.velocity.span
-        return metrics.straightness(lambda x, t: self.velocity(x, t, cond), x0, steps=64, span=span)
+    return Look(None, {})
 
 
 def score(
     config: EvaluateConfig,
-    real: data.Data,
+    sets: dict[str, data.Data],
     sampled: dict[str, Sampler],
     rows: dict[str, list[Row]],
     kind: str,
-    inception: metrics.Inception | None,
+    look: Look,
 ) -> dict[str, Any]:
-    """Measure the distances of all rows, and write down the protocol."""
+    """Measure all rows, and write down the protocol."""
     n, device = sampled["teacher"].samples, sampled["teacher"].accelerator.device
-    unflipped = dataclasses.replace(real, flip=False)
-    reference = data.reference(unflipped, n, config.seed)["x1"].to(device)
+    unflipped = {name: dataclasses.replace(found, flip=False) for name, found in sets.items()}
+    training, real = unflipped["data"], unflipped.get("reference", unflipped["data"])
+    reference = data.reference(real, n, config.seed)["x1"].to(device)
     protocol: dict[str, Any] = {
         "distance": kind,
         "samples": n,
         "real_samples": n,
-        "data": real.digest,
+        "data": training.digest,
         "noise": f"Philox, seed {config.seed}, stream {noise.EVALUATION}",
         "weights": "EMA, float32",
         "solver": f"{samplers.describe(config.solver)}; converged: {config.converged_solver}",
         "guidance": config.guidance,
     }
+    if "reference" in sets:
+        protocol["reference"] = real.digest
     if config.student_solver is not None:
         protocol["student_solver"] = samplers.describe(config.student_solver)
-    if kind == "sliced_wasserstein":
-        distance: Callable[[Tensor, Tensor], float] = metrics.sliced_wasserstein
-    else:
-        net: Any = inception
-        protocol["features"] = {"name": config.features}
-        if config.features == "classifier":
-            net, accuracy = metrics.train_classifier(real, config.seed)
+    net, known = look.module, None
+    if kind == "frechet":
+        protocol["features"] = {"name": config.features, **look.facts}
+        if config.features == "classifier" and net is None:
+            net, accuracy = features.train_classifier(training, config.seed)
             protocol["features"]["held_out_accuracy"] = accuracy
         if net is not None:
             protocol["features"]["sha256"] = metrics.module_digest(net)
             net.to(device)
-
-        def distance(a: Tensor, b: Tensor) -> float:
-            return metrics.frechet(a, b, net)
-
-    floor, half = metrics.floor(reference, distance)
-    result: dict[str, Any] = {"protocol": protocol, "floor": {"distance": floor, "samples": half}}
+        seen = min(training.count, max(n, config.training_samples))
+        known = scores.embed_data(training, seen, config.seed, net, device)
+        protocol |= {"neighbours": scores.NEIGHBOURS, "training_samples": seen}
+    scorer = scores.Scorer(kind, reference, net, known, apart="reference" not in sets)
+    result: dict[str, Any] = {"protocol": protocol, "floor": scorer.floor()}
     truth = rows["teacher"][-1].x
     for name, found in rows.items():
-        result[name] = {"round": sampled[name].round, **sampled[name].straightness(), "rows": []}
+        result[name] = {
+            "round": sampled[name].model.round,
+            **sampled[name].straightness(),
+            "rows": [],
+        }
         for row in found:
             x = (row.x.clamp(-1, 1) if real.images else row.x).to(device)
-            result[name]["rows"].append(
-                {
-                    "steps": row.steps,
-                    "evaluations": row.evaluations,
-                    "distance": distance(reference, x),
-                    "rmse": (row.x - truth).square().mean().sqrt().item(),
-                }
-            )
+            rmse = (row.x - truth).square().mean().sqrt().item()
+            facts = {"steps": row.steps, "evaluations": row.evaluations}
+            result[name]["rows"].append({**facts, **scorer.score(x), "rmse": rmse})
     return result
 
 
-def write(folder: run.Run, result: dict[str, Any], rows: dict[str, list[Row]]) -> None:
-    """Write metrics.json, the table and the pictures, and seal."""
+def write(
+    folder: run.Run,
+    result: dict[str, Any],
+    rows: dict[str, list[Row]],
+    sampled: dict[str, Sampler],
+    real: data.Data,
+) -> None:
+    """Write metrics.json, the table, the pictures and the report, and seal."""
     place = Path(folder.folder)
+    samples = {name: {r.steps: r.x for r in found} for name, found in rows.items()}
     manifest.write_atomic(place / "metrics.json", json.dumps(result, indent=1) + "\n")
     manifest.write_atomic(place / "table.md", draw.table(result))
     draw.curve(place / "curve.png", result)
-    draw.grid(place / "grid.png", {n: {r.steps: r.x for r in found} for n, found in rows.items()})
+    draw.grid(place / "grid.png", samples)
+    accelerator = sampled["student"].accelerator
+    page = report.page(
+        place.absolute().parent.name,
+        result,
+        samples,
+        real=data.reference(real, min(16 if real.images else 2000, real.count), 0)["x1"],
+        paths={name: sampler.paths() for name, sampler in sampled.items()},
+        folders={name: getattr(folder.config, name) for name in rows},
+        config=configs.dump(folder.config),
+        facts={
+            f"{name}, network": f"{type(net).__name__}, {net.num_parameters():,} parameters"
+            for name, net in ((name, sampler.model.net) for name, sampler in sampled.items())
+        }
+        | report.machine(accelerator.device, accelerator.num_processes),
+    )
+    manifest.write_atomic(place / "report.html", page)
     folder.seal(["metrics.json"])
-    stage.say(f"\n{draw.table(result)}\npictures: {place / 'curve.png'}, {place / 'grid.png'}")
+    stage.say(f"\n{draw.table(result)}\nreport: {place / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -3,18 +3,19 @@
 #
 #   scripts/reflow.sh [--dry-run] NAME [STAGE.key=value ...]   e.g. scripts/reflow.sh digits flow.fit.steps=100
 #
-# NAME is a folder of configs/; STAGE is one of flow pairs reflow evaluate export. --dry-run prints the
-# plan of every stage and stops. Read from the environment: PYTHON (default python), ACCELERATE_CONFIG
-# (default: two CPU processes, or one GPU where there is one), STAGES (default: all five, in order), and
-# LAUNCHER (default: accelerate launch with that config).
+# NAME is a folder of configs/; STAGE is one of flow pairs reflow classifier evaluate export (classifier
+# where NAME has a config for it). --dry-run prints the plan of every stage and stops. Read from the
+# environment: PYTHON (default python), ACCELERATE_CONFIG (default: two CPU processes, or one GPU where
+# there is one), STAGES (default: all, in order), and LAUNCHER (default: accelerate launch with that
+# config).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-read -ra stages <<<"${STAGES:-flow pairs reflow evaluate export}"
+read -ra stages <<<"${STAGES:-flow pairs reflow classifier evaluate export}"
 declare -A module=([flow]=train_flow [pairs]=generate_pairs [reflow]=reflow
-                   [evaluate]=evaluate [export]=export)
+                   [classifier]=train_classifier [evaluate]=evaluate [export]=export)
 usage="usage: scripts/reflow.sh [--dry-run] NAME [STAGE.key=value ...]; STAGE is one of"
-usage+=" flow pairs reflow evaluate export"
+usage+=" flow pairs reflow classifier evaluate export"
 fail() { echo "reflow.sh: $1; $usage" >&2; exit 2; }
 
 for stage in "${stages[@]}"; do
@@ -29,6 +30,10 @@ fi
 name=$1
 shift
 [ -d "configs/$name" ] || fail "configs/$name does not exist"
+if [ ! -f "configs/$name/classifier.yaml" ]; then
+  unset 'module[classifier]'
+  read -ra stages <<<"${stages[*]/classifier/}"
+fi
 declare -A keys=()
 for word in "$@"; do
   stage=${word%%.*}

@@ -571,6 +571,25 @@ def test_floats_are_neither_resized_nor_recoloured_and_points_not_flipped(tmp_pa
     assert "are points" in refusal(source="npz", path=str(tmp_path / "b.npy"), size=4)
 
 
+def test_latents_are_read_as_they_are(tmp_path):
+    """Any number of channels, any range, half precision; but no picture's options."""
+    x = (np.random.default_rng(0).normal(size=(6, 4, 5, 5)) * 3).astype(np.float16)
+    path = str(tmp_path / "x.npz")
+    np.savez(path, latents=x, y=np.array([0, 1, 2, 2, 1, 0]))
+    found = data.load(data.DataConfig(source="latents", path=path, labels=True))
+    assert (found.shape, found.count, found.classes, found.images) == ((4, 5, 5), 6, 3, False)
+    batch = found.batch(np.array([5, 0]))
+    assert np.array_equal(batch["x1"].numpy(), x[[5, 0]].astype(np.float32))
+    assert batch["label"].tolist() == [0, 0]
+    x[3, 0, 0, 0] = np.inf
+    np.savez(path, x=x)
+    assert "sample 3 holds NaN or infinity" in refusal(source="latents", path=path)
+    np.savez(path, x=np.zeros((6, 5, 5)))
+    assert "expected floats [N, C, H, W]" in refusal(source="latents", path=path)
+    with pytest.raises(UserError, match="latents are coded, not images"):
+        validate(data.DataConfig, {"source": "latents", "path": path, "flip": True})
+
+
 def test_files_that_are_not_what_they_seem(tmp_path, idx_folder):
     for name in ("a.npz", "a.npy", "a.tar", "a.parquet"):
         (tmp_path / name).write_bytes(b"no such thing" * 99)

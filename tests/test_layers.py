@@ -26,9 +26,12 @@ LAYERS = {
     ],
     "artefacts": ["manifest", "shards", "claims", "pairs", "audit"],
     "export": ["scheduler", "pipeline", "mlp"],
-    "models": ["nets", "foreign", "images", "sources", "tables", "data", "teachers"],
+    "models": [
+        *("nets", "foreign", "images", "sources", "tables", "data", "teachers"),
+        *("features", "scores", "rows"),
+    ],
     "loop": ["stage", "run", "state", "fit"],
-    "draw": ["draw", "plane"],
+    "draw": ["draw", "plane", "charts", "report"],
 }
 ORDER = list(LAYERS)
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
@@ -41,7 +44,7 @@ HEAVY = {
 
 SLOW = {"diffusers", "accelerate", "datasets", "torchmetrics", "scipy", "sklearn", "matplotlib"}
 SLOW |= {"torchdiffeq"}  # it brings scipy
-STAGES = ["train_flow", "generate_pairs", "reflow", "evaluate", "export"]
+STAGES = ["train_flow", "generate_pairs", "reflow", "train_classifier", "evaluate", "export"]
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

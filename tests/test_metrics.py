@@ -1,8 +1,6 @@
 """Metrics: closed forms first, then what each distance must not depend on, then the refusals."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +8,8 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from flowmatch import data, metrics, sources
+from flowmatch import metrics, sources
 from flowmatch.config import UserError
-
-FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 def exact_normal(n, mean, covariance, seed):
@@ -38,43 +34,12 @@ def test_frechet_of_gaussians_is_the_closed_form(d):
     root = scipy.linalg.sqrtm(s1 @ s2).real
     truth = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * root)
     a, b = exact_normal(300, m1, s1, 2), exact_normal(500, m2, s2, 3)
-    assert metrics.frechet(a, b, None) == pytest.approx(truth, rel=1e-9)
-    assert metrics.frechet(b, a, None) == pytest.approx(truth, rel=1e-9)
-    assert metrics.frechet(a.float(), b.float(), None) == pytest.approx(truth, rel=1e-5)
-    single = metrics.frechet(a.float(), b.float(), None)
-    assert single == metrics.frechet(
-        a.float().double(), b.float().double(), None
-    )  # nothing rounded
-    assert metrics.frechet(a, a, None) == pytest.approx(0, abs=1e-6)
-
-
-class Fickle(nn.Module):
-    """Features whose statistics show in which mode they were run: dropout in front of a batch norm."""
-
-    num_features = 3
-
-    def __init__(self):
-        super().__init__()
-        self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(3, momentum=1.0)
-        self.seen = []
-
-    def forward(self, x):
-        self.seen.append((len(x), self.training, torch.is_grad_enabled()))
-        return self.norm(self.drop(2 * x.flatten(1)))[:, :, None, None]
-
-
-def test_frechet_runs_features_in_eval_mode_in_batches_and_leaves_them_as_they_were():
-    torch.manual_seed(0)
-    a, b = torch.randn(50, 1, 1, 3), torch.randn(33, 1, 1, 3) + 1
-    features = Fickle().train()
-    before = metrics.module_digest(features)
-    found = metrics.frechet(a, b, features, batch=20)
-    assert found == pytest.approx(4 * metrics.frechet(a, b, None), rel=1e-4)
-    assert [n for n, *_ in features.seen] == [20, 20, 10, 20, 13]
-    assert not any(training or graded for _, training, graded in features.seen)
-    assert features.training
-    assert metrics.module_digest(features) == before
-    assert metrics.frechet(a, b, features, batch=7) == pytest.approx(found, rel=1e-6)
+    assert metrics.frechet(a, b) == pytest.approx(truth, rel=1e-9)
+    assert metrics.frechet(b, a) == pytest.approx(truth, rel=1e-9)
+    assert metrics.frechet(a.float(), b.float()) == pytest.approx(truth, rel=1e-5)
+    single = metrics.frechet(a.float(), b.float())
+    assert single == metrics.frechet(a.float().double(), b.float().double())  # nothing rounded
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-6)
 
 
 def test_frechet_never_waits_for_other_ranks(monkeypatch):
@@ -87,7 +52,7 @@ def test_frechet_never_waits_for_other_ranks(monkeypatch):
     monkeypatch.setattr(torchmetrics.metric, "jit_distributed_available", lambda: True)
     monkeypatch.setattr(torchmetrics.metric, "gather_all_tensors", gather)
     a = torch.randn(20, 2)
-    assert metrics.frechet(a, a + 1, None) == pytest.approx(2, rel=1e-3)
+    assert metrics.frechet(a, a + 1) == pytest.approx(2, rel=1e-3)
 
 
 def test_what_frechet_refuses():
@@ -98,18 +63,81 @@ def test_what_frechet_refuses():
         (torch.full((5, 3), math.nan), "generated samples hold NaN"),
     ]:
         with pytest.raises(UserError, match=fault):
-            metrics.frechet(a, b, None)
-    wide = torch.zeros(3, 3, 64, 64)
+            metrics.frechet(a, b)
+    wide = torch.zeros(3, 12288)
     with pytest.raises(UserError, match="12288 values a sample; use a feature module"):
-        metrics.frechet(wide, wide, None)
+        metrics.frechet(wide, wide)
 
 
-def test_the_floor_compares_disjoint_halves():
-    real = torch.arange(11.0)[:, None]
-    halves = []
-    floor = metrics.floor(real, lambda a, b: halves.append((a, b)) or 0.5)
-    assert floor == (0.5, 5)
-    assert torch.cat(halves[0]).flatten().tolist() == list(range(10))
+# ---- kernel distance, precision and recall, neighbours
+
+
+def clouds(n=70, m=50, d=4):
+    a = np.random.default_rng(0).normal(size=(n, d))
+    b = np.random.default_rng(1).normal(size=(m, d)) + 0.4
+    return torch.from_numpy(a), torch.from_numpy(b)
+
+
+def test_the_kernel_distance_is_the_sum_over_all_pairs(monkeypatch):
+    a, b = clouds()
+
+    def k(x, y):
+        return (x @ y / 4 + 1) ** 3
+
+    def mean(x, y, apart):
+        values = [k(u, v) for i, u in enumerate(x) for j, v in enumerate(y) if not apart or i != j]
+        return float(np.mean(values))
+
+    truth = mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
+    assert metrics.kernel(a, b) == pytest.approx(truth, rel=1e-9)
+    monkeypatch.setattr(metrics, "PANEL", 120)  # two or three rows at a time
+    assert metrics.kernel(a, b) == pytest.approx(truth, rel=1e-9)
+
+
+def test_the_kernel_distance_is_that_of_torchmetrics_on_one_subset_of_everything():
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = clouds(60, 60)
+    assert metrics.kernel(a, b) == pytest.approx(float(poly_mmd(a, b)), rel=1e-9)
+
+
+def test_the_kernel_distance_has_no_bias():
+    """Two samples of one distribution are at distance 0 on average, whatever their number."""
+    found = []
+    for seed in range(300):
+        x = torch.from_numpy(np.random.default_rng(seed).normal(size=(20, 3)))
+        found.append(metrics.kernel(x[:8], x[8:]))
+    assert abs(np.mean(found)) < 3 * np.std(found) / np.sqrt(len(found))
+    assert min(found) < 0
+
+
+def test_radii_and_neighbours_are_those_of_all_distances(monkeypatch):
+    from scipy.spatial.distance import cdist
+
+    a, b = clouds()
+    apart = cdist(a, a)
+    np.fill_diagonal(apart, np.inf)
+    for panel in (1 << 24, 200):
+        monkeypatch.setattr(metrics, "PANEL", panel)
+        assert np.allclose(metrics.radii(a, 5), np.sort(apart, 1)[:, 4])
+        assert metrics.nearest(b, a) == pytest.approx(np.sort(cdist(b, a).min(1))[24])
+        head = np.sort(apart[:30].min(1))[14]  # the lower median
+        assert metrics.nearest(a[:30], a, apart=True) == pytest.approx(head)
+        assert metrics.nearest(a[:30], a) < 1e-6
+    with pytest.raises(UserError, match="5 neighbours among 5 samples; take 6 or more"):
+        metrics.radii(a[:5], 5)
+
+
+def test_precision_and_recall_count_what_lies_within_the_radii():
+    """Points on a line: real at 0, 1, 2, ..., 9, so that every radius is 1 with one neighbour."""
+    real = torch.arange(10.0).double()[:, None]
+    fake = torch.tensor([[0.5], [9.9], [10.5], [40.0], [41.0], [300.0]]).double()
+    assert metrics.covered(fake, real, metrics.radii(real, 1)) == pytest.approx(2 / 6)
+    # radii of the fake: 9.4, .6, .6, 1, 1, 259; the last covers 41 and more, but no real point
+    assert metrics.covered(real, fake, metrics.radii(fake, 1)) == pytest.approx(10 / 10)
+    one_place = torch.full((6, 1), 3.2).double()
+    assert metrics.covered(one_place, real, metrics.radii(real, 1)) == 1
+    assert metrics.covered(real, one_place, metrics.radii(one_place, 1)) == 0  # nothing varies
 
 
 # ---- sliced Wasserstein
@@ -217,86 +245,7 @@ def test_straightness_hands_each_sample_its_label():
         metrics.straightness(v, x0, steps=10)
 
 
-# ---- classifier
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load(data.DataConfig(source="digits", labels=True))
-
-
-@pytest.fixture(scope="module")
-def trained(digits):
-    return metrics.train_classifier(digits, 0, steps=400)
-
-
-def test_the_classifier_learns_the_digits(digits, trained):
-    net, accuracy = trained
-    assert accuracy >= 0.97
-    assert not net.training
-    assert net.num_features == net(digits.batch(np.arange(5))["x1"]).shape[1] == 64
-
-
-def test_the_classifier_depends_on_data_and_seed_alone(digits):
-    torch.manual_seed(1)
-    state = torch.random.get_rng_state()
-    one, _ = metrics.train_classifier(digits, 0, steps=20)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(2)
-    two, _ = metrics.train_classifier(digits, 0, steps=20)
-    other, _ = metrics.train_classifier(digits, 1, steps=20)
-    assert metrics.module_digest(one) == metrics.module_digest(two)
-    assert metrics.module_digest(one) != metrics.module_digest(other)
-
-
-def test_held_out_images_are_not_trained_on(digits, monkeypatch):
-    """Nor is any of their mirror images."""
-    seen, scored = set(), []
-    both = data.load(data.DataConfig(source="digits", labels=True, flip=True))
-    read = both.read
-    monkeypatch.setattr(metrics, "accuracy", lambda net, found, ids: scored.extend(ids) or 0.5)
-    object.__setattr__(both, "read", lambda ids: seen.update(ids.tolist()) or read(ids))
-    metrics.train_classifier(both, 0, steps=60)
-    assert len(scored) == len(set(scored)) == 1797 // 5
-    assert seen.isdisjoint(scored)
-    assert seen | set(scored) == set(range(1797))
-
-
-def test_its_features_tell_digits_from_their_likes(digits, trained):
-    net, _ = trained
-    real = data.reference(digits, 1797, 0)["x1"]
-
-    def distance(a, b):
-        return metrics.frechet(a, b, net)
-
-    floor, n = metrics.floor(real, distance)
-    half = real[:n]
-    blurred = nn.functional.avg_pool2d(half, 3, 1, 1)
-    assert n == 898
-    assert 0 < floor < 20
-    assert distance(real, half.mean(0).expand_as(half)) > 30 * floor  # the one-step teacher
-    assert distance(real, blurred) > 10 * floor
-
-
-def test_the_classifier_needs_labelled_images():
-    for config in ({"source": "digits"}, {"source": "ring", "labels": True, "samples": 9}):
-        with pytest.raises(UserError, match="images with labels"):
-            metrics.train_classifier(data.load(data.DataConfig(**config)), 0)
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 20), (3, 64, 64), (3, 1, 1)])
-def test_the_classifier_takes_any_size(shape):
-    net = metrics.Classifier(shape, 7)
-    assert net(torch.zeros(2, *shape)).shape == (2, 64)
-    assert net.logits(torch.zeros(2, *shape)).shape == (2, 7)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not FASHION.is_dir(), reason="dataset-fashion-mnist is not installed")
-def test_the_classifier_learns_fashion_mnist():
-    found = data.load(data.DataConfig(source="idx", path=str(FASHION), labels=True))
-    _, accuracy = metrics.train_classifier(found, 0)
-    assert accuracy >= 0.90
+# ---- digests
 
 
 def test_a_module_digest_sees_names_types_shapes_and_bytes():
@@ -319,12 +268,3 @@ def test_a_module_digest_sees_names_types_shapes_and_bytes():
         module.register_buffer("a", zero)
         seen.add(metrics.module_digest(module))
     assert len(seen) == 9
-
-
-def test_inception_is_used_only_where_its_weights_are_given(tmp_path):
-    with pytest.raises(UserError, match="inception_weights=nowhere: no such file"):
-        metrics.Inception("nowhere")
-    (tmp_path / "weights.pth").write_bytes(b"")
-    if importlib.util.find_spec("torch_fidelity") is None:
-        with pytest.raises(UserError, match="needs torch-fidelity"):
-            metrics.Inception(str(tmp_path / "weights.pth"))

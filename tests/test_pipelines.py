@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from flowmatch import manifest, nets, noise, pairs, solvers, teachers
+from flowmatch import features, manifest, metrics, nets, noise, pairs, solvers, teachers
 from flowmatch.config import UserError, load
+from flowmatch.data import DataConfig, reference
+from flowmatch.data import load as load_data
 from flowmatch.nets import NetConfig
-from pipelines import evaluate, export, generate_pairs, reflow, train_flow
+from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
 
 ROOT = Path(__file__).parent.parent
 UNET = {
@@ -226,6 +228,54 @@ def test_a_class_conditional_chain_on_real_digits(tmp_path, monkeypatch):
         run(reflow, f"run_dir={tmp_path}/no", f"start={tmp_path}/plain", entry, *small)
 
 
+def test_an_evaluation_with_a_reference_and_a_classifier_of_its_own(tmp_path):
+    """Images on disk: 30 of training, 20 others; the classifier's digest is an input."""
+    rng = np.random.default_rng(0)
+    for name, n in (("train", 30), ("test", 20)):
+        x = rng.integers(0, 256, (n, 8, 8), dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", x=x, y=np.arange(n) % 3)
+    source = f"source: npz, path: {tmp_path}"
+    train, test = f"{{{source}/train.npz}}", f"{{{source}/test.npz}}"
+    labelled = f"data={{{source}/train.npz, labels: true}}"
+    words = [f"run_dir={tmp_path}/classifier", labelled, "steps=3", "batch_size=8", "device=cpu"]
+    train_classifier.main(load(train_classifier.ClassifierConfig, words)[0], False)
+    trained(tmp_path / "flow", "UNet2DModel", UNET, (1, 8, 8), None, round_=0)
+    trained(tmp_path / "reflow", "UNet2DModel", UNET, (1, 8, 8), None)
+    words = [f"teacher={tmp_path}/flow", f"student={tmp_path}/reflow", f"data={train}"]
+    words += ["samples=16", "steps=[1]", "converged_steps=1", f"reference={test}"]
+    classifier = f"classifier={tmp_path}/classifier"
+    run(evaluate, f"run_dir={tmp_path}/evaluate", *words, classifier)
+    seal = manifest.read(tmp_path / "evaluate", "evaluation")
+    assert set(seal["inputs"]) == {"data", "reference", "teacher", "student", "classifier"}
+    assert seal["inputs"]["classifier"] == manifest.digest(tmp_path / "classifier")
+    result = json.loads((tmp_path / "evaluate/metrics.json").read_text())
+    protocol = result["protocol"]
+    assert protocol["training_samples"] == 30
+    assert protocol["reference"] == seal["inputs"]["reference"] != protocol["data"]
+    facts = manifest.read(tmp_path / "classifier", "classifier")["facts"]
+    assert protocol["features"]["sha256"] == facts["sha256"]
+    assert protocol["features"]["held_out_accuracy"] == facts["accuracy"]
+    net, _ = features.load(tmp_path / "classifier", "classifier", (1, 8, 8))
+    sets = [
+        load_data(DataConfig(source="npz", path=f"{tmp_path}/{n}.npz")) for n in ("test", "train")
+    ]
+    seen = features.embed(sets[1].batch(np.arange(30))["x1"], net)
+    chosen = features.embed(reference(sets[0], 16, 0)["x1"], net)
+    assert result["floor"]["nearest"] == pytest.approx(metrics.nearest(chosen, seen))
+    for row in (*result["teacher"]["rows"], *result["student"]["rows"]):
+        assert {"distance", "kernel", "precision", "recall", "nearest"} < set(row)
+    table = (tmp_path / "evaluate/table.md").read_text()
+    assert "| real against real | " in table
+    assert "that no model has seen" in (tmp_path / "evaluate/report.html").read_text()
+    for more, fault in (
+        (["features=values", classifier], "is not looked at: features='values'"),
+        ([], "needs data.labels=true, or classifier="),
+        ([classifier, "samples=11"], "11 samples: images are scored on 12 or more"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            run(evaluate, f"run_dir={tmp_path}/no", *words, *more)
+
+
 def test_several_sets_of_pairs_mix_by_weight(tmp_path):
     net = {"name": "VelocityMLP", "hidden": 8}
     small = ["fit.steps=3", "fit.batch_size=10", "fit.log_every=1"]
@@ -264,6 +314,7 @@ def test_reflow_sh_names_what_it_does_not_know():
         (["nothing"], "configs/nothing does not exist"),
         (["ring", "flw.fit.steps=3"], "flw.fit.steps=3 is not STAGE.key=value"),
         (["ring", "flow"], "flow is not STAGE.key=value"),
+        (["ring", "classifier.steps=3"], "classifier.steps=3 is not STAGE.key=value"),
     ):
         code, err = call(*words)
         assert code == 2

@@ -29,5 +29,6 @@ name=$1
 submit flow "${TRAIN:-}" "$@"
 submit pairs "--array=0-$((${WORKERS:-4} - 1)) ${PAIRS:-}" "$@"
 submit reflow "${TRAIN:-}" "$@"
+[ ! -f "configs/$name/classifier.yaml" ] || submit classifier "${CHECK:-}" "$@"
 submit evaluate "${CHECK:-}" "$@"
 submit export "${CHECK:-}" "$@"

@@ -1,0 +1,180 @@
+"""Features of images, for distances between sets of them: a classifier's, or Inception's.
+
+A classifier is trained on the data by the stage `train_classifier`, or inside `evaluate`; Inception's
+weights are given. Nothing is downloaded.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from flowmatch import manifest, noise
+from flowmatch.config import UserError
+
+WEIGHTS = "classifier.safetensors"
+BATCH = 256  # samples that a feature module sees together
+
+
+@torch.no_grad()
+def embed(x: Tensor, module: nn.Module | None, batch: int = BATCH) -> Tensor:
+    """Give the features of samples as a float64 matrix, [N, ...] -> [N, num_features].
+
+    module: x -> [B, ...], run in eval mode and left as it was; None takes the values themselves.
+    Raises UserError for samples that are not finite.
+    """
+    if not x.isfinite().all():
+        raise UserError(f"samples of shape {list(x.shape)} hold NaN or inf")
+    if module is None:
+        return x.flatten(1).double()
+    was_training = module.training
+    module.eval()
+    try:
+        return torch.cat([module(part).flatten(1).double() for part in x.split(batch)])
+    finally:
+        module.train(was_training)
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier whose last hidden layer serves as features.
+
+    forward(x: [B, C, H, W]) -> features [B, num_features]; logits(x) -> [B, classes].
+    """
+
+    def __init__(self, shape: tuple[int, ...], classes: int, num_features: int = 64):
+        """shape: (C, H, W); sides are halved until they are at most 7, six times at most."""
+        super().__init__()
+        channels, high, wide = shape
+        self.num_features = num_features
+        layers: list[nn.Module] = []
+        for width in (16, 32, 64, 64, 64, 64, 64):
+            if layers:
+                layers.append(nn.MaxPool2d(2, ceil_mode=True))
+                high, wide = (high + 1) // 2, (wide + 1) // 2
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+            if max(high, wide) <= 7:
+                break
+        layers += [nn.Flatten(), nn.Linear(channels * high * wide, num_features)]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(num_features, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the features of x."""
+        return self.body(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Give the class scores of x."""
+        return self.head(self.body(x))
+
+
+def train_classifier(
+    data: Any,
+    seed: int,
+    *,
+    held_out: Any = None,
+    steps: int = 1500,
+    batch: int = 64,
+    lr: float = 4e-3,
+    show: Callable[[int], Any] = lambda step: None,
+) -> tuple[Classifier, float]:
+    """Train the classifier whose features score images: (module in eval mode, held-out accuracy).
+
+    data, held_out: a `data.Data` of images with labels; without held_out a fifth of data, 4,000 at
+    most, is kept for it. The result depends on data and seed alone, at one thread of one build of
+    torch. show: told the steps done. Raises UserError for data without labels or images.
+    """
+    if data.label is None or not data.images:
+        raise UserError("a classifier needs images with labels; set data.labels=true")
+    shuffled = noise.Order(data.count, seed)(np.arange(data.count))  # no mirror images
+    part = min(data.count // 5, 4000) if held_out is None else 0
+    held, kept = np.split(shuffled, [part])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Classifier(data.shape, data.classes)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-2)
+    order = noise.Order(len(kept), seed)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    for step in range(steps):
+        found = data.batch(kept[order(step * batch + np.arange(batch))])
+        loss = functional.cross_entropy(net.logits(found["x1"]), found["label"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        show(step + 1)
+    net.eval()
+    if held_out is not None:
+        return net, accuracy(net, held_out, np.arange(held_out.count))
+    return net, accuracy(net, data, held)
+
+
+@torch.no_grad()
+def accuracy(net: Classifier, data: Any, ids: np.ndarray) -> float:
+    """Give the share of items that a classifier names rightly. ids: int64 [N]."""
+    right = 0
+    for part in np.array_split(ids, max(1, len(ids) // 256)):
+        found = data.batch(part)
+        right += int((net.logits(found["x1"]).argmax(1) == found["label"]).sum())
+    return right / len(ids)
+
+
+class Inception(nn.Module):
+    """Inception's features of images, as published FIDs use them, from weights that are given.
+
+    forward(x: [B, 1 or 3, H, W] in [-1, 1]) -> [B, 2048]. weights: torch-fidelity's file
+    (pt_inception-2015-12-05-*.pth). Nothing is downloaded. Raises UserError where the file or the
+    library is not there.
+    """
+
+    num_features = 2048
+
+    def __init__(self, weights: str):
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        super().__init__()
+        if not Path(weights).is_file():
+            raise UserError(f"inception_weights={weights}: no such file")
+        try:
+            self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
+        except ImportError as error:
+            raise UserError(
+                f"features='inception' needs torch-fidelity (pip install torch-fidelity): {error}"
+            ) from None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the features of x."""
+        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+        return self.net(((x.clamp(-1, 1) + 1) * 127.5).round().byte())
+
+
+def save(net: Classifier, folder: Path) -> list[str]:
+    """Write a classifier; returns the names of its files."""
+    from safetensors.torch import save_file
+
+    save_file(net.state_dict(), folder / WEIGHTS)
+    return [WEIGHTS]
+
+
+def load(path: str, key: str, shape: tuple[int, ...]) -> tuple[Classifier, dict[str, Any]]:
+    """Load a classifier from the sealed folder of its stage: (module in eval mode, facts).
+
+    shape: of the images that it is to see. Raises UserError naming `key`; NotReady for a folder that
+    is not there or not sealed.
+    """
+    from safetensors.torch import load_file
+
+    sealed = manifest.read(path, key, ["train_classifier"])
+    manifest.verify(path, key, sealed)
+    facts = sealed["facts"]
+    if list(shape) != facts["shape"]:
+        raise UserError(
+            f"{key}={path} looks at images of {facts['shape']}; data holds {list(shape)}"
+        )
+    net = Classifier(shape, facts["classes"])
+    net.load_state_dict(load_file(Path(path) / WEIGHTS))
+    return net.eval(), facts
