@@ -186,10 +186,13 @@ def fit(
             else:  # fp16 skipped it: the same samples again
                 ahead = pool.submit(batch_at, state.step, 0)
 
+    files = state.finish() if done else []
+    del v
+    state.close()
     accelerator.end_training()
     if not done:
         run.preempted()
-    return state.finish()
+    return files
 
 
 def mask_seed(seed: int, step: int, micro: int) -> int:

@@ -32,9 +32,12 @@ def start_accelerator(device: str, **options: Any) -> Any:
     On a machine without a GPU the launcher's obvious flags leave every process believing to be rank
     0 of 1; such a job is stopped here.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    accelerator = Accelerator(cpu=pick_device(device) == "cpu", **options)
+    wrapper = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no copy of it
+    accelerator = Accelerator(
+        cpu=pick_device(device) == "cpu", kwargs_handlers=[wrapper], **options
+    )
     if accelerator.num_processes != world_size():
         raise UserError(
             f"the launcher started {world_size()} processes, Accelerate sees "

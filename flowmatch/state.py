@@ -177,3 +177,12 @@ class State:
         names = nets.save(self.net, temporary)
         temporary.rename(final)
         return [f"net/{name}" for name in names]
+
+    def close(self) -> None:
+        """Let go of what `prepare` wrapped, before the process group ends.
+
+        A DDP wrapper freed after its group joins the group's thread while it holds the GIL, for which
+        that thread may be waiting: one rank then hangs at its end.
+        """
+        del self.model, self.optimizer
+        self.accelerator.free_memory()
