@@ -71,6 +71,39 @@ class Classifier(nn.Module):
         """Give the class scores of x."""
         return self.head(self.body(x))
 
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Give what its convolutions see in x, first to last: [B, width, h, w] each."""
+        found = []
+        for layer in self.body:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                found.append(x)
+        return found
+
+
+class Perceptual(nn.Module):
+    """What a feature loss compares: the pixels of an image and what a classifier sees at each of them.
+
+    forward(x: [B, C, H, W]) -> [B, F]: the values, then each map of the classifier with unit length
+    over its channels at every place, as LPIPS takes them (Zhang et al. 2018, arXiv 1801.03924, eq. 1,
+    weights 1). A map's squared distance is its mean over places times the C H W values of an image, so
+    that values and maps weigh alike, and c has the same unit as without features. The classifier is
+    frozen here, in eval mode and float32; gradients go through it.
+    """
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.classifier = classifier.float().eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the features of x."""
+        parts, values = [x.flatten(1)], x[0].numel()
+        for found in self.classifier.maps(x):
+            length = (found.square().sum(1, keepdim=True) + 1e-8).sqrt()
+            places = found.shape[2] * found.shape[3]
+            parts.append((found / length).flatten(1) * (values / places) ** 0.5)
+        return torch.cat(parts, dim=1)
+
 
 def train_classifier(
     data: Any,

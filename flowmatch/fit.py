@@ -106,14 +106,15 @@ def fit(
     run: Run,
     config: FitConfig,
     t_config: times.TimesConfig,
-    loss_config: losses.LossConfig,
+    loss: losses.Loss,
     *,
     seed: int,
     device: str,
 ) -> list[str]:
     """Train a network's velocity, from the newest checkpoint of the run if it has one.
 
-    net: a diffusers model with its start weights; they give way to a checkpoint's. Returns the files
+    net: a diffusers model with its start weights; they give way to a checkpoint's. loss: of
+    `losses.build`; a module in it is on the device already. Returns the files
     of the finished EMA network, relative to the run's folder (rank 0). Raises UserError naming the
     step where loss or gradient stopped being finite. Exits 75 after SIGTERM, with a checkpoint.
     """
@@ -126,7 +127,7 @@ def fit(
     rank, world = accelerator.process_index, accelerator.num_processes
     micro, accumulation = split_batch(config, world)
     state = State(net, config, accelerator, run)
-    v, loss_of = nets.Velocity(state.model), losses.LOSSES[loss_config.name]
+    v = nets.Velocity(state.model)
     null_label = nets.classes_of(net)
     start = state.step
     if leads():
@@ -176,11 +177,11 @@ def fit(
                 with nullcontext() if last else accelerator.no_sync(state.model):
                     x = path.interpolate(batch.x0, batch.x1, batch.t)  # [B, ...]
                     cond = None if batch.label is None else {"label": batch.label}
-                    target = path.velocity(batch.x0, batch.x1)
-                    error = loss_of(v(x, batch.t, cond), target, loss_config)
+                    error = loss(v(x, batch.t, cond), x, batch.x0, batch.x1, batch.t)
                     accelerator.backward(error.mean() / accumulation)
                 total += error.detach().mean() / accumulation
-                cost += target.square().flatten(1).sum(1).mean() / accumulation  # E|x1 - x0|^2
+                way = path.velocity(batch.x0, batch.x1).square().flatten(1).sum(1)  # |x1 - x0|^2
+                cost += way.mean() / accumulation
             if state.update(total, cost):
                 progress.advance()
             else:  # fp16 skipped it: the same samples again

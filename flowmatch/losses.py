@@ -14,11 +14,21 @@ from flowmatch.path import data_prediction
 class LossConfig(Config):
     """How the error of a velocity is weighed."""
 
-    name: Literal["mse", "pseudo_huber", "normalised"] = option(
-        "mse", "loss on the velocity, per sample"
+    name: Literal["mse", "pseudo_huber", "normalised", "feature"] = option(
+        "mse",
+        "loss on the velocity, per sample; feature: of the data that it leads to, as a classifier "
+        "sees it (reflow only)",
     )
     c: float = option(
-        0.5, "pseudo_huber: where it turns from quadratic to linear, in units of |v|", gt=0
+        0.5,
+        "pseudo_huber, feature: where it turns from quadratic to linear, in units of |v|",
+        gt=0,
+    )
+    features: str | None = option(
+        None,
+        "feature: sealed folder of train_classifier, another one than scores the student",
+        run=True,
+        validate_default=True,
     )
     power: float = option(
         0.0,
@@ -35,6 +45,16 @@ class LossConfig(Config):
         name = info.data.get("name", "normalised")
         if value and name != "normalised":
             raise ValueError(f"power belongs to normalised; the loss is {name}")
+        return value
+
+    @pydantic.field_validator("features")
+    @classmethod
+    def _named(cls, value: str | None, info: pydantic.ValidationInfo) -> str | None:
+        name = info.data.get("name")
+        if name == "feature" and value is None:
+            raise ValueError("name=feature needs the sealed folder of a train_classifier stage")
+        if name not in (None, "feature") and value is not None:
+            raise ValueError(f"features belongs to feature; the loss is {name}")
         return value
 
 
@@ -81,13 +101,11 @@ def feature_loss(
     distance of module(a) and module(b), which the module gives as [B, ...] of any shape, such as the
     maps of an image classifier; gradients go through it, not to its parameters if they are frozen.
     Both errors shrink with 1 - t, so the divisor is kept above `nearest`, which leaves a factor of at
-    most 1 at t = 1. Returns [B]. Raises UserError for shapes or times that do not fit.
+    most 1 at t = 1. Returns [B]. Raises UserError for shapes that do not fit.
     """
     if not v.shape == x.shape == x0.shape == x1.shape or t.shape != x.shape[:1]:
         shapes = ", ".join(str(list(value.shape)) for value in (v, x, x0, x1, t))
         raise UserError(f"v, x, x0, x1, t are {shapes}; expected one shape [B, ...], and t [B]")
-    if not bool(((t >= 0) & (t <= 1)).all()):
-        raise UserError("feature_loss: expected times in [0, 1]")
     huber = LossConfig(name="pseudo_huber", c=c)
     with torch.no_grad():
         wanted = module(x1)
@@ -96,3 +114,17 @@ def feature_loss(
         raise UserError(f"the feature module gives {list(found.shape)}; expected [{len(x)}, ...]")
     features = pseudo_huber(found, wanted, huber)
     return t * pseudo_huber(v, x1 - x0, huber) + features / (1 - t).clamp(min=nearest)
+
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def build(config: LossConfig, module: nn.Module | None = None) -> Loss:
+    """Make loss(v, x, x0, x1, t) -> [B] of a velocity v at x = x_t on the pair x0, x1.
+
+    module: of `feature`, frozen and in eval mode.
+    """
+    if config.name == "feature":
+        assert module is not None
+        return lambda v, x, x0, x1, t: feature_loss(v, x, x0, x1, t, module, c=config.c)
+    return lambda v, x, x0, x1, t: LOSSES[config.name](v, x1 - x0, config)

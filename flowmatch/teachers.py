@@ -23,6 +23,7 @@ class Teacher:
     digest: str  # of weights and config, and of the diffusion that they were trained on
     round: int  # 0 after independent coupling, k after k reflows
     diffusion: foreign.Diffusion | None = None  # None: a flow model, of diffusers' convention
+    features: tuple[str, ...] = ()  # sha256 of each classifier through which a loss of it looked
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,11 +70,12 @@ def load(path: str | os.PathLike[str], key: str) -> Teacher:
         return _pipeline(path, key)
     sealed = manifest.read(folder, key, TRAINED)
     manifest.verify(folder, key, sealed)
-    return _flow(nets.load(folder / "net", key), sealed["facts"]["round"])
+    facts, net = sealed["facts"], nets.load(folder / "net", key)
+    return Teacher(net, nets.digest(net), facts["round"], features=tuple(facts.get("features", ())))
 
 
-def _flow(net: Any, reflow_round: int = 0) -> Teacher:
-    return Teacher(net, nets.digest(net), reflow_round)
+def _flow(net: Any) -> Teacher:
+    return Teacher(net, nets.digest(net), 0)
 
 
 def _pipeline(path: str | os.PathLike[str], key: str) -> Teacher:

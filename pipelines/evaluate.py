@@ -128,6 +128,8 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
         kind = kind_of(config, sets["data"])
         with faults:
             look = features_of(config, sets["data"], kind, inputs)
+            if look.module is not None:
+                refuse_own_judge(look.module, models)
         with faults:
             for name, made in (sets | models).items():
                 if made.shape != sets["data"].shape:
@@ -210,6 +212,17 @@ def features_of(config: EvaluateConfig, real: data.Data, kind: str, inputs: dict
     return Look(None, {})
 
 
+def refuse_own_judge(module: Any, models: dict[str, teachers.Teacher]) -> None:
+    """Raise UserError where a model was trained to please the features that are to score it."""
+    judge = metrics.module_digest(module)
+    for name, model in models.items():
+        if judge in model.features:
+            raise UserError(
+                f"{name} was trained with loss.features on the very classifier that is to score it, "
+                "and would look better than it is; score it on another (classifier=, of another seed)"
+            )
+
+
 def score(
     config: EvaluateConfig,
     sets: dict[str, data.Data],
@@ -242,6 +255,7 @@ def score(
         protocol["features"] = {"name": config.features, **look.facts}
         if config.features == "classifier" and net is None:
             net, accuracy = features.train_classifier(training, config.seed)
+            refuse_own_judge(net, {name: sampler.model for name, sampler in sampled.items()})
             protocol["features"]["held_out_accuracy"] = accuracy
         if net is not None:
             protocol["features"]["sha256"] = metrics.module_digest(net)

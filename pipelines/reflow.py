@@ -5,7 +5,19 @@ network learns do not cross, and few Euler steps follow them.
 """
 
 from flowmatch import config as configs
-from flowmatch import coupling, foreign, manifest, nets, pairs, run, stage, teachers
+from flowmatch import (
+    coupling,
+    features,
+    foreign,
+    losses,
+    manifest,
+    metrics,
+    nets,
+    pairs,
+    run,
+    stage,
+    teachers,
+)
 from flowmatch.config import Config, UserError, option, required
 from flowmatch.fit import check, fit
 from flowmatch.losses import LossConfig
@@ -59,6 +71,15 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
         with faults:
             check_match(start, [data for data, _ in sets])
             stream = pairs.Mixture(sets, config.fit.batch_size, config.seed)
+    module, looked = None, set()
+    if not faults.errors:
+        looked.update(start.features)
+        if config.loss.features is not None:
+            with faults:
+                net, _ = features.load(config.loss.features, "loss.features", start.shape)
+                inputs["features"] = manifest.digest(config.loss.features)
+                looked.add(metrics.module_digest(net))
+                module = features.Perceptual(net).to(stage.worker_device(device))
     faults.check()
 
     count = sum(len(data) for data, _ in sets)
@@ -79,12 +100,13 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
             folder,
             config.fit,
             config.times,
-            config.loss,
+            losses.build(config.loss, module),
             seed=config.seed,
             device=config.device,
         )
         if stage.leads():
-            folder.seal(files, round=max(rounds) + 1, net=nets.digest(start.net))
+            facts = {"features": sorted(looked)} if looked else {}
+            folder.seal(files, round=max(rounds) + 1, net=nets.digest(start.net), **facts)
 
 
 def check_match(start: teachers.Teacher, sets: list[pairs.PairData]) -> None:

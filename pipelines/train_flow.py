@@ -5,8 +5,8 @@ weights, in `run_dir/net`, are the teacher of the next stages.
 """
 
 from flowmatch import config as configs
-from flowmatch import coupling, data, nets, run, stage
-from flowmatch.config import option, required
+from flowmatch import coupling, data, losses, nets, run, stage
+from flowmatch.config import UserError, option, required
 from flowmatch.coupling import CouplingConfig
 from flowmatch.data import DataConfig
 from flowmatch.fit import check, fit, split_batch
@@ -36,6 +36,12 @@ def main(config: FlowConfig, dry_run: bool) -> None:
         check(config.fit, device, stage.world_size())
         coupling.check(config.coupling, split_batch(config.fit, stage.world_size())[0])
     with faults:
+        if config.loss.name == "feature":
+            raise UserError(
+                "loss.name=feature: without pairs the network predicts the mean of the data that a "
+                "noise may lead to, which looks like none of them; use it in reflow"
+            )
+    with faults:
         images = data.load(config.data)
         net = nets.build(config.net, images.shape, images.classes, config.seed)
     faults.check()
@@ -58,7 +64,7 @@ def main(config: FlowConfig, dry_run: bool) -> None:
             folder,
             config.fit,
             config.times,
-            config.loss,
+            losses.build(config.loss),
             seed=config.seed,
             device=config.device,
         )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowmatch import coupling, nets, noise, run, toy
+from flowmatch import coupling, losses, nets, noise, run, toy
 from flowmatch.config import UserError
 from flowmatch.coupling import CouplingConfig
 from flowmatch.fit import draw, fit
@@ -112,7 +112,7 @@ def test_training_logs_the_cost_of_its_coupling(tmp_path):
                 opened,
                 FitConfig(steps=20, batch_size=128, micro_batch=64, log_every=10),
                 TimesConfig(),
-                LossConfig(),
+                losses.build(LossConfig()),
                 seed=7,
                 device="cpu",
             )

@@ -1,5 +1,6 @@
 """Features: the classifier learns, depends on data and seed alone, and is kept by content."""
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -74,6 +75,37 @@ def test_the_classifier_depends_on_data_and_seed_alone(digits):
     other, _ = features.train_classifier(digits, 1, steps=20)
     assert metrics.module_digest(one) == metrics.module_digest(two)
     assert metrics.module_digest(one) != metrics.module_digest(other)
+
+
+def test_perceptual_features_weigh_values_and_maps_alike_and_let_gradients_through(digits, trained):
+    classifier = copy.deepcopy(trained[0])
+    x = digits.batch(np.arange(6))["x1"]
+    perceptual = features.Perceptual(classifier)
+    found = perceptual(x)
+    maps = classifier.maps(x)
+    assert [list(m.shape) for m in maps] == [[6, 16, 8, 8], [6, 32, 4, 4]]
+    assert torch.equal(classifier.body[:3](x), maps[0])  # after the first ReLU
+    torch.testing.assert_close(found[:, :64], x.flatten(1))
+    at = 64
+    for m in maps:  # LPIPS: unit length over channels, mean over places, times the 64 values
+        unit = m / (m.square().sum(1, keepdim=True) + 1e-8).sqrt()
+        wanted = 64 * (unit[:3] - unit[3:]).square().sum(1).mean((1, 2))
+        part = found[:, at : at + m[0].numel()]
+        torch.testing.assert_close((part[:3] - part[3:]).square().sum(1), wanted)
+        at += m[0].numel()
+    assert found.shape == (6, at)
+
+    perceptual.double()
+    x, direction = x.double().requires_grad_(), torch.randn(6, 1, 8, 8, dtype=torch.float64)
+
+    def total(x):
+        return perceptual(x).square().sum(1).sqrt().sum()
+
+    (slope,) = torch.autograd.grad(total(x), x)
+    step = 1e-6 * direction
+    difference = (total(x + step) - total(x - step)) / 2e-6
+    torch.testing.assert_close((slope * direction).sum(), difference, rtol=1e-5, atol=0)
+    assert not any(p.requires_grad for p in perceptual.parameters())
 
 
 def test_held_out_images_are_not_trained_on(digits, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowmatch import coupling, nets, run
+from flowmatch import coupling, losses, nets, run
 from flowmatch.config import UserError
 from flowmatch.fit import check, draw, fit, split_batch
 from flowmatch.losses import LossConfig
@@ -40,7 +40,7 @@ def train(folder, stream=stream, network=None, **values):
             opened,
             FitConfig(**values),
             TimesConfig(),
-            LossConfig(),
+            losses.build(LossConfig()),
             seed=3,
             device="cpu",
         )

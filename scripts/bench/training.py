@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from flowmatch import coupling, nets, pairs, run, stage
+from flowmatch import coupling, losses, nets, pairs, run, stage
 from flowmatch import fit as loop
 from flowmatch.losses import LossConfig
 from flowmatch.state import FitConfig
@@ -90,7 +90,7 @@ def fit(folder: Path, load: Load, net: Any, device: str, segments: int) -> None:
     name = "fit" if stage.world_size() > 1 else f"fit{os.getpid()}"
     place = stage.StageConfig(run_dir=str(folder / name))
     with run.Run("reflow", place, {}) as opened:
-        times, loss = TimesConfig(), LossConfig()
+        times, loss = TimesConfig(), losses.build(LossConfig())
         loop.fit(net, stream, coupling.stored, opened, config, times, loss, seed=0, device=device)
 
 
