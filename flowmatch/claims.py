@@ -138,8 +138,18 @@ def _dead(name: str) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files that dead processes of this host left; others' may be in use."""
+    """Remove the temporary files and leases that dead processes of this host left.
+
+    Others' may be in use. A worker killed after its commit leaves a lease that nobody would break.
+    """
     for place in (folder, folder / META):
         for path in place.glob("*.tmp.*"):
             if _dead(path.name.rpartition(".tmp.")[2]):
                 path.unlink(missing_ok=True)
+    for path in (folder / META).glob("*.lease"):
+        try:
+            dead = _dead(path.read_text())
+        except FileNotFoundError:  # released this moment
+            continue
+        if dead:
+            path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ def start(folder, *arguments):
 
 def finish(workers):
     """Wait for workers; return the shards that each made."""
-    said = [worker.communicate(timeout=60)[0].splitlines() for worker in workers]
+    said = [worker.communicate(timeout=300)[0].splitlines() for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * len(workers)
     return [[int(k) for k in lines[-1].split()[1:]] for lines in said]
 
@@ -232,3 +232,12 @@ def test_a_killed_run_is_finished_by_a_run_of_another_size(tmp_path, reference):
     finish([start(folder, rank, 2, 6, 60, 0.01) for rank in range(2)])
     assert hashes(folder) == reference
     assert leftovers(folder) == []
+
+
+def test_the_lease_of_a_worker_killed_after_its_commit_is_swept(tmp_path):
+    write(tmp_path, 0, WORKED)
+    host = socket.gethostname()
+    (tmp_path / ".meta/000000.lease").write_text(f"{host}.{DEAD}")
+    (tmp_path / ".meta/000001.lease").write_text("elsewhere.1")
+    make(tmp_path, [0], [0])
+    assert leftovers(tmp_path) == ["000001.lease"]
