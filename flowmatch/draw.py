@@ -21,6 +21,7 @@ QUALITIES = {  # what images are scored by beside the distance: name, format
     "recall": ("recall", ".3f"),
     "nearest": ("nearest training image", ".3g"),
 }
+ONE_STEP = "The student was trained for one step alone: its other rows show what it is not for."
 POINTS = 2000  # shown of a set of 2-D samples
 MOSAIC = 4  # images a side in one panel
 ROW = 8  # pairs of images side by side
@@ -53,6 +54,8 @@ def table(result: dict[str, Any]) -> str:
         f"{floor['samples']} each: {floor['distance']:.3g}. Straightness, normalised (0 is straight): "
         f"teacher {teacher['normalised']:.3g}, student {student['normalised']:.3g}.",
     ]
+    if "one_step" in student:
+        lines += ["", ONE_STEP]
     shown = [name for name in QUALITIES if name in floor]
     if shown:
         lines += [

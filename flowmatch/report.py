@@ -148,6 +148,8 @@ def numbers_text(result: Mapping[str, Any]) -> str:
     text = (
         f"Read every number beside the last row, of real data, {result['floor']['samples']:,} each."
     )
+    if "one_step" in result["student"]:
+        text += f" {draw.ONE_STEP}"
     if "nearest" in result["floor"]:
         unseen = "reference" in result["protocol"]
         text += (

@@ -23,6 +23,7 @@ class Teacher:
     digest: str  # of weights and config, and of the diffusion that they were trained on
     round: int  # 0 after independent coupling, k after k reflows
     diffusion: foreign.Diffusion | None = None  # None: a flow model, of diffusers' convention
+    one_step: bool = False  # trained at t = 0 alone: what it says at other times means nothing
     features: tuple[str, ...] = ()  # sha256 of each classifier through which a loss of it looked
 
     @property
@@ -41,6 +42,14 @@ class Teacher:
         if self.diffusion is None:
             return {}
         return {"diffusion": self.diffusion.facts, "span": list(self.velocity().span)}
+
+    def check_teaches(self, key: str) -> None:
+        """Raise UserError where it has no flow to follow."""
+        if self.one_step:
+            raise UserError(
+                f"{key}= is for one step only: it was trained at t = 0 alone (times.zero=1) and has no "
+                "flow to follow; name the reflow that it started from"
+            )
 
     def velocity(self, guidance: float = 1.0) -> nets.Velocity:
         """Build its velocity field. Raises UserError where it cannot be guided."""
@@ -71,7 +80,13 @@ def load(path: str | os.PathLike[str], key: str) -> Teacher:
     sealed = manifest.read(folder, key, TRAINED)
     manifest.verify(folder, key, sealed)
     facts, net = sealed["facts"], nets.load(folder / "net", key)
-    return Teacher(net, nets.digest(net), facts["round"], features=tuple(facts.get("features", ())))
+    return Teacher(
+        net,
+        nets.digest(net),
+        facts["round"],
+        one_step=facts.get("one_step", False),
+        features=tuple(facts.get("features", ())),
+    )
 
 
 def _flow(net: Any) -> Teacher:

@@ -124,6 +124,9 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
             inputs[name] = models[name].digest
             key, sampler = config.rows_of(name)
             samplers.check(sampler.name, models[name].round, f"{key}.name")
+    if "teacher" in models:
+        with faults:
+            models["teacher"].check_teaches("teacher")
     if "data" in sets:
         kind = kind_of(config, sets["data"])
         with faults:
@@ -272,6 +275,8 @@ def score(
             **sampled[name].straightness(),
             "rows": [],
         }
+        if sampled[name].model.one_step:
+            result[name]["one_step"] = True
         for row in found:
             x = (row.x.clamp(-1, 1) if real.images else row.x).to(device)
             rmse = (row.x - truth).square().mean().sqrt().item()

@@ -10,18 +10,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from flowmatch import card, manifest, nets, run, solvers, stage, teachers
 from flowmatch import config as configs
-from flowmatch import manifest, nets, run, solvers, stage, teachers
 from flowmatch.config import UserError, option, required
 
 TOLERANCE = 1e-6  # largest difference of a pixel in [0, 1] to our own solver, exact schedulers
-WARNING = 0.01  # the same with the folder's any-N scheduler, above which the stage warns
+WARNING = 0.01  # the same with the folder's own scheduler, above which the stage warns
 SAMPLES = 4  # of each check
 
 
@@ -45,6 +44,10 @@ def main(config: ExportConfig, dry_run: bool) -> None:
     with faults:
         student = teachers.load(config.student, "student")
         inputs["student"] = student.digest
+        if student.one_step and config.steps != [1]:
+            raise UserError(
+                f"steps={config.steps}: the student is for one step only; use steps=[1]"
+            )
     table = "Not evaluated.\n"
     if config.evaluation is not None:
         with faults:
@@ -58,7 +61,7 @@ def main(config: ExportConfig, dry_run: bool) -> None:
                     f"evaluation={config.evaluation} scored another student than {config.student}"
                 )
     faults.check()
-    kind = kind_of(student)
+    kind = card.kind_of(student)
     plan = [
         f"{type(student.net).__name__} of {student.net.num_parameters():,} parameters, as {kind.name}",
         f"checked in a fresh process without flowmatch at {config.steps} steps",
@@ -78,53 +81,22 @@ def main(config: ExportConfig, dry_run: bool) -> None:
         stage.exit_on_sigterm()
         written = write(folder.folder, student, kind, config.steps)
         differences = check(folder.folder, student, kind, config.steps)
-        card = CARD.format(
-            network=type(student.net).__name__,
-            round=student.round,
-            snippet=kind.snippet,
-            notes=kind.notes,
-            table=table,
-            differences=describe(differences, kind),
-            digest=student.digest,
-        ).replace("FOLDER", "path/to/this/folder")
-        manifest.write_atomic(folder.folder / "README.md", card)
+        text = card.text(student, kind, table, differences)
+        manifest.write_atomic(folder.folder / "README.md", text)
         for steps, found in differences.items():
             stage.say(
                 f"export: {steps} steps: " + ", ".join(f"{k} {d:.2g}" for k, d in found.items())
             )
-        if max(found.get("any-N", 0) for found in differences.values()) > WARNING:
+        if max(found.get("folder", 0) for found in differences.values()) > WARNING:
             stage.say(
-                f"export: warning: with the folder's any-N scheduler pixels differ by more than "
+                f"export: warning: with the folder's own scheduler pixels differ by more than "
                 f"{WARNING:.0%}; use scheduler_N/ where N is one of {config.steps}"
             )
         folder.seal(written, round=student.round)
         stage.say(summary)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """How a network is exported."""
-
-    name: str  # class of the pipeline in model_index.json
-    stock: bool  # whether DiffusionPipeline.from_pretrained(folder) loads it without our code
-    snippet: str  # the lines that load and sample, FOLDER standing for the folder
-    notes: str  # what the card says about steps, schedulers and labels
-
-
-def kind_of(student: teachers.Teacher) -> Kind:
-    """Choose the pipeline: a stock one for a UNet2DModel, ours for everything else."""
-    unet = type(student.net).__name__ == "UNet2DModel"
-    if unet and student.classes is None:
-        return Kind("DDPMPipeline", True, STOCK.format("num_inference_steps=1"), DDPM_NOTES)
-    if unet:
-        snippet = STOCK.format("class_labels=0, num_inference_steps=1")
-        return Kind("ConsistencyModelPipeline", True, snippet, CONSISTENCY_NOTES)
-    arguments = "num_inference_steps=1" + (", class_labels=0" if student.classes else "")
-    arguments += "" if len(student.shape) == 3 else ', output_type="np"'
-    return Kind("ReflowPipeline", False, OURS.format(arguments), OUR_NOTES)
-
-
-def write(folder: Path, student: teachers.Teacher, kind: Kind, steps: list[int]) -> list[str]:
+def write(folder: Path, student: teachers.Teacher, kind: card.Kind, steps: list[int]) -> list[str]:
     """Write everything but the card; return the files, relative to the folder."""
     from diffusers import (
         ConsistencyModelPipeline,
@@ -146,10 +118,12 @@ def write(folder: Path, student: teachers.Teacher, kind: Kind, steps: list[int])
         flow_shift=1.0,
         final_sigmas_type="zero",
     )
+    one_n = FlowMatchEulerDiscreteScheduler()  # its first step goes from 1000 to 0 where N = 1
+    named = one_n if student.one_step else any_n
     parts = {
-        "DDPMPipeline": lambda: DDPMPipeline(unet=net, scheduler=any_n),
+        "DDPMPipeline": lambda: DDPMPipeline(unet=net, scheduler=named),
         "ConsistencyModelPipeline": lambda: ConsistencyModelPipeline(unet=net, scheduler=any_n),
-        "ReflowPipeline": lambda: pipeline.ReflowPipeline(net, FlowMatchEulerDiscreteScheduler()),
+        "ReflowPipeline": lambda: pipeline.ReflowPipeline(net, one_n),
     }
     parts[kind.name]().save_pretrained(folder, safe_serialization=True)
     for n in steps:
@@ -170,7 +144,7 @@ def write(folder: Path, student: teachers.Teacher, kind: Kind, steps: list[int])
 
 
 def check(
-    folder: Path, student: teachers.Teacher, kind: Kind, steps: list[int]
+    folder: Path, student: teachers.Teacher, kind: card.Kind, steps: list[int]
 ) -> dict[int, dict[str, float]]:
     """Sample in a fresh process without flowmatch, and compare with our own solver.
 
@@ -232,86 +206,6 @@ def own_samples(student: teachers.Teacher, steps: int) -> Tensor:
     cond = None if student.classes is None else {"label": labels(student)}
     x = solvers.integrate(lambda x, t: v(x, t, cond), x0, solvers.uniform_grid(steps))
     return (x / 2 + 0.5).clamp(0, 1) if len(student.shape) == 3 else x
-
-
-def describe(differences: dict[int, dict[str, float]], kind: Kind) -> str:
-    """Write the table of differences for the card."""
-    names = {
-        "exact": "with the exact `scheduler_N/`" if kind.stock else "with the folder's scheduler",
-        "any-N": "with the folder's any-N scheduler",
-    }
-    columns = [names[key] for key in next(iter(differences.values()))]
-    lines = [f"| steps | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for n, found in differences.items():
-        lines.append(f"| {n} | " + " | ".join(f"{d:.2g}" for d in found.values()) + " |")
-    return "\n".join(lines)
-
-
-STOCK = """from diffusers import DiffusionPipeline
-image = DiffusionPipeline.from_pretrained("FOLDER")({}).images[0]"""
-REMOTE = 'custom_pipeline="pipeline", trust_remote_code=True'
-OURS = f"""from diffusers import DiffusionPipeline
-sample = DiffusionPipeline.from_pretrained("FOLDER", {REMOTE})({{}}).images[0]"""
-EXACT = """from diffusers import FlowMatchEulerDiscreteScheduler
-exact = FlowMatchEulerDiscreteScheduler.from_pretrained("FOLDER", subfolder="scheduler_1")"""
-DDPM_NOTES = f"""\
-Always pass `num_inference_steps`: the pipeline's own default is 1000. The folder's scheduler is
-right for any number of steps, to the difference below. `scheduler_N/` is exact for N steps and for no
-others; one step is best sampled so:
-
-```python
-{EXACT}
-pipe = DiffusionPipeline.from_pretrained("FOLDER", scheduler=exact)
-image = pipe(num_inference_steps=1).images[0]
-```
-"""
-CONSISTENCY_NOTES = f"""\
-`class_labels` is one label, or a list of batch_size. Always pass it: without it the pipeline draws
-labels at random, the null class among them. The folder's scheduler is right for any number of steps,
-to the difference below. Exact sampling, and guidance, need the pipeline that lies in this folder;
-`scheduler_N/` is exact for N steps and for no others:
-
-```python
-{EXACT}
-pipe = DiffusionPipeline.from_pretrained("FOLDER", scheduler=exact, {REMOTE})
-image = pipe(class_labels=0, guidance_scale=1.0, num_inference_steps=1).images[0]
-```
-"""
-OUR_NOTES = """\
-diffusers has no pipeline for this network, so its own lies in this folder; it sets the uniform grid
-of any number of steps by itself. Pass `num_inference_steps`; 1 to 4 are enough.
-"""
-CARD = """---
-library_name: diffusers
-tags: [flow-matching, rectified-flow, reflow]
----
-
-# A few-step rectified flow
-
-A {network}, reflowed {round} time(s) with flowmatch: it samples in one to four Euler steps.
-
-```python
-{snippet}
-```
-
-{notes}
-## Quality
-
-{table}
-## Fidelity of this folder
-
-Largest difference of a value to flowmatch's own Euler solver, sampled in a fresh process without
-flowmatch when this folder was made (images in [0, 1]):
-
-{differences}
-
-`pipeline.py` (guidance, float32 state, images and points) needs torch and diffusers alone, and loads
-with `custom_pipeline="pipeline", trust_remote_code=True`. `scheduler_flowmatch/` is for
-`flowmatch.RectifiedFlowScheduler.from_pretrained("FOLDER", subfolder="scheduler_flowmatch")`, with the
-package installed: the uniform grid for any number of steps, and Heun.
-
-Weights: sha256 {digest}. Provenance: `manifest.json`.
-"""
 
 
 if __name__ == "__main__":

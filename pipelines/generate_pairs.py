@@ -56,6 +56,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         device = stage.pick_device(config.device)
     with faults:
         teacher = teachers.load(config.teacher, "teacher")
+        teacher.check_teaches("teacher")
         velocity = teacher.velocity(config.guidance)
         layout = shards.Layout(
             shape=teacher.shape,

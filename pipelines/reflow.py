@@ -1,8 +1,11 @@
 """Stage three: reflow. Train again, from the teacher's weights, on the pairs of stage two.
 
 Same loop, same path, same target x1 - x0; but x0 and x1 now belong together, so the lines that the
-network learns do not cross, and few Euler steps follow them.
+network learns do not cross, and few Euler steps follow them. With `times.zero=1`, from a reflowed start:
+distillation to one step, which is all that the student is then good for.
 """
+
+from typing import Any
 
 from flowmatch import config as configs
 from flowmatch import (
@@ -84,11 +87,12 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
 
     count = sum(len(data) for data, _ in sets)
     seen = config.fit.steps * config.fit.batch_size
+    only = ", for one step only: all times are 0" if config.times.zero == 1 else ""
     plan = [
         f"{count:,} pairs of {list(start.shape)} in {len(sets)} set(s), "
         f"{'with labels' if start.classes else 'no labels'}",
         f"{type(start.net).__name__} of {start.net.num_parameters():,} parameters, on {device}",
-        f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / count:.1f} epochs",
+        f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / count:.1f} epochs{only}",
     ]
     if not stage.begin("reflow", config, inputs, plan, dry_run):
         return
@@ -105,7 +109,9 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
             device=config.device,
         )
         if stage.leads():
-            facts = {"features": sorted(looked)} if looked else {}
+            facts: dict[str, Any] = {"features": sorted(looked)} if looked else {}
+            if config.times.zero == 1:
+                facts["one_step"] = True
             folder.seal(files, round=max(rounds) + 1, net=nets.digest(start.net), **facts)
 
 

@@ -2,7 +2,7 @@
 
 usage: python pipelines/sample_export.py TASK, a JSON object: folder, pipeline (the class of its
 model_index.json), steps, samples, labels (or null). Writes samples.pt into the working directory:
-steps -> {"exact": ..., "any-N": ...} -> [samples, ...], images in [0, 1].
+steps -> {"exact": ..., "folder": ...} -> [samples, ...], images in [0, 1].
 """
 
 import json
@@ -47,7 +47,7 @@ def main(task: dict[str, Any]) -> None:
         code = {} if task["pipeline"] == "DDPMPipeline" else OURS
         found[str(n)] = {
             "exact": draw(load(folder, scheduler=exact, **code), n, task),
-            "any-N": draw(load(folder), n, task),
+            "folder": draw(load(folder), n, task),
         }
     torch.save(found, "samples.pt")
 

@@ -36,11 +36,15 @@ def main(config: FlowConfig, dry_run: bool) -> None:
         check(config.fit, device, stage.world_size())
         coupling.check(config.coupling, split_batch(config.fit, stage.world_size())[0])
     with faults:
-        if config.loss.name == "feature":
-            raise UserError(
-                "loss.name=feature: without pairs the network predicts the mean of the data that a "
-                "noise may lead to, which looks like none of them; use it in reflow"
-            )
+        for key, used in (
+            ("loss.name=feature", config.loss.name == "feature"),
+            ("times.zero=1", config.times.zero == 1),
+        ):
+            if used:
+                raise UserError(
+                    f"{key}: without pairs the network predicts the mean of the data that a noise may "
+                    "lead to, which looks like none of them; use it in reflow"
+                )
     with faults:
         images = data.load(config.data)
         net = nets.build(config.net, images.shape, images.classes, config.seed)

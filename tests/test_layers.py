@@ -31,7 +31,7 @@ LAYERS = {
         *("features", "scores", "rows"),
     ],
     "loop": ["stage", "run", "state", "fit"],
-    "draw": ["draw", "plane", "charts", "report"],
+    "draw": ["draw", "plane", "charts", "report", "card"],
 }
 ORDER = list(LAYERS)
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}

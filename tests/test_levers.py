@@ -6,9 +6,9 @@ import pytest
 import torch
 from pairset import make_teacher
 
-from flowmatch import features, losses, manifest, nets, pairs, path
+from flowmatch import features, manifest, nets, pairs, path
 from flowmatch.config import UserError, load
-from pipelines import evaluate, generate_pairs, reflow, train_classifier, train_flow
+from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
 
 UNET = {
     "name": "UNet2DModel",
@@ -26,6 +26,7 @@ MODELS = {
     generate_pairs: generate_pairs.PairsConfig,
     reflow: reflow.ReflowConfig,
     evaluate: evaluate.EvaluateConfig,
+    export: export.ExportConfig,
 }
 
 
@@ -98,4 +99,48 @@ def test_a_feature_loss_is_refused_where_it_means_nothing(base, tmp_path):
     loss = f"loss={{name: feature, features: {base}/flow}}"
     with pytest.raises(UserError, match=r"loss.features=.* holds the result of train_flow"):
         run(reflow, *reflow_words(base, tmp_path / "no", loss))
-    assert losses.LossConfig().features is None
+
+
+SCORED = ["data={source: digits}", "samples=16", "converged_steps=1", "features=values"]
+
+
+def test_a_one_step_student_is_known_as_one_everywhere(base, tmp_path, capsys):
+    run(reflow, *reflow_words(base, tmp_path / "reflow"))
+    start = f"start={tmp_path}/reflow"
+    run(reflow, *reflow_words(base, tmp_path / "distil", start, "times={zero: 1.0}"))
+    assert "for one step only: all times are 0" in capsys.readouterr().out
+    assert facts(tmp_path / "distil")["one_step"] is True
+    assert "one_step" not in facts(tmp_path / "reflow")
+
+    for stage, key in ((generate_pairs, "teacher"), (evaluate, "teacher")):
+        words = [f"run_dir={tmp_path}/no", f"{key}={tmp_path}/distil"]
+        words += ["shards=1"] if stage is generate_pairs else [f"student={base}/flow", *SCORED]
+        with pytest.raises(UserError, match=r"teacher= is for one step only: .*no flow to follow"):
+            run(stage, *words)
+
+    models = [f"teacher={base}/flow", f"student={tmp_path}/distil"]
+    run(evaluate, f"run_dir={tmp_path}/evaluate", *models, *SCORED, "steps=[1,2]")
+    result = json.loads((tmp_path / "evaluate/metrics.json").read_text())
+    assert result["student"]["one_step"] is True
+    said = "trained for one step alone: its other rows show what it is not for"
+    for name in ("table.md", "report.html"):
+        assert said in (tmp_path / "evaluate" / name).read_text()
+
+    student = [f"student={tmp_path}/distil", f"evaluation={tmp_path}/evaluate"]
+    with pytest.raises(UserError, match="the student is for one step only; use steps="):
+        run(export, f"run_dir={tmp_path}/export", *student)
+    run(export, f"run_dir={tmp_path}/export", *student, "steps=[1]")
+    index = json.loads((tmp_path / "export/model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]  # exact for one
+    card = (tmp_path / "export/README.md").read_text()
+    assert "in one Euler step, and in no other number of them" in card
+    assert "any number of steps, to the difference" not in card
+    assert said in card
+
+
+def test_stage_one_refuses_the_time_of_distillation(tmp_path):
+    words = [f"run_dir={tmp_path}/no", "data.source=digits", f"net={json.dumps(UNET)}", *SMALL]
+    with pytest.raises(
+        UserError, match="times.zero=1: without pairs the network predicts the mean"
+    ):
+        run(train_flow, *words, "times.zero=1.0")
