@@ -7,14 +7,13 @@ the folder and nothing else: start any number of them, stop them, start others; 
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from flowmatch import claims, manifest, nets, noise, shards, solvers, stage, teachers
+from flowmatch import claims, manifest, nets, noise, shards, solvers, stage, stores, teachers
 from flowmatch import config as configs
 from flowmatch.config import option, required
 from flowmatch.solvers import SolverConfig
@@ -66,7 +65,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
             block=min(config.block, config.shard_size),
         )
     faults.check()
-    folder, inputs = Path(config.run_dir), {"teacher": teacher.digest}
+    folder, inputs = stores.at(config.run_dir), {"teacher": teacher.digest}
     content = configs.content(config)
     fingerprint = manifest.fingerprint(
         {"format": PAIR_FORMAT, "config": content, "inputs": inputs, "round": teacher.round}
@@ -94,7 +93,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     if not stage.begin("generate_pairs", config, inputs, plan, dry_run, unfinished):
         return
     stage.exit_on_sigterm()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.make()
     stage.write_config(config, inputs)
     make = Maker(config, layout, velocity, stage.worker_device(device))
     card = CARD.format(
@@ -116,7 +115,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
             shards.write_shard(folder, k, layout, blocks, fingerprint, make.environment, card)
             done = pairs - len(shards.missing(folder, every, fingerprint)) * config.shard_size
             bar.update(done - bar.n)  # what the other workers did
-    sidecars = {k: shards.sidecar(folder, k) for k in every}
+    sidecars = dict(zip(every, shards.sidecars(folder, every), strict=True))
     if evaluations is None:  # a pair, as counted; the mean over all batches
         counts = [side["environment"]["evaluations"] for side in sidecars.values()]
         evaluations = sum(counts) / len(counts)

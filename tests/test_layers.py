@@ -24,7 +24,7 @@ LAYERS = {
         ),
         *("metrics", "toy"),
     ],
-    "artefacts": ["manifest", "shards", "claims", "pairs", "audit"],
+    "artefacts": ["folders", "stores", "manifest", "shards", "claims", "pairs", "audit"],
     "export": ["scheduler", "pipeline", "mlp"],
     "models": [
         *("nets", "foreign", "images", "sources", "tables", "data", "teachers"),
