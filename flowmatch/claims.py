@@ -2,68 +2,71 @@
 
 Workers share a folder and nothing else. A lease is a file, made exclusively, whose time its holder
 refreshes; one that is not refreshed any more is broken. Two workers that make the same shard make
-the same bytes and the first commit stays, so a lost or racy lease costs time and nothing else. In an
-object store whose client cannot create exclusively there are no leases.
+the same bytes and the first commit stays, so a lost or racy lease costs time and nothing else.
 """
 
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from flowmatch import stores
-from flowmatch.config import UserError
-from flowmatch.folders import worker
+from flowmatch.manifest import worker
 from flowmatch.shards import META, done, missing
-from flowmatch.stores import Bucket, Place, Store
 
-Seen = dict[Any, tuple[Any, float]]  # lease -> its stamp, when we first saw that stamp
+Seen = dict[Path, tuple[int, float]]  # lease -> its time stamp, when we first saw that stamp
 
 
 def claim(
-    folder: Place,
+    folder: str | os.PathLike[str],
     own: Sequence[int],
     every: Sequence[int],
     fingerprint: str,
     ttl: float = 60.0,
+    settle: Callable[[], None] = lambda: None,
 ) -> Iterator[int]:
     """Yield the numbers of shards to make, until all of `every` are done.
 
     own: this worker's share, taken first. What is left then is taken from the end of `every`, where
     a slow or dead worker has not been yet. A shard that a living worker holds is waited for; a
     lease that stands still for ttl seconds, or whose process is dead on this host, is broken. The
-    caller writes each shard before it asks for the next. Close the generator, best by
-    `with contextlib.closing(claim(...)) as todo`, and the lease in hand is given back.
+    caller may write behind: a lease is kept until its shard is done, and settle(), called before all
+    else is waited for, returns when all that was yielded is written. Close the generator, best by
+    `with contextlib.closing(claim(...)) as todo`, and the leases in hand are given back.
     Raises UserError where a shard of another fingerprint is in the way.
     """
-    store = stores.at(folder)
-    store.make(META)
-    sweep(store)
+    folder = Path(folder)
+    (folder / META).mkdir(parents=True, exist_ok=True)
+    sweep(folder)
     mine = set(own)
-    left = missing(store, [*own, *(k for k in reversed(every) if k not in mine)], fingerprint)
+    left = missing(folder, [*own, *(k for k in reversed(every) if k not in mine)], fingerprint)
     seen: Seen = {}
-    while left:
-        waiting = True
-        for k in list(left):
-            if done(store, k, fingerprint):
+    held: dict[int, Lease] = {}
+    try:
+        while left:
+            waiting = True
+            for k in list(left):
+                for other in [other for other in held if done(folder, other, fingerprint)]:
+                    held.pop(other).release()
+                if done(folder, k, fingerprint):
+                    left.remove(k)
+                    continue
+                lease = _take(folder / META / f"{k:06d}.lease", ttl, seen)
+                if lease is None:
+                    continue
+                held[k], waiting = lease, False
                 left.remove(k)
-                continue
-            lease = _hold(store, f"{META}/{k:06d}.lease", ttl, seen)
-            if lease is None:
-                continue
-            try:
-                if not done(store, k, fingerprint):  # its last holder may just have finished
+                if not done(folder, k, fingerprint):  # its last holder may just have finished
                     yield k
-                    assert done(store, k, fingerprint), f"shard {k} was claimed and not written"
-            finally:
-                lease.release()
-            left.remove(k)
-            waiting = False
-        if left and waiting:
-            time.sleep(min(1.0, ttl / 10))
+            settle()
+            for k in list(held):
+                assert done(folder, k, fingerprint), f"shard {k} was claimed and not written"
+                held.pop(k).release()
+            if left and waiting:
+                time.sleep(min(1.0, ttl / 10))
+    finally:
+        for lease in held.values():
+            lease.release()
 
 
 class Lease:
@@ -102,75 +105,6 @@ class Lease:
         os.close(self.descriptor)
 
 
-class RemoteLease:
-    """The same in an object store: an object that is written again and again."""
-
-    def __init__(self, store: Bucket, name: str, ttl: float):
-        """Make the object; raises FileExistsError where another worker holds it."""
-        self.store, self.name = store, name
-        if store.exclusive and not store.create(name, f"{worker()} 0".encode()):
-            raise FileExistsError(name)
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._refresh, args=(ttl / 3,), daemon=True)
-        if store.exclusive:
-            self.thread.start()
-
-    def _ours(self) -> bool:
-        return _holder(self.store.read(self.name)) == worker()
-
-    def _refresh(self, interval: float) -> None:
-        count = 0
-        while not self.stop.wait(interval):
-            try:
-                if not self._ours():
-                    return
-                count += 1
-                self.store.write(self.name, f"{worker()} {count}")
-            except FileNotFoundError:  # broken by another worker
-                return
-            except UserError:  # the store did not answer: the next round asks again
-                continue
-
-    def release(self) -> None:
-        """Give the name back, unless another worker broke the lease and holds it now."""
-        self.stop.set()
-        if not self.store.exclusive:
-            return
-        self.thread.join()
-        with suppress(FileNotFoundError, UserError):  # a lease that stays is broken by the next
-            if self._ours():
-                self.store.remove(self.name)
-
-
-def _hold(store: Store, name: str, ttl: float, seen: Seen) -> Lease | RemoteLease | None:
-    """Acquire a lease, breaking one that is dead; None where its holder may be alive."""
-    if not isinstance(store, Bucket):
-        return _take(store / name, ttl, seen)
-    try:
-        return RemoteLease(store, name, ttl)
-    except FileExistsError:
-        pass
-    try:
-        content = store.read(name)
-        if not _stale(name, content, _holder(content), ttl, seen) or store.read(name) != content:
-            return None
-        store.remove(name)  # two that break it at once make the same shard
-        return RemoteLease(store, name, ttl)
-    except (FileNotFoundError, FileExistsError):
-        return None
-
-
-def _holder(content: bytes) -> str:
-    return content.decode(errors="replace").partition(" ")[0]
-
-
-def _stale(lease: Any, stamp: Any, holder: str, ttl: float, seen: Seen) -> bool:
-    """Tell whether a lease is to be broken. Whether its stamp changes counts: hosts' clocks differ."""
-    if seen.get(lease, (None, 0.0))[0] != stamp:
-        seen[lease] = (stamp, time.monotonic())
-    return _dead(holder) or time.monotonic() - seen[lease][1] >= ttl
-
-
 def _take(path: Path, ttl: float, seen: Seen) -> Lease | None:
     """Acquire a lease, breaking one that is dead; None where its holder may be alive."""
     try:
@@ -181,7 +115,10 @@ def _take(path: Path, ttl: float, seen: Seen) -> Lease | None:
         stamp, holder = path.stat().st_mtime_ns, path.read_text()
     except FileNotFoundError:
         return None  # released this moment; the next round takes it
-    if not _stale(path, stamp, holder, ttl, seen):
+    # Only whether the stamp changes counts, by our own clock: hosts' clocks differ.
+    if seen.get(path, (None, 0.0))[0] != stamp:
+        seen[path] = (stamp, time.monotonic())
+    if not _dead(holder) and time.monotonic() - seen[path][1] < ttl:
         return None
     broken = path.with_name(f"{path.name}.tmp.{worker()}")
     try:
@@ -209,17 +146,19 @@ def _dead(name: str) -> bool:
     return int(number) == os.getpid()
 
 
-def sweep(folder: Place) -> None:
+def sweep(folder: Path) -> None:
     """Remove the temporary files and leases that dead processes of this host left.
 
     Others' may be in use. A worker killed after its commit leaves a lease that nobody would break.
     """
-    store = stores.at(folder)
-    for place in (store.scratch, store.scratch / META):
+    for place in (folder, folder / META):
         for path in place.glob("*.tmp.*"):
             if _dead(path.name.rpartition(".tmp.")[2]):
                 path.unlink(missing_ok=True)
-    leases = [f"{META}/{name}" for name in store.names(META) if name.endswith(".lease")]
-    for lease, content in zip(leases, store.read_all(leases), strict=True):
-        if content is not None and _dead(_holder(content)):
-            store.remove(lease)
+    for path in (folder / META).glob("*.lease"):
+        try:
+            dead = _dead(path.read_text())
+        except FileNotFoundError:  # released this moment
+            continue
+        if dead:
+            path.unlink(missing_ok=True)

@@ -177,7 +177,11 @@ class Velocity:
         """
         if r is not None:
             raise UserError("r is given, but this network takes a single time")
-        t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(x.shape[0])
+        if not isinstance(
+            t, Tensor
+        ):  # filled on the device: a copy to it would wait for all its work
+            t = torch.full((), t, dtype=torch.float32, device=x.device)
+        t = t.to(x.device, torch.float32).expand(x.shape[0])
         return -self.predict(x, 1000 * (1 - t), cond)
 
     def predict(self, x: Tensor, timestep: Tensor, cond: dict[str, Tensor] | None) -> Tensor:

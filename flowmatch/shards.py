@@ -13,24 +13,25 @@ import hashlib
 import json
 import math
 import os
+import re
 import tarfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flowmatch import stores
 from flowmatch.config import UserError
-from flowmatch.folders import worker
-from flowmatch.stores import Place, Store
+from flowmatch.manifest import sync_folder, worker, write_atomic
 
 META = ".meta"  # hidden: a visible .json beside the tars would make load_dataset read that instead
 HEAD = 512 + 128  # bytes before a member's values: tar header, .npy header
 CHUNK = 2**22  # bytes of one write
 RECORD = tarfile.RECORDSIZE  # a tar's size is a multiple of it
+SIDECAR = re.compile(r"pairs-\d{6,}\.json")
 LARGEST_MEMBER = 8 * 1024**3  # USTAR writes sizes in 11 octal digits
 
 Block = tuple[np.ndarray, np.ndarray, np.ndarray | None]
@@ -189,7 +190,7 @@ def _chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytearray]:
 
 
 def write_shard(
-    folder: Place,
+    folder: str | os.PathLike[str],
     k: int,
     layout: Layout,
     blocks: Iterable[Block],
@@ -199,7 +200,6 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write shard k as its blocks arrive, and commit it; return its sidecar.
 
-    folder: path or URL; what goes into a store is built in local scratch, and put there whole.
     blocks: (x0, x1, y or None) for each block in order: x0, x1 [n, *shape] of the stored dtype, y
     int64 [n], n = layout.pairs(block). environment: what bitwise equality of x1 also hangs on
     (versions, device, settings); not part of the fingerprint. card: Markdown body of the folder's
@@ -208,9 +208,9 @@ def write_shard(
     committed never changes. On any exception nothing is left. Raises UserError for values that are
     not finite, ValueError for blocks that do not fit the layout.
     """
-    started, store = time.perf_counter(), stores.at(folder)
-    store.make(META)
-    temporary = store.scratch / f"{tar_name(k)}.tmp.{worker()}"
+    started, folder = time.perf_counter(), Path(folder)
+    (folder / META).mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{tar_name(k)}.tmp.{worker()}"
     hashed = hashlib.sha256()
     try:
         with open(temporary, "wb") as file:
@@ -219,12 +219,13 @@ def write_shard(
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-        write_card(store, card)
-        if done(store, k, fingerprint):
-            committed = sidecar(store, k)
+        write_card(folder, card)
+        if done(folder, k, fingerprint):
+            committed = sidecar(folder, k)
             assert committed is not None
             return committed
-        store.put(temporary, tar_name(k))
+        os.replace(temporary, folder / tar_name(k))
+        sync_folder(folder)
     finally:
         temporary.unlink(missing_ok=True)
     facts = {
@@ -237,66 +238,60 @@ def write_shard(
         "environment": dict(environment),
         "seconds": time.perf_counter() - started,
     }
-    store.write(sidecar_name(k), json.dumps(facts, indent=1, sort_keys=True) + "\n")
+    write_atomic(_sidecar_path(folder, k), json.dumps(facts, indent=1, sort_keys=True) + "\n")
     return facts
 
 
-def write_card(store: Store, body: str) -> None:
+def write_card(folder: Path, body: str) -> None:
     """Write README.md where it is not there or says something else.
 
     Its head makes load_dataset(folder) read the tars; without it a manifest beside one tar wins.
     """
     text = '---\nconfigs:\n- config_name: default\n  data_files: "*.tar"\n---\n\n' + body
-    if store.read_all(["README.md"]) != [text.encode()]:
-        store.write("README.md", text)
+    path = folder / "README.md"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_atomic(path, text)
 
 
-def sidecar_name(k: int) -> str:
-    """Name the sidecar of shard k."""
-    return f"{META}/pairs-{k:06d}.json"
+def _sidecar_path(folder: Path, k: int) -> Path:
+    return folder / META / f"pairs-{k:06d}.json"
 
 
-def sidecars(folder: Place, shards: Iterable[int]) -> list[dict[str, Any] | None]:
-    """Read the sidecars of some shards; None for one that is missing or damaged."""
-    found = stores.at(folder).read_all([sidecar_name(k) for k in shards])
-    return [None if data is None else _facts(data) for data in found]
+def sidecars(folder: str | os.PathLike[str]) -> set[int]:
+    """List the shards that have a sidecar, by one listing of the folder."""
+    names = os.listdir(Path(folder) / META) if (Path(folder) / META).is_dir() else []
+    return {int(name[6:-5]) for name in names if SIDECAR.fullmatch(name)}
 
 
-def sidecar(folder: Place, k: int) -> dict[str, Any] | None:
+def sidecar(folder: str | os.PathLike[str], k: int) -> dict[str, Any] | None:
     """Read the sidecar of shard k; None where it is missing or damaged."""
-    return sidecars(folder, [k])[0]
-
-
-def _facts(data: bytes) -> dict[str, Any] | None:
     try:
-        facts = json.loads(data)
-    except (ValueError, RecursionError):
+        facts = json.loads(_sidecar_path(Path(folder), k).read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
     needed = {"fingerprint", "bytes", "sha256", "count"}
     return facts if isinstance(facts, dict) and needed <= facts.keys() else None
 
 
-def done(folder: Place, k: int, fingerprint: str) -> bool:
+def done(folder: str | os.PathLike[str], k: int, fingerprint: str) -> bool:
     """Tell whether shard k is committed and its tar has the committed size.
 
     Raises UserError where its sidecar tells of another fingerprint.
     """
-    return not missing(folder, [k], fingerprint)
+    facts = sidecar(folder, k)
+    if facts is None:
+        return False
+    if facts["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{Path(folder) / tar_name(k)} was made by another config or teacher (fingerprint "
+            f"{facts['fingerprint']}, expected {fingerprint}); use another run_dir, or delete this"
+        )
+    try:
+        return os.stat(Path(folder) / tar_name(k)).st_size == facts["bytes"]
+    except FileNotFoundError:
+        return False
 
 
-def missing(folder: Place, shards: Iterable[int], fingerprint: str) -> list[int]:
+def missing(folder: str | os.PathLike[str], shards: Iterable[int], fingerprint: str) -> list[int]:
     """List the shards that are not done; raise UserError like `done`."""
-    store, numbers = stores.at(folder), list(shards)
-    every = dict(zip(numbers, sidecars(store, numbers), strict=True))
-    committed = {k: facts for k, facts in every.items() if facts is not None}
-    for k, facts in committed.items():
-        if facts["fingerprint"] != fingerprint:
-            raise UserError(
-                f"{store / tar_name(k)} was made by another config or teacher (fingerprint "
-                f"{facts['fingerprint']}, expected {fingerprint}); use another run_dir, or delete this"
-            )
-    sizes = store.sizes([tar_name(k) for k in committed])
-    for k, size in zip(list(committed), sizes, strict=True):
-        if size != committed[k]["bytes"]:
-            del committed[k]
-    return [k for k in numbers if k not in committed]
+    return [k for k in shards if not done(folder, k, fingerprint)]

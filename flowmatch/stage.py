@@ -9,14 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from flowmatch import config as configs
-from flowmatch import manifest, stores
+from flowmatch import manifest
 from flowmatch.config import Config, NotReady, UserError, option, required
-from flowmatch.stores import Store
 
 PREEMPTED = 75  # EX_TEMPFAIL: what a stage exits with after SIGTERM, its work saved
 USER_ERROR = 2
@@ -46,6 +46,11 @@ def leads() -> bool:
 def world_size() -> int:
     """Count the processes of the job."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def has_log() -> bool:
+    """Tell whether what this process prints is its own: rank 0 of a launcher, or no launcher's."""
+    return leads() or "LOCAL_RANK" not in os.environ
 
 
 def say(text: str) -> None:
@@ -109,7 +114,7 @@ def command(name: str, model: type[S], body: Callable[[S, bool], None], summary:
 
 
 def _fail(name: str, error: UserError) -> None:
-    if leads() or "LOCAL_RANK" not in os.environ:  # started by hand or as an array: its own log
+    if has_log():
         for line in error.faults:
             print(f"{name}: {line}", file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)
@@ -129,9 +134,7 @@ def begin(
     something, and then unseals it. Raises UserError where the folder was made with other content,
     listing the keys, or where a sealed file has changed.
     """
-    folder = stores.at(config.run_dir)
-    if unfinished is None and stores.is_url(folder):
-        raise UserError(f"run_dir={folder}: only pairs go into a store; use a local folder")
+    folder = Path(config.run_dir)
     if manifest.sealed(folder):
         sealed = manifest.read(folder, "run_dir", (name,))
         _refuse_other(folder, sealed["config"], sealed["inputs"], config, inputs)
@@ -141,10 +144,10 @@ def begin(
             say(f"{name}: {folder} is sealed: nothing to do")
             return False
         if not dry_run:
-            folder.remove(manifest.NAME)
-    early = folder.read_all(["config.yaml"])[0]
-    if early is not None:
-        before, before_inputs = read_config(folder, early, type(config))
+            (folder / manifest.NAME).unlink(missing_ok=True)
+    early = folder / "config.yaml"
+    if early.is_file():
+        before, before_inputs = read_config(early, type(config))
         _refuse_other(folder, configs.content(before), before_inputs, config, inputs)
     if dry_run:
         say(configs.dump(config))
@@ -154,7 +157,7 @@ def begin(
 
 
 def _refuse_other(
-    folder: Store, old: Any, old_inputs: Any, config: StageConfig, inputs: Mapping[str, str]
+    folder: Path, old: Any, old_inputs: Any, config: StageConfig, inputs: Mapping[str, str]
 ) -> None:
     changed = configs.differences(old, configs.content(config))
     changed += [f"(input) {line}" for line in configs.differences(old_inputs, dict(inputs))]
@@ -166,17 +169,17 @@ def _refuse_other(
         )
 
 
-def read_config(folder: Store, text: bytes, model: type[S]) -> tuple[S, dict[str, str]]:
-    """Read the text of a run folder's config.yaml, and the digests of its inputs."""
+def read_config(path: Path, model: type[S]) -> tuple[S, dict[str, str]]:
+    """Read the config.yaml of a run folder, and the digests of its inputs."""
     import yaml
 
     try:
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(path.read_text())
         inputs = values.pop("inputs")
         return configs.validate(model, values), inputs
     except (yaml.YAMLError, KeyError, AttributeError, UserError) as error:
         raise UserError(
-            f"run_dir={folder}: config.yaml is not one that this stage wrote ({error}); "
+            f"run_dir={path.parent}: config.yaml is not one that this stage wrote ({error}); "
             "use another run_dir"
         ) from None
 
@@ -186,4 +189,4 @@ def write_config(config: StageConfig, inputs: Mapping[str, str]) -> None:
     lines = ["inputs:"] if inputs else ["inputs: {}"]
     lines += [f"  {name}: {digest}" for name, digest in sorted(inputs.items())]
     text = configs.dump(config) + "\n".join(lines) + "\n"
-    stores.at(config.run_dir).write("config.yaml", text)
+    manifest.write_atomic(Path(config.run_dir) / "config.yaml", text)

@@ -4,18 +4,21 @@ Noise i, its label and so pair i are functions of the config, the teacher and i 
 the folder and nothing else: start any number of them, stop them, start others; the bytes are the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
-from flowmatch import claims, manifest, nets, noise, shards, solvers, stage, stores, teachers
+from flowmatch import claims, manifest, nets, noise, shards, solvers, stage, teachers
 from flowmatch import config as configs
-from flowmatch.config import option, required
+from flowmatch.behind import Behind
+from flowmatch.config import UserError, option, required
+from flowmatch.progress import Progress
 from flowmatch.solvers import SolverConfig
 
 PAIR_FORMAT = 1  # raised when the same config would make other bytes
@@ -64,8 +67,11 @@ def main(config: PairsConfig, dry_run: bool) -> None:
             shard_size=config.shard_size,
             block=min(config.block, config.shard_size),
         )
+    folder = Path(config.run_dir)
+    with faults:
+        refuse_fewer(folder, config.shards)
     faults.check()
-    folder, inputs = stores.at(config.run_dir), {"teacher": teacher.digest}
+    inputs = {"teacher": teacher.digest}
     content = configs.content(config)
     fingerprint = manifest.fingerprint(
         {"format": PAIR_FORMAT, "config": content, "inputs": inputs, "round": teacher.round}
@@ -93,7 +99,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     if not stage.begin("generate_pairs", config, inputs, plan, dry_run, unfinished):
         return
     stage.exit_on_sigterm()
-    folder.make()
+    folder.mkdir(parents=True, exist_ok=True)
     stage.write_config(config, inputs)
     make = Maker(config, layout, velocity, stage.worker_device(device))
     card = CARD.format(
@@ -105,17 +111,19 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         labels=LABELS if layout.labels else "",
     )
     own = list(every)[stage.rank() :: stage.world_size()]
-    with (
-        tqdm(total=pairs, unit="pair", **stage.bar_options()) as bar,
-        closing(claims.claim(folder, own, every, fingerprint, config.lease_seconds)) as todo,
-    ):
-        bar.update(pairs - len(shards.missing(folder, every, fingerprint)) * config.shard_size)
+
+    def write(k: int, batches: Iterator[Batch]) -> None:
+        environment = dict(make.environment)
+        blocks = cut(batches, layout, environment)
+        shards.write_shard(folder, k, layout, blocks, fingerprint, environment, card)
+
+    shown = Progress(folder, every, fingerprint, config.shard_size, shown=stage.has_log())
+    behind = Behind(write)
+    todo = claims.claim(folder, own, every, fingerprint, config.lease_seconds, behind.settle)
+    with shown, closing(todo), behind:  # left the other way round: leases outlast the writer
         for k in todo:
-            blocks = make.blocks(k, bar)
-            shards.write_shard(folder, k, layout, blocks, fingerprint, make.environment, card)
-            done = pairs - len(shards.missing(folder, every, fingerprint)) * config.shard_size
-            bar.update(done - bar.n)  # what the other workers did
-    sidecars = dict(zip(every, shards.sidecars(folder, every), strict=True))
+            behind.shard(k, make.batches(k))
+    sidecars = {k: shards.sidecar(folder, k) for k in every}
     if evaluations is None:  # a pair, as counted; the mean over all batches
         counts = [side["environment"]["evaluations"] for side in sidecars.values()]
         evaluations = sum(counts) / len(counts)
@@ -139,6 +147,28 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     stage.say(f"generate_pairs: sealed {folder}")
 
 
+def refuse_fewer(folder: Path, number: int) -> None:
+    """Raise UserError where a set has more shards than are asked for: stock readers take every tar."""
+    there = max(shards.sidecars(folder), default=-1) + 1
+    if manifest.sealed(folder):
+        there = max(there, manifest.read(folder, "run_dir")["facts"].get("shards", 0))
+    if there > number:
+        raise UserError(
+            f"shards={number}: run_dir={folder} has {there} already, and a set never shrinks; give "
+            f"shards={there} or more, or another run_dir"
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs that were integrated together. x1: waits for them. evaluations: a pair, of the network."""
+
+    x0: np.ndarray
+    x1: Callable[[], np.ndarray]
+    label: np.ndarray | None
+    evaluations: int
+
+
 class Maker:
     """Makes the pairs of a shard, batch by batch."""
 
@@ -159,47 +189,75 @@ class Maker:
         torch.backends.cudnn.deterministic = True
 
     @torch.inference_mode()
-    def batches(self, k: int) -> Iterator[shards.Block]:
+    def batches(self, k: int) -> Iterator[Batch]:
         """Integrate shard k in batches of compute_batch; the last one is padded with the next ids.
 
         The noise is rounded to the stored dtype before it is integrated: a stored pair is exact.
+        Nothing here waits for a GPU: it integrates while the noise of the next batch is drawn.
         """
         config, size = self.config, self.config.shard_size
-        before, starts = self.velocity.evaluations, range(0, size, self.config.compute_batch)
-        for start in starts:
+        for start in range(0, size, self.config.compute_batch):
             ids = k * size + start + np.arange(config.compute_batch)
             x0 = noise.normal(config.seed, ids, self.layout.shape, noise.PAIR_NOISE)
             x0 = x0.astype(self.layout.dtype)
             label, cond = None, None
             if self.velocity.classes is not None:
                 label = noise.labels(config.seed, ids, self.velocity.classes)
-                cond = {"label": torch.from_numpy(label).to(self.device)}
+                cond = {"label": self.to_device(label)}
+            before = self.velocity.evaluations
             x1 = self.velocity.carry(
-                torch.from_numpy(x0.astype(np.float32)).to(self.device),
+                self.to_device(x0.astype(np.float32)),
                 lambda v, x, span: solvers.solve(v, x, config.solver, span),
                 cond,
             )
             keep = min(config.compute_batch, size - start)
-            stored = x1.cpu().numpy().astype(self.layout.dtype)
-            yield x0[:keep], stored[:keep], None if label is None else label[:keep]
-        # for the shard's sidecar, which is written when its blocks are
-        counted = self.velocity.evaluations - before
-        self.environment["evaluations"] = counted / len(starts)
+            evaluations = self.velocity.evaluations - before
+            yield Batch(
+                x0[:keep], to_host(x1[:keep]), None if label is None else label[:keep], evaluations
+            )
 
-    def blocks(self, k: int, bar: Any) -> Iterator[shards.Block]:
-        """Cut the batches of shard k into the blocks of its layout."""
-        held: list[shards.Block] = []
-        for batch in self.batches(k):
-            held.append(batch)
-            bar.update(len(batch[0]))
-            x0, x1, y = (join(column) for column in zip(*held, strict=True))
-            whole = len(x0) // self.layout.block * self.layout.block
-            for a in range(0, whole, self.layout.block):
-                b = a + self.layout.block
-                yield x0[a:b], x1[a:b], None if y is None else y[a:b]
-            held = [(x0[whole:], x1[whole:], None if y is None else y[whole:])]
-        if len(held[0][0]):
-            yield held[0]
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """Copy an array to where the network is, without waiting for what runs there."""
+        tensor = torch.from_numpy(array)
+        if self.device == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def to_host(x: Tensor) -> Callable[[], np.ndarray]:
+    """Begin to copy a tensor to the host; calling the answer, from any thread, waits for the copy."""
+    if x.device.type == "cpu":
+        return x.numpy
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    copied = torch.cuda.Event(blocking=True)
+    copied.record(torch.cuda.current_stream(x.device))
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return wait
+
+
+def cut(
+    batches: Iterable[Batch], layout: shards.Layout, environment: dict[str, Any]
+) -> Iterator[shards.Block]:
+    """Cut the batches of a shard into the blocks of its layout, and note their mean evaluations."""
+    held: list[shards.Block] = []
+    counts = []
+    for batch in batches:
+        counts.append(batch.evaluations)
+        held.append((batch.x0, batch.x1().astype(layout.dtype), batch.label))
+        x0, x1, y = (join(column) for column in zip(*held, strict=True))
+        whole = len(x0) // layout.block * layout.block
+        for a in range(0, whole, layout.block):
+            b = a + layout.block
+            yield x0[a:b], x1[a:b], None if y is None else y[a:b]
+        held = [(x0[whole:], x1[whole:], None if y is None else y[whole:])]
+    if len(held[0][0]):
+        yield held[0]
+    environment["evaluations"] = sum(counts) / len(counts)
 
 
 def join(column: tuple[np.ndarray | None, ...]) -> Any:

@@ -1,6 +1,7 @@
 """Any number of workers, stopped and started at any time, on any disk: always the same bytes."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,6 +190,40 @@ def test_a_set_grows_even_when_growth_is_cut_short(whole, tmp_path, monkeypatch,
     assert contents(folder) == contents(tmp_path / "at_once")
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before
     assert len(PairData(folder)) == 60
+
+
+def test_a_set_never_shrinks(whole, tmp_path):
+    """Nor one that is not sealed: its tars would be read by whoever reads all tars of a folder."""
+    folder = copy(whole, tmp_path)
+    before = contents(folder)
+    refusal = r"shards=2: run_dir=\S+ has 3 already, and a set never shrinks; give shards=3 or more"
+    with pytest.raises(UserError, match=refusal):
+        generate(*words(tmp_path, "shards=2"))
+    shutil.rmtree(folder / ".meta")  # hidden, and so forgotten by some copies
+    with pytest.raises(UserError, match=refusal):
+        generate(*words(tmp_path, "shards=2"))
+    generate(*words(tmp_path))
+    assert contents(folder) == before
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=refusal):
+        generate(*words(tmp_path, "shards=2"), "--dry-run")
+
+
+def test_a_worker_that_is_told_to_stop_leaves_no_half_shard(whole, tmp_path):
+    """SIGTERM in the midst of a shard, while another is being written: exit 75, and then go on."""
+    more = ["shards=200", f"teacher={whole}/flow"]
+    worker = stage(*words(tmp_path), *more)
+    folder = tmp_path / "pairs"
+    while len(hashes(folder)) < 3:
+        assert worker.poll() is None
+        time.sleep(0.01)
+    worker.send_signal(signal.SIGTERM)
+    out, err = worker.communicate()
+    assert worker.returncode == 75, out + err
+    assert leftovers(folder) == ["config.yaml"]
+    kept = len(hashes(folder))
+    assert f"generate_pairs: {kept} of 200 shards" in err.splitlines()[-1]
+    assert kept < 200
 
 
 @contextmanager

@@ -24,7 +24,7 @@ LAYERS = {
         ),
         *("metrics", "toy"),
     ],
-    "artefacts": ["folders", "stores", "manifest", "shards", "claims", "pairs", "audit"],
+    "artefacts": ["manifest", "shards", "claims", "behind", "progress", "pairs", "audit"],
     "export": ["scheduler", "pipeline", "mlp"],
     "models": [
         *("nets", "foreign", "images", "sources", "tables", "data", "teachers"),
