@@ -96,6 +96,10 @@ def check(config: FitConfig, device: str, processes: int) -> None:
     """Raise UserError for what only the machine decides, before any work."""
     if config.precision == "fp16" and device == "cpu":
         raise UserError("fit.precision='fp16' needs a GPU; use bf16 or fp32 on a CPU")
+    if config.shard and processes == 1:
+        raise UserError("fit.shard=true shares out over processes, and there is one; leave it out")
+    if config.shard and config.precision == "fp16":
+        raise UserError("fit.shard=true does not scale gradients as fp16 needs; use bf16 or fp32")
     split_batch(config, processes)
 
 

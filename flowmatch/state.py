@@ -6,11 +6,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flowmatch import nets
+from flowmatch import nets, sharding
 from flowmatch.config import Config, UserError, option, required
 from flowmatch.run import Run
 from flowmatch.stage import leads
 
+ADAMW = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of a parameter
 MAX_SKIPPED = 40  # fp16 updates skipped in a row: the scale has fallen by 2^40, it is not the scale
 
 
@@ -41,6 +42,11 @@ class FitConfig(Config):
     precision: Literal["fp32", "bf16", "fp16"] = option(
         "fp32", "dtype of the network's arithmetic; weights, EMA and loss stay float32"
     )
+    shard: bool = option(
+        False,
+        "share out weights, optimizer and EMA over the processes (FSDP2), for what does not fit one",
+        run=True,
+    )
     log_every: int = option(50, "updates between two readings of the loss", run=True, ge=1)
     save_every: int = option(1000, "updates between two checkpoints", run=True, ge=1)
     keep: int = option(2, "newest checkpoints kept", run=True, ge=1)
@@ -59,12 +65,15 @@ class State:
 
         self.net, self.config, self.accelerator, self.run = net, config, accelerator, run
         self.names = [name for name, _ in net.named_parameters()]
-        self.parameters = list(net.parameters())  # walking the modules each step is not free
         device = accelerator.device
         self.step, saved = run.restore()  # every rank reads
         if saved:
             net.load_state_dict(saved["net"])
+        self.kind = type(net)  # to which sharding adds
+        if config.shard:
+            sharding.shard(net, device)
         net.to(device).train()
+        self.parameters = list(net.parameters())  # walking the modules each step is not free
         self.adamw = torch.optim.AdamW(
             net.parameters(),
             lr=config.lr,
@@ -88,13 +97,19 @@ class State:
         self.skipped = 0  # fp16 updates in a row
         if saved:
             for name, parameter in net.named_parameters():
+                old = {key: saved["optimizer"][f"{name}/{key}"] for key in ADAMW}
+                like = {"step": self.bad_step}
                 self.adamw.state[parameter] = {
-                    key: saved["optimizer"][f"{name}/{key}"].to(device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    key: sharding.lay_out(old[key], like.get(key, parameter)) for key in ADAMW
                 }
-            self.ema.shadow_params = [saved["ema"][name].to(device) for name in self.names]
+            self.ema.shadow_params = [
+                sharding.lay_out(saved["ema"][name], parameter)
+                for name, parameter in zip(self.names, self.parameters, strict=True)
+            ]
             self.window.copy_(saved["progress"]["window"])
-        self.model, self.optimizer = accelerator.prepare(net, self.adamw)
+        # sharded, a network needs no wrapper: no more than autocast is prepared
+        self.model = accelerator.prepare_model(net, evaluation_mode=config.shard)
+        self.optimizer = accelerator.prepare_optimizer(self.adamw)
 
     @property
     def lr(self) -> float:
@@ -110,6 +125,8 @@ class State:
         With fp16 an update that the scaler skips does not count: it is repeated at half the scale.
         """
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        if self.config.shard:
+            norm = norm.full_tensor()
         for group in self.adamw.param_groups:
             group["lr"] = self.lr
         if self.config.precision != "fp16":
@@ -150,31 +167,34 @@ class State:
         """Write a checkpoint of this step, after the last look at the loss."""
         self.read()
         window = self.accelerator.reduce(self.window, "mean")
+        optimizer = {
+            f"{name}/{key}": tensor
+            for name, parameter in self.net.named_parameters()
+            for key, tensor in self.adamw.state[parameter].items()
+        }
+        tensors = {
+            "net": self.net.state_dict(),
+            "ema": dict(zip(self.names, self.ema.shadow_params, strict=True)),
+            "optimizer": optimizer,
+            "progress": {"window": window},
+        }
+        whole = {stem: sharding.gather(group) for stem, group in tensors.items()}
         if leads():
-            parameters = self.net.named_parameters()
-            optimizer = {
-                f"{name}/{key}": tensor
-                for name, parameter in parameters
-                for key, tensor in self.adamw.state[parameter].items()
-            }
-            tensors = {
-                "net": self.net.state_dict(),
-                "ema": dict(zip(self.names, self.ema.shadow_params, strict=True)),
-                "optimizer": optimizer,
-                "progress": {"window": window},
-            }
-            self.run.save(self.step, tensors, self.config.keep)
+            self.run.save(self.step, whole, self.config.keep)
         self.accelerator.wait_for_everyone()
 
-    def finish(self) -> list[str]:
-        """Write the EMA network to `net/` (rank 0); return its files, relative to the run."""
+    def finish(self) -> list[str]:  # collective: every rank
+        """Write the EMA network to `net/`; return its files, relative to the run (rank 0)."""
+        ema = dict(zip(self.names, self.ema.shadow_params, strict=True))
+        whole = sharding.gather(self.net.state_dict() | ema)
         if not leads():
             return []
-        self.ema.copy_to(self.parameters)
+        net = self.kind.from_config(self.net.config)
+        net.load_state_dict(whole)
         temporary, final = self.run.folder / "net.tmp", self.run.folder / "net"
         for folder in (temporary, final):
             shutil.rmtree(folder, ignore_errors=True)
-        names = nets.save(self.net, temporary)
+        names = nets.save(net, temporary)
         temporary.rename(final)
         return [f"net/{name}" for name in names]
 

@@ -112,7 +112,8 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
             facts: dict[str, Any] = {"features": sorted(looked)} if looked else {}
             if config.times.zero == 1:
                 facts["one_step"] = True
-            folder.seal(files, round=max(rounds) + 1, net=nets.digest(start.net), **facts)
+            net = nets.load(folder.folder / "net", "net")
+            folder.seal(files, round=max(rounds) + 1, net=nets.digest(net), **facts)
 
 
 def check_match(start: teachers.Teacher, sets: list[pairs.PairData]) -> None:

@@ -73,7 +73,7 @@ def main(config: FlowConfig, dry_run: bool) -> None:
             device=config.device,
         )
         if stage.leads():
-            folder.seal(files, round=0, net=nets.digest(net))
+            folder.seal(files, round=0, net=nets.digest(nets.load(folder.folder / "net", "net")))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 accelerate launch ... -m tests.ranks CONFIG.yaml key=value ...
 
-FAULT=kill:RANK:STEP sends a rank SIGKILL before an update, FAULT=raise:RANK:STEP lets it raise.
+FAULT=KIND:RANK:STEP makes a rank, before that update, send itself SIGKILL (kill), raise (raise) or
+poison a gradient (nan); save:0:STEP kills it in the middle of writing the checkpoint of a step.
 """
 
+import multiprocessing
 import os
 import signal
+import socket
+import sys
 import weakref
 
 from flowmatch import fit, run, stage, state
@@ -18,20 +22,41 @@ WRAPPERS = []
 def opened(self, *words, inner=state.State.__init__):
     """Watch what `prepare` wrapped; make this rank's fault."""
     inner(self, *words)
-    WRAPPERS.append(weakref.ref(self.model))
+    if self.model is not self.net:
+        WRAPPERS.append(weakref.ref(self.model))
     kind, rank, step = os.environ.get("FAULT", ":-1:").split(":")
     if int(rank) != stage.rank():
         return
+    if kind == "save":
+        return half(int(step))
     update = self.update
 
     def faulty(*words):
         if self.step == int(step):
             if kind == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise OSError("the cause of it all")
+            if kind == "raise":
+                raise OSError("the cause of it all")
+            gradient = self.parameters[0].grad
+            getattr(gradient, "to_local", lambda: gradient)()[0].fill_(float("nan"))
         return update(*words)
 
     self.update = faulty
+
+
+def half(step):
+    """Die when half of the checkpoint of a step is written."""
+    import safetensors.torch
+
+    save = safetensors.torch.save_file
+
+    def save_file(tensors, path):
+        save(tensors, path)
+        if path.parent.name == f"step_{step:08d}.tmp" and path.stem == "optimizer":
+            os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    safetensors.torch.save_file = save_file
 
 
 def started(*words, inner=run.start_accelerator, **options):
@@ -40,14 +65,43 @@ def started(*words, inner=run.start_accelerator, **options):
     end = accelerator.end_training
 
     def ended():
-        assert [ref() for ref in WRAPPERS] == [None], "a wrapper outlives its process group"
+        assert not any(ref() for ref in WRAPPERS), "a wrapper outlives its process group"
         end()
 
     accelerator.end_training = ended
     return accelerator
 
 
-if __name__ == "__main__":
+def main():
+    """Run the stage on the words of the command line."""
     state.State.__init__ = opened
     fit.start_accelerator = started
     stage.command("train_flow", train_flow.FlowConfig, train_flow.main, train_flow.__doc__)
+
+
+def _rank(number, world, port, argv, log, environment):
+    os.environ.update(environment, RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    file = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv[1:] = argv
+    main()
+
+
+def start(world, argv, log, **environment):
+    """Start ranks as forks of a process that has imported what they need; the output goes to a log."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ranks", "flowmatch.mlp", "accelerate"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [(number, world, port, argv, str(log), environment) for number in range(world)]
+    ranks = [context.Process(target=_rank, args=each, daemon=True) for each in words]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+if __name__ == "__main__":
+    main()

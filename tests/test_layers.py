@@ -30,7 +30,7 @@ LAYERS = {
         *("nets", "foreign", "images", "sources", "tables", "data", "teachers"),
         *("features", "scores", "rows"),
     ],
-    "loop": ["stage", "run", "state", "fit"],
+    "loop": ["stage", "run", "sharding", "state", "fit"],
     "draw": ["draw", "plane", "charts", "report", "card"],
 }
 ORDER = list(LAYERS)
