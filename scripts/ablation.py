@@ -1,0 +1,235 @@
+"""The ablation table of an experiment: each recipe of configs/NAME/ablation.yaml, trained and scored.
+
+python -m scripts.ablation NAME [--seeds 3] [--jobs 2] [--only A,B] [--table] [STAGE.key=value ...]
+
+Teacher, pairs and judge are made once; a recipe is one or more reflow stages, one after the other, that
+share the updates of configs/NAME/reflow.yaml. The seed is that of reflow: which pairs and times an
+update sees. Every seed is scored on the same noise by the same judge. Each run is a stage's folder below
+runs/NAME/ablation: repeat the command, and what is sealed is passed over. STAGE is one of flow pairs
+reflow classifier evaluate; reflow's keys hold for all recipes. --table writes the table of what is
+there, and runs nothing.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from flowmatch import manifest
+from flowmatch.config import Config, UserError, load, option, required
+from pipelines.reflow import ReflowConfig
+
+MODULES = {"flow": "train_flow", "pairs": "generate_pairs", "reflow": "reflow"}
+MODULES |= {"classifier": "train_classifier", "evaluate": "evaluate"}
+SHOWN = (1, 2, 4, 8, None)  # numbers of steps; None is converged
+
+
+class Part(Config):
+    """A reflow stage of a recipe. Later parts start from the one before."""
+
+    share: float = option(1.0, "share of the updates of reflow.yaml", gt=0, le=1)
+    words: list[str] = option([], "key=value of reflow; {root} is the ablation's folder")
+
+
+class Recipe(Config):
+    """A row of the table."""
+
+    name: str = required("name of its folder")
+    says: str = required("what the table says of it")
+    parts: list[Part] = required("its reflow stages, in order")
+
+
+class AblationConfig(Config):
+    """What configs/NAME/ablation.yaml holds."""
+
+    classifier: list[str] | None = option(
+        None,
+        "words of train_classifier: a judge ({root}/judge, seed 0) and another one for feature losses "
+        "({root}/eyes, seed 1); none where no classifier scores",
+    )
+    recipes: list[Recipe] = required("the rows")
+
+
+class Ablation:
+    """The runs of one experiment."""
+
+    def __init__(self, name: str, runs: Path, seeds: int, given: list[str]):
+        """given: STAGE.key=value. Raises UserError for a stage that there is not."""
+        self.writing = threading.Lock()
+        self.configs, self.seeds = Path("configs") / name, seeds
+        self.runs, self.root = runs / name, runs / name / "ablation"
+        config, _ = load(AblationConfig, [str(self.configs / "ablation.yaml")])
+        assert config is not None
+        self.config = config
+        self.words: dict[str, list[str]] = {stage: [] for stage in MODULES}
+        for word in given:
+            stage, _, rest = word.partition(".")
+            if stage not in MODULES or "=" not in rest:
+                raise UserError(
+                    f"{word} is not STAGE.key=value; STAGE is one of {', '.join(MODULES)}"
+                )
+            self.words[stage].append(rest)
+        self.base = [str(self.configs / "reflow.yaml"), *self.words["reflow"]]
+        reflow, _ = load(ReflowConfig, self.base)
+        assert reflow is not None
+        self.steps = reflow.fit.steps
+        for recipe in config.recipes:
+            total = sum(part.share for part in recipe.parts)
+            if abs(total - 1) > 1e-6:
+                raise UserError(
+                    f"{recipe.name}: its parts share {total:g} of the updates; expected 1"
+                )
+            for part in recipe.parts:
+                load(ReflowConfig, [*self.base, *self.words_of(part)])
+
+    def launch(self, stage: str, folder: Path, words: list[str]) -> None:
+        """Run a stage in a process of its own; its output goes to a log beside its folder."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", f"pipelines.{MODULES[stage]}", *words, f"run_dir={folder}"]
+        with open(f"{folder}.log", "w") as log:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise UserError(f"{folder}: {MODULES[stage]} exits {done.returncode}; see {folder}.log")
+        print(f"ablation: {folder}", flush=True)
+
+    def prepare(self) -> None:
+        """Make what all recipes share: teacher, pairs, classifiers."""
+        flow, pairs = self.runs / "flow", self.runs / "pairs"
+        self.launch("flow", flow, [str(self.configs / "flow.yaml"), *self.words["flow"]])
+        words = [str(self.configs / "pairs.yaml"), *self.words["pairs"], f"teacher={flow}"]
+        self.launch("pairs", pairs, words)
+        if self.config.classifier is not None:
+            for seed, name in enumerate(("judge", "eyes")):
+                words = [*self.config.classifier, *self.words["classifier"], f"seed={seed}"]
+                self.launch("classifier", self.root / name, words)
+
+    def words_of(self, part: Part) -> list[str]:
+        """Give the words of a part, its paths filled in."""
+        return [word.format(root=self.root) for word in part.words]
+
+    def folder(self, recipe: Recipe, seed: int, stage: str) -> Path:
+        """Name the folder of a run."""
+        return self.root / recipe.name / f"seed_{seed}" / stage
+
+    def parts(self, recipe: Recipe, seed: int) -> list[Path]:
+        """Name the folders of a recipe's reflow stages, in order."""
+        return [self.folder(recipe, seed, f"reflow_{i + 1}") for i in range(len(recipe.parts))]
+
+    def run(self, recipe: Recipe, seed: int) -> None:
+        """Train and score a recipe with a seed."""
+        start = self.runs / "flow"
+        for part, place in zip(recipe.parts, self.parts(recipe, seed), strict=True):
+            inputs = [f"start={start}", f"pairs=[{{path: {self.runs / 'pairs'}}}]", f"seed={seed}"]
+            steps = [f"fit.steps={round(part.share * self.steps)}"]
+            words = [*self.base, *inputs, *steps, *self.words_of(part)]
+            self.launch("reflow", place, words)
+            start = place
+        words = [str(self.configs / "evaluate.yaml"), *self.words["evaluate"]]
+        words += [f"teacher={self.runs / 'flow'}", f"student={start}"]
+        if self.config.classifier is not None:
+            words.append(f"classifier={self.root / 'judge'}")
+        self.launch("evaluate", self.folder(recipe, seed, "evaluate"), words)
+        self.table()
+
+    def table(self) -> str:
+        """Write table.md of the runs that are sealed; return it."""
+        rows, last = [], None
+        for recipe in self.config.recipes:
+            found, seconds = [], []
+            for seed in range(self.seeds):
+                place = self.folder(recipe, seed, "evaluate")
+                if manifest.sealed(place):
+                    last = json.loads((place / "metrics.json").read_text())
+                    found.append(last["student"])
+                    seconds.append(sum(map(seconds_of, self.parts(recipe, seed))))
+            if found:
+                rows.append(line(recipe.says, found, f"{statistics.median(seconds):.0f}"))
+        if last is None:
+            return "ablation: nothing is scored yet"
+        floor, protocol = last["floor"], last["protocol"]
+        names = [f"@{steps}" if steps else "converged" for steps in SHOWN]
+        head = ["recipe", "seeds", *names, "RMSE @1", "training, s"]
+        lines = [
+            f"| {' | '.join(head)} |",
+            "|---" * len(head) + "|",
+            line("teacher", [last["teacher"]]),
+        ]
+        text = "\n".join([*lines, *rows]) + (
+            f"\n\n{protocol['distance']} distance, {protocol['samples']} samples, mean and standard "
+            f"deviation over the seeds of reflow; real against real, {floor['samples']} each: "
+            f"{floor['distance']:.3g}. RMSE: to the converged teacher on the same noise. {self.steps} "
+            "updates a recipe, on the same pairs; the seconds are those of training alone, as logged.\n"
+        )
+        with self.writing:  # recipes end at the same time
+            manifest.write_atomic(self.root / "table.md", text)
+        return text
+
+
+def line(says: str, found: list[dict[str, Any]], seconds: str = "") -> str:
+    """Write a row of the table. found: a model's part of metrics.json, a seed each."""
+    by_steps = [{row["steps"]: row for row in model["rows"]} for model in found]
+    cells = [says, str(len(found))]
+    for steps in SHOWN:
+        measured = [rows[steps]["distance"] for rows in by_steps if steps in rows]
+        cells.append(spread(measured) if measured else "")
+    cells += [spread([rows[1]["rmse"] for rows in by_steps if 1 in rows]), seconds]
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(values: list[float]) -> str:
+    """Write mean and standard deviation of some values, or the only one."""
+    mean = f"{statistics.mean(values):.3g}" if values else ""
+    return f"{mean} +- {statistics.stdev(values):.2g}" if len(values) > 1 else mean
+
+
+def seconds_of(folder: Path) -> float:
+    """Estimate the seconds that a training stage took, from the images a second that it logged."""
+    log, fit = folder / "metrics.jsonl", manifest.read(folder, "run_dir")["config"]["fit"]
+    lines = log.read_text().splitlines() if log.is_file() else []
+    if not lines:  # of fewer updates than fit.log_every
+        return 0.0
+    rate = statistics.median(json.loads(text)["images_per_second"] for text in lines)
+    return fit["steps"] * fit["batch_size"] / rate
+
+
+def main() -> int:
+    """Run what is missing; print the table; return the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", help="a folder of configs/ that holds an ablation.yaml")
+    parser.add_argument("words", nargs="*", metavar="STAGE.key=value")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each recipe (default 3)")
+    parser.add_argument("--jobs", type=int, default=1, help="recipes at a time (default 1)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs/NAME lies")
+    parser.add_argument("--only", metavar="A,B", help="these recipes alone")
+    parser.add_argument("--table", action="store_true", help="write the table, run nothing")
+    given = parser.parse_intermixed_args()
+    try:
+        ablation = Ablation(given.name, given.runs, given.seeds, given.words)
+        names = [recipe.name for recipe in ablation.config.recipes]
+        only = given.only.split(",") if given.only else names
+        if unknown := set(only) - set(names):
+            raise UserError(
+                f"--only {','.join(sorted(unknown))}: expected some of {', '.join(names)}"
+            )
+        if not given.table:
+            ablation.prepare()
+            chosen = [recipe for recipe in ablation.config.recipes if recipe.name in only]
+            with ThreadPoolExecutor(given.jobs) as pool:
+                every = [(recipe, seed) for seed in range(given.seeds) for recipe in chosen]
+                for done in [pool.submit(ablation.run, *each) for each in every]:
+                    done.result()
+        print(ablation.table())
+    except UserError as error:
+        for fault in error.faults:
+            print(f"ablation: {fault}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

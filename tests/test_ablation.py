@@ -1,0 +1,128 @@
+"""The ablation table: every recipe through the stages, by one command that may be repeated."""
+
+import json
+import runpy
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowmatch import manifest
+from flowmatch.config import UserError
+from scripts.ablation import MODULES, Ablation, spread
+
+ROOT = Path(__file__).parent.parent
+RECIPES = """
+recipes:
+  - name: plain
+    says: uniform times
+    parts:
+      - words: [times.name=uniform, times.zero=0.0, loss.name=mse]
+  - name: distil
+    says: then t = 0
+    parts:
+      - share: 0.5
+      - share: 0.5
+        words: [times.zero=1.0]
+"""
+TINY = [
+    *("flow.data.samples=200", "flow.net.hidden=8", "flow.fit.steps=4", "flow.fit.batch_size=16"),
+    *("pairs.shards=1", "pairs.shard_size=40", "pairs.compute_batch=40", "pairs.block=40"),
+    *("pairs.solver.steps=2", "reflow.fit.steps=8", "reflow.fit.batch_size=16"),
+    *("reflow.fit.log_every=2", "reflow.fit.warmup=2", "evaluate.samples=60"),
+    *("evaluate.data.samples=60", "evaluate.compute_batch=60", "evaluate.converged_steps=2"),
+    *("evaluate.steps=[1,2]", "flow.fit.log_every=2"),
+]
+
+
+@pytest.fixture
+def ring(tmp_path, monkeypatch):
+    """Configs of the ring with two recipes, in a folder of their own; stages run in this process."""
+
+    shutil.copytree(ROOT / "configs/ring", tmp_path / "configs/ring")
+    (tmp_path / "configs/ring/ablation.yaml").write_text(RECIPES)
+    monkeypatch.chdir(tmp_path)
+    launched = []
+
+    def call(command, stdout, stderr):
+        launched.append(command[2])
+        monkeypatch.setattr(sys, "argv", [command[2], *command[3:], "device=cpu"])
+        runpy.run_module(command[2], run_name="__main__")
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr("scripts.ablation.subprocess.run", call)
+    return launched
+
+
+def test_each_recipe_is_trained_and_scored_and_the_table_is_the_mean_of_its_seeds(ring, tmp_path):
+    ablation = Ablation("ring", tmp_path / "runs", 2, TINY)
+    ablation.prepare()
+    for recipe in ablation.config.recipes:
+        for seed in (0, 1):
+            ablation.run(recipe, seed)
+    assert ring.count("pipelines.reflow") == 2 + 2 * 2
+    root = tmp_path / "runs/ring/ablation"
+    seals = {
+        p.parent.relative_to(root): manifest.read(p.parent, "x")
+        for p in root.rglob("manifest.json")
+    }
+    steps = {str(p): s["config"]["fit"]["steps"] for p, s in seals.items() if "reflow" in str(p)}
+    assert steps["plain/seed_0/reflow_1"] == 8  # equal updates for every recipe
+    assert steps["distil/seed_1/reflow_1"] == steps["distil/seed_1/reflow_2"] == 4
+    pairs = {s["inputs"]["pairs.0"] for p, s in seals.items() if "reflow" in str(p)}
+    assert len(pairs) == 1
+    assert manifest.read(root / "distil/seed_1/reflow_2", "x")["facts"]["one_step"]
+    assert manifest.read(root / "plain/seed_1/reflow_1", "x")["config"]["seed"] == 1
+
+    table = (root / "table.md").read_text()
+    rows = {
+        line.split("|")[1].strip(): line.split("|")[1:-1]
+        for line in table.splitlines()
+        if "|" in line
+    }
+    assert list(rows) == ["recipe", "---", "teacher", "uniform times", "then t = 0"]
+    found = [
+        json.loads((root / f"plain/seed_{seed}/evaluate/metrics.json").read_text())["student"]
+        for seed in (0, 1)
+    ]
+    ones = [model["rows"][0]["distance"] for model in found]
+    assert rows["uniform times"][2].strip() == spread(ones)
+    assert spread(ones) == f"{statistics.mean(ones):.3g} +- {statistics.stdev(ones):.2g}"
+    assert rows["uniform times"][4].strip() == ""  # four steps were not asked for
+    before = (root / "table.md").read_bytes()
+    ablation.run(ablation.config.recipes[0], 0)  # repeated: all is sealed
+    assert (root / "table.md").read_bytes() == before
+
+
+def test_mistakes_are_named_before_any_work(ring, tmp_path):
+    with pytest.raises(UserError, match="flw.fit.steps=3 is not STAGE.key=value"):
+        Ablation("ring", tmp_path, 1, ["flw.fit.steps=3"])
+    path = tmp_path / "configs/ring/ablation.yaml"
+    path.write_text(RECIPES.replace("share: 0.5", "share: 0.4"))
+    with pytest.raises(UserError, match="distil: its parts share 0.8 of the updates"):
+        Ablation("ring", tmp_path, 1, [])
+    path.write_text(RECIPES.replace("times.zero=1.0", "times.zer=1.0"))
+    with pytest.raises(UserError, match="times.zer: unknown key"):
+        Ablation("ring", tmp_path, 1, [])
+    assert not ring
+    assert set(MODULES) == {"flow", "pairs", "reflow", "classifier", "evaluate"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/ablation.yaml")), ids=str)
+def test_the_recipes_of_an_experiment_are_valid(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = [
+        recipe.name for recipe in Ablation(path.parent.name, Path("runs"), 1, []).config.recipes
+    ]
+    assert len(set(names)) == len(names) >= 5
+
+
+def test_a_stage_that_fails_ends_the_run_with_its_log(tmp_path, monkeypatch):
+
+    monkeypatch.chdir(ROOT)
+    ablation = Ablation("digits", tmp_path, 1, ["flow.fit.steps=0"])
+    with pytest.raises(UserError, match="exits 2; see .*flow.log"):
+        ablation.prepare()
+    assert "fit.steps=0" in (tmp_path / "digits/flow.log").read_text()
