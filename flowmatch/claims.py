@@ -2,23 +2,29 @@
 
 Workers share a folder and nothing else. A lease is a file, made exclusively, whose time its holder
 refreshes; one that is not refreshed any more is broken. Two workers that make the same shard make
-the same bytes and the first commit stays, so a lost or racy lease costs time and nothing else.
+the same bytes and the first commit stays, so a lost or racy lease costs time and nothing else. In an
+object store whose client cannot create exclusively there are no leases.
 """
 
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from flowmatch.manifest import worker
+from flowmatch import stores
+from flowmatch.config import UserError
+from flowmatch.folders import worker
 from flowmatch.shards import META, done, missing
+from flowmatch.stores import Bucket, Place, Store
 
-Seen = dict[Path, tuple[int, float]]  # lease -> its time stamp, when we first saw that stamp
+Seen = dict[Any, tuple[Any, float]]  # lease -> its stamp, when we first saw that stamp
 
 
 def claim(
-    folder: str | os.PathLike[str],
+    folder: Place,
     own: Sequence[int],
     every: Sequence[int],
     fingerprint: str,
@@ -35,32 +41,32 @@ def claim(
     `with contextlib.closing(claim(...)) as todo`, and the leases in hand are given back.
     Raises UserError where a shard of another fingerprint is in the way.
     """
-    folder = Path(folder)
-    (folder / META).mkdir(parents=True, exist_ok=True)
-    sweep(folder)
+    store = stores.at(folder)
+    store.make(META)
+    sweep(store)
     mine = set(own)
-    left = missing(folder, [*own, *(k for k in reversed(every) if k not in mine)], fingerprint)
+    left = missing(store, [*own, *(k for k in reversed(every) if k not in mine)], fingerprint)
     seen: Seen = {}
-    held: dict[int, Lease] = {}
+    held: dict[int, Any] = {}
     try:
         while left:
             waiting = True
             for k in list(left):
-                for other in [other for other in held if done(folder, other, fingerprint)]:
+                for other in [other for other in held if done(store, other, fingerprint)]:
                     held.pop(other).release()
-                if done(folder, k, fingerprint):
+                if done(store, k, fingerprint):
                     left.remove(k)
                     continue
-                lease = _take(folder / META / f"{k:06d}.lease", ttl, seen)
+                lease = _hold(store, f"{META}/{k:06d}.lease", ttl, seen)
                 if lease is None:
                     continue
                 held[k], waiting = lease, False
                 left.remove(k)
-                if not done(folder, k, fingerprint):  # its last holder may just have finished
+                if not done(store, k, fingerprint):  # its last holder may just have finished
                     yield k
             settle()
             for k in list(held):
-                assert done(folder, k, fingerprint), f"shard {k} was claimed and not written"
+                assert done(store, k, fingerprint), f"shard {k} was claimed and not written"
                 held.pop(k).release()
             if left and waiting:
                 time.sleep(min(1.0, ttl / 10))
@@ -105,6 +111,75 @@ class Lease:
         os.close(self.descriptor)
 
 
+class RemoteLease:
+    """The same in an object store: an object that is written again and again."""
+
+    def __init__(self, store: Bucket, name: str, ttl: float):
+        """Make the object; raises FileExistsError where another worker holds it."""
+        self.store, self.name = store, name
+        if store.exclusive and not store.create(name, f"{worker()} 0".encode()):
+            raise FileExistsError(name)
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._refresh, args=(ttl / 3,), daemon=True)
+        if store.exclusive:
+            self.thread.start()
+
+    def _ours(self) -> bool:
+        return _holder(self.store.read(self.name)) == worker()
+
+    def _refresh(self, interval: float) -> None:
+        count = 0
+        while not self.stop.wait(interval):
+            try:
+                if not self._ours():
+                    return
+                count += 1
+                self.store.write(self.name, f"{worker()} {count}")
+            except FileNotFoundError:  # broken by another worker
+                return
+            except UserError:  # the store did not answer: the next round asks again
+                continue
+
+    def release(self) -> None:
+        """Give the name back, unless another worker broke the lease and holds it now."""
+        self.stop.set()
+        if not self.store.exclusive:
+            return
+        self.thread.join()
+        with suppress(FileNotFoundError, UserError):  # a lease that stays is broken by the next
+            if self._ours():
+                self.store.remove(self.name)
+
+
+def _hold(store: Store, name: str, ttl: float, seen: Seen) -> Lease | RemoteLease | None:
+    """Acquire a lease, breaking one that is dead; None where its holder may be alive."""
+    if not isinstance(store, Bucket):
+        return _take(store / name, ttl, seen)
+    try:
+        return RemoteLease(store, name, ttl)
+    except FileExistsError:
+        pass
+    try:
+        content = store.read(name)
+        if not _stale(name, content, _holder(content), ttl, seen) or store.read(name) != content:
+            return None
+        store.remove(name)  # two that break it at once make the same shard
+        return RemoteLease(store, name, ttl)
+    except (FileNotFoundError, FileExistsError):
+        return None
+
+
+def _holder(content: bytes) -> str:
+    return content.decode(errors="replace").partition(" ")[0]
+
+
+def _stale(lease: Any, stamp: Any, holder: str, ttl: float, seen: Seen) -> bool:
+    """Tell whether a lease is to be broken. Whether its stamp changes counts: hosts' clocks differ."""
+    if seen.get(lease, (None, 0.0))[0] != stamp:
+        seen[lease] = (stamp, time.monotonic())
+    return _dead(holder) or time.monotonic() - seen[lease][1] >= ttl
+
+
 def _take(path: Path, ttl: float, seen: Seen) -> Lease | None:
     """Acquire a lease, breaking one that is dead; None where its holder may be alive."""
     try:
@@ -115,10 +190,7 @@ def _take(path: Path, ttl: float, seen: Seen) -> Lease | None:
         stamp, holder = path.stat().st_mtime_ns, path.read_text()
     except FileNotFoundError:
         return None  # released this moment; the next round takes it
-    # Only whether the stamp changes counts, by our own clock: hosts' clocks differ.
-    if seen.get(path, (None, 0.0))[0] != stamp:
-        seen[path] = (stamp, time.monotonic())
-    if not _dead(holder) and time.monotonic() - seen[path][1] < ttl:
+    if not _stale(path, stamp, holder, ttl, seen):
         return None
     broken = path.with_name(f"{path.name}.tmp.{worker()}")
     try:
@@ -146,19 +218,17 @@ def _dead(name: str) -> bool:
     return int(number) == os.getpid()
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Place) -> None:
     """Remove the temporary files and leases that dead processes of this host left.
 
     Others' may be in use. A worker killed after its commit leaves a lease that nobody would break.
     """
-    for place in (folder, folder / META):
+    store = stores.at(folder)
+    for place in (store.scratch, store.scratch / META):
         for path in place.glob("*.tmp.*"):
             if _dead(path.name.rpartition(".tmp.")[2]):
                 path.unlink(missing_ok=True)
-    for path in (folder / META).glob("*.lease"):
-        try:
-            dead = _dead(path.read_text())
-        except FileNotFoundError:  # released this moment
-            continue
-        if dead:
-            path.unlink(missing_ok=True)
+    leases = [f"{META}/{name}" for name in store.names(META) if name.endswith(".lease")]
+    for lease, content in zip(leases, store.read_all(leases), strict=True):
+        if content is not None and _dead(_holder(content)):
+            store.remove(lease)

@@ -7,12 +7,14 @@ the data. It holds no clock, host or path: two runs of one config write the same
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flowmatch import stores
 from flowmatch.config import NotReady, UserError
+from flowmatch.folders import sync_folder, worker, write_atomic  # noqa: F401
+from flowmatch.stores import Place
 
 FORMAT = 1  # raised when a manifest of an older format no longer means the same
 NAME = "manifest.json"
@@ -20,37 +22,6 @@ NAME = "manifest.json"
 
 class Damaged(UserError):
     """A manifest that is none any more."""
-
-
-def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write a file so that a reader sees all of it or none, also after a power cut."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp.{worker()}")
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def worker() -> str:
-    """Name this process among all that may share a folder: HOST.PID."""
-    return f"{socket.gethostname()}.{os.getpid()}"
-
-
-def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -70,7 +41,7 @@ def fingerprint(value: Any) -> str:
 
 
 def seal(
-    folder: str | os.PathLike[str],
+    folder: Place,
     *,
     stage: str,
     config: Mapping[str, Any],
@@ -83,33 +54,32 @@ def seal(
     config: content fields only. inputs: name -> digest. outputs: paths relative to the folder (hashed
     here) or path -> sha256; only reproducible files belong there. facts: what later stages must know.
     """
-    folder = Path(folder)
     if not isinstance(outputs, Mapping):
-        outputs = {name: sha256_file(folder / name) for name in sorted(outputs)}
+        outputs = {name: sha256_file(Path(str(folder)) / name) for name in sorted(outputs)}
     manifest = {"format": FORMAT, "stage": stage, "config": config, "inputs": inputs}
     manifest |= {"facts": facts, "outputs": outputs}
-    write_atomic(folder / NAME, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    stores.at(folder).write(NAME, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     return manifest
 
 
-def sealed(folder: str | os.PathLike[str]) -> bool:
+def sealed(folder: Place) -> bool:
     """Tell whether a stage's folder holds a manifest."""
-    return (Path(folder) / NAME).is_file()
+    return stores.at(folder).sizes([NAME]) != [None]
 
 
-def read(folder: str | os.PathLike[str], key: str, stages: Iterable[str] = ()) -> dict[str, Any]:
+def read(folder: Place, key: str, stages: Iterable[str] = ()) -> dict[str, Any]:
     """Read the manifest of a sealed folder that the config's `key` names.
 
     Raises UserError where the folder is missing, unsealed, of an unknown format, or the work of a
     stage that is not among `stages`.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    folder = stores.at(folder)
+    if not folder.exists():
         raise NotReady(f"{key}={folder} does not exist; run the stage that makes it first")
     if not sealed(folder):
         raise NotReady(f"{key}={folder} has no {NAME}: its stage has not finished; repeat it first")
     try:
-        manifest = json.loads((folder / NAME).read_bytes())
+        manifest = json.loads(folder.read(NAME))
         known, stage = manifest["format"], manifest["stage"]
         for part in ("facts", "outputs", "inputs", "config"):
             if not isinstance(manifest[part], dict):
@@ -126,9 +96,9 @@ def read(folder: str | os.PathLike[str], key: str, stages: Iterable[str] = ()) -
     return manifest
 
 
-def verify(folder: str | os.PathLike[str], key: str, manifest: Mapping[str, Any]) -> None:
+def verify(folder: Place, key: str, manifest: Mapping[str, Any]) -> None:
     """Hash the outputs again; raise UserError naming each file that is missing or changed."""
-    folder, faults = Path(folder), []
+    folder, faults = Path(str(folder)), []
     for name, expected in manifest["outputs"].items():
         if not (folder / name).is_file():
             faults.append(f"{key}={folder}: {name} is missing")
@@ -141,6 +111,6 @@ def verify(folder: str | os.PathLike[str], key: str, manifest: Mapping[str, Any]
         raise UserError([f"{fault}; {hint}" for fault in faults])
 
 
-def digest(folder: str | os.PathLike[str]) -> str:
+def digest(folder: Place) -> str:
     """Hash a sealed folder: sha256 of its manifest's bytes."""
-    return sha256_file(Path(folder) / NAME)
+    return hashlib.sha256(stores.at(folder).read(NAME)).hexdigest()

@@ -6,13 +6,13 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Self
 
 from tqdm import tqdm
 
 from flowmatch import shards
 from flowmatch.config import UserError
+from flowmatch.stores import Place
 
 TERMINAL, LOG = 3.0, 30.0  # seconds between two looks at the folder
 WINDOW = 32  # looks that found something new and that the rate is of
@@ -27,7 +27,7 @@ class Progress:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Place,
         every: Sequence[int],
         fingerprint: str,
         shard_size: int,
@@ -70,8 +70,9 @@ class Progress:
     def look(self, now: float) -> None:
         """Count what is committed. now: seconds of a clock that never goes back."""
         try:
-            here = shards.sidecars(self.folder)
-            new = {k for k in self.left if k in here and self._done(k)}
+            here = shards.committed(self.folder)
+            here = {k for k in self.left if k in here}
+            new = here.difference(shards.missing(self.folder, sorted(here), self.fingerprint))
         except (
             UserError,
             OSError,
@@ -94,9 +95,6 @@ class Progress:
             if self.left:
                 text += f", {timedelta(seconds=round(len(self.left) * self.size / rate))} left"
         return text
-
-    def _done(self, k: int) -> bool:
-        return shards.done(self.folder, k, self.fingerprint)
 
     def _watch(self) -> None:
         while not self.stop.wait(self.interval):

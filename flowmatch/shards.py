@@ -19,13 +19,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flowmatch import stores
 from flowmatch.config import UserError
-from flowmatch.manifest import sync_folder, worker, write_atomic
+from flowmatch.folders import worker
+from flowmatch.stores import Place, Store
 
 META = ".meta"  # hidden: a visible .json beside the tars would make load_dataset read that instead
 HEAD = 512 + 128  # bytes before a member's values: tar header, .npy header
@@ -190,7 +191,7 @@ def _chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytearray]:
 
 
 def write_shard(
-    folder: str | os.PathLike[str],
+    folder: Place,
     k: int,
     layout: Layout,
     blocks: Iterable[Block],
@@ -200,6 +201,7 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write shard k as its blocks arrive, and commit it; return its sidecar.
 
+    folder: path or URL; what goes into a store is built in local scratch, and put there whole.
     blocks: (x0, x1, y or None) for each block in order: x0, x1 [n, *shape] of the stored dtype, y
     int64 [n], n = layout.pairs(block). environment: what bitwise equality of x1 also hangs on
     (versions, device, settings); not part of the fingerprint. card: Markdown body of the folder's
@@ -208,9 +210,9 @@ def write_shard(
     committed never changes. On any exception nothing is left. Raises UserError for values that are
     not finite, ValueError for blocks that do not fit the layout.
     """
-    started, folder = time.perf_counter(), Path(folder)
-    (folder / META).mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{tar_name(k)}.tmp.{worker()}"
+    started, store = time.perf_counter(), stores.at(folder)
+    store.make(META)
+    temporary = store.scratch / f"{tar_name(k)}.tmp.{worker()}"
     hashed = hashlib.sha256()
     try:
         with open(temporary, "wb") as file:
@@ -219,13 +221,12 @@ def write_shard(
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-        write_card(folder, card)
-        if done(folder, k, fingerprint):
-            committed = sidecar(folder, k)
+        write_card(store, card)
+        if done(store, k, fingerprint):
+            committed = sidecar(store, k)
             assert committed is not None
             return committed
-        os.replace(temporary, folder / tar_name(k))
-        sync_folder(folder)
+        store.put(temporary, tar_name(k))
     finally:
         temporary.unlink(missing_ok=True)
     facts = {
@@ -238,60 +239,72 @@ def write_shard(
         "environment": dict(environment),
         "seconds": time.perf_counter() - started,
     }
-    write_atomic(_sidecar_path(folder, k), json.dumps(facts, indent=1, sort_keys=True) + "\n")
+    store.write(sidecar_name(k), json.dumps(facts, indent=1, sort_keys=True) + "\n")
     return facts
 
 
-def write_card(folder: Path, body: str) -> None:
+def write_card(store: Store, body: str) -> None:
     """Write README.md where it is not there or says something else.
 
     Its head makes load_dataset(folder) read the tars; without it a manifest beside one tar wins.
     """
     text = '---\nconfigs:\n- config_name: default\n  data_files: "*.tar"\n---\n\n' + body
-    path = folder / "README.md"
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_atomic(path, text)
+    if store.read_all(["README.md"]) != [text.encode()]:
+        store.write("README.md", text)
 
 
-def _sidecar_path(folder: Path, k: int) -> Path:
-    return folder / META / f"pairs-{k:06d}.json"
+def sidecar_name(k: int) -> str:
+    """Name the sidecar of shard k."""
+    return f"{META}/pairs-{k:06d}.json"
 
 
-def sidecars(folder: str | os.PathLike[str]) -> set[int]:
+def committed(folder: Place) -> set[int]:
     """List the shards that have a sidecar, by one listing of the folder."""
-    names = os.listdir(Path(folder) / META) if (Path(folder) / META).is_dir() else []
+    names = stores.at(folder).names(META)
     return {int(name[6:-5]) for name in names if SIDECAR.fullmatch(name)}
 
 
-def sidecar(folder: str | os.PathLike[str], k: int) -> dict[str, Any] | None:
+def sidecars(folder: Place, shards: Iterable[int]) -> list[dict[str, Any] | None]:
+    """Read the sidecars of some shards; None for one that is missing or damaged."""
+    found = stores.at(folder).read_all([sidecar_name(k) for k in shards])
+    return [None if data is None else _facts(data) for data in found]
+
+
+def sidecar(folder: Place, k: int) -> dict[str, Any] | None:
     """Read the sidecar of shard k; None where it is missing or damaged."""
+    return sidecars(folder, [k])[0]
+
+
+def _facts(data: bytes) -> dict[str, Any] | None:
     try:
-        facts = json.loads(_sidecar_path(Path(folder), k).read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
+        facts = json.loads(data)
+    except (ValueError, RecursionError):
         return None
     needed = {"fingerprint", "bytes", "sha256", "count"}
     return facts if isinstance(facts, dict) and needed <= facts.keys() else None
 
 
-def done(folder: str | os.PathLike[str], k: int, fingerprint: str) -> bool:
+def done(folder: Place, k: int, fingerprint: str) -> bool:
     """Tell whether shard k is committed and its tar has the committed size.
 
     Raises UserError where its sidecar tells of another fingerprint.
     """
-    facts = sidecar(folder, k)
-    if facts is None:
-        return False
-    if facts["fingerprint"] != fingerprint:
-        raise UserError(
-            f"{Path(folder) / tar_name(k)} was made by another config or teacher (fingerprint "
-            f"{facts['fingerprint']}, expected {fingerprint}); use another run_dir, or delete this"
-        )
-    try:
-        return os.stat(Path(folder) / tar_name(k)).st_size == facts["bytes"]
-    except FileNotFoundError:
-        return False
+    return not missing(folder, [k], fingerprint)
 
 
-def missing(folder: str | os.PathLike[str], shards: Iterable[int], fingerprint: str) -> list[int]:
+def missing(folder: Place, shards: Iterable[int], fingerprint: str) -> list[int]:
     """List the shards that are not done; raise UserError like `done`."""
-    return [k for k in shards if not done(folder, k, fingerprint)]
+    store, numbers = stores.at(folder), list(shards)
+    every = dict(zip(numbers, sidecars(store, numbers), strict=True))
+    committed = {k: facts for k, facts in every.items() if facts is not None}
+    for k, facts in committed.items():
+        if facts["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{store / tar_name(k)} was made by another config or teacher (fingerprint "
+                f"{facts['fingerprint']}, expected {fingerprint}); use another run_dir, or delete this"
+            )
+    sizes = store.sizes([tar_name(k) for k in committed])
+    for k, size in zip(list(committed), sizes, strict=True):
+        if size != committed[k]["bytes"]:
+            del committed[k]
+    return [k for k in numbers if k not in committed]

@@ -9,14 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from flowmatch import config as configs
-from flowmatch import manifest
+from flowmatch import manifest, stores
 from flowmatch.config import Config, NotReady, UserError, option, required
+from flowmatch.stores import Store
 
 PREEMPTED = 75  # EX_TEMPFAIL: what a stage exits with after SIGTERM, its work saved
 USER_ERROR = 2
@@ -134,7 +134,9 @@ def begin(
     something, and then unseals it. Raises UserError where the folder was made with other content,
     listing the keys, or where a sealed file has changed.
     """
-    folder = Path(config.run_dir)
+    folder = stores.at(config.run_dir)
+    if unfinished is None and stores.is_url(folder):
+        raise UserError(f"run_dir={folder}: only pairs go into a store; use a local folder")
     if manifest.sealed(folder):
         sealed = manifest.read(folder, "run_dir", (name,))
         _refuse_other(folder, sealed["config"], sealed["inputs"], config, inputs)
@@ -144,10 +146,10 @@ def begin(
             say(f"{name}: {folder} is sealed: nothing to do")
             return False
         if not dry_run:
-            (folder / manifest.NAME).unlink(missing_ok=True)
-    early = folder / "config.yaml"
-    if early.is_file():
-        before, before_inputs = read_config(early, type(config))
+            folder.remove(manifest.NAME)
+    early = folder.read_all(["config.yaml"])[0]
+    if early is not None:
+        before, before_inputs = read_config(folder, early, type(config))
         _refuse_other(folder, configs.content(before), before_inputs, config, inputs)
     if dry_run:
         say(configs.dump(config))
@@ -157,7 +159,7 @@ def begin(
 
 
 def _refuse_other(
-    folder: Path, old: Any, old_inputs: Any, config: StageConfig, inputs: Mapping[str, str]
+    folder: Store, old: Any, old_inputs: Any, config: StageConfig, inputs: Mapping[str, str]
 ) -> None:
     changed = configs.differences(old, configs.content(config))
     changed += [f"(input) {line}" for line in configs.differences(old_inputs, dict(inputs))]
@@ -169,17 +171,17 @@ def _refuse_other(
         )
 
 
-def read_config(path: Path, model: type[S]) -> tuple[S, dict[str, str]]:
-    """Read the config.yaml of a run folder, and the digests of its inputs."""
+def read_config(folder: Store, text: bytes, model: type[S]) -> tuple[S, dict[str, str]]:
+    """Read the text of a run folder's config.yaml, and the digests of its inputs."""
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(text)
         inputs = values.pop("inputs")
         return configs.validate(model, values), inputs
     except (yaml.YAMLError, KeyError, AttributeError, UserError) as error:
         raise UserError(
-            f"run_dir={path.parent}: config.yaml is not one that this stage wrote ({error}); "
+            f"run_dir={folder}: config.yaml is not one that this stage wrote ({error}); "
             "use another run_dir"
         ) from None
 
@@ -189,4 +191,4 @@ def write_config(config: StageConfig, inputs: Mapping[str, str]) -> None:
     lines = ["inputs:"] if inputs else ["inputs: {}"]
     lines += [f"  {name}: {digest}" for name, digest in sorted(inputs.items())]
     text = configs.dump(config) + "\n".join(lines) + "\n"
-    manifest.write_atomic(Path(config.run_dir) / "config.yaml", text)
+    stores.at(config.run_dir).write("config.yaml", text)

@@ -7,14 +7,13 @@ the folder and nothing else: start any number of them, stop them, start others; 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowmatch import claims, manifest, nets, noise, shards, solvers, stage, teachers
+from flowmatch import claims, manifest, nets, noise, shards, solvers, stage, stores, teachers
 from flowmatch import config as configs
 from flowmatch.behind import Behind
 from flowmatch.config import UserError, option, required
@@ -67,8 +66,8 @@ def main(config: PairsConfig, dry_run: bool) -> None:
             shard_size=config.shard_size,
             block=min(config.block, config.shard_size),
         )
-    folder = Path(config.run_dir)
     with faults:
+        folder = stores.at(config.run_dir)
         refuse_fewer(folder, config.shards)
     faults.check()
     inputs = {"teacher": teacher.digest}
@@ -99,7 +98,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     if not stage.begin("generate_pairs", config, inputs, plan, dry_run, unfinished):
         return
     stage.exit_on_sigterm()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.make()
     stage.write_config(config, inputs)
     make = Maker(config, layout, velocity, stage.worker_device(device))
     card = CARD.format(
@@ -123,7 +122,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     with shown, closing(todo), behind:  # left the other way round: leases outlast the writer
         for k in todo:
             behind.shard(k, make.batches(k))
-    sidecars = {k: shards.sidecar(folder, k) for k in every}
+    sidecars = dict(zip(every, shards.sidecars(folder, every), strict=True))
     if evaluations is None:  # a pair, as counted; the mean over all batches
         counts = [side["environment"]["evaluations"] for side in sidecars.values()]
         evaluations = sum(counts) / len(counts)
@@ -147,9 +146,9 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     stage.say(f"generate_pairs: sealed {folder}")
 
 
-def refuse_fewer(folder: Path, number: int) -> None:
+def refuse_fewer(folder: stores.Store, number: int) -> None:
     """Raise UserError where a set has more shards than are asked for: stock readers take every tar."""
-    there = max(shards.sidecars(folder), default=-1) + 1
+    there = max(shards.committed(folder), default=-1) + 1
     if manifest.sealed(folder):
         there = max(there, manifest.read(folder, "run_dir")["facts"].get("shards", 0))
     if there > number:

@@ -11,3 +11,5 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+from tests.bucket import bucket, s3  # noqa: E402, F401

@@ -24,7 +24,19 @@ LAYERS = {
         ),
         *("metrics", "toy"),
     ],
-    "artefacts": ["manifest", "shards", "claims", "behind", "progress", "pairs", "audit"],
+    "artefacts": [
+        *(
+            "folders",
+            "stores",
+            "manifest",
+            "shards",
+            "claims",
+            "behind",
+            "progress",
+            "pairs",
+            "audit",
+        ),
+    ],
     "export": ["scheduler", "pipeline", "mlp"],
     "models": [
         *("nets", "foreign", "images", "sources", "tables", "data", "teachers"),

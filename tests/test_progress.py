@@ -38,11 +38,11 @@ def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
         write(tmp_path, k, WORKED)
     read = []
 
-    def counted(folder, k, fingerprint, inner=shards.done):
-        read.append(k)
-        return inner(folder, k, fingerprint)
+    def counted(folder, numbers, inner=shards.sidecars):
+        read.extend(numbers)
+        return inner(folder, numbers)
 
-    monkeypatch.setattr(shards, "done", counted)
+    monkeypatch.setattr(shards, "sidecars", counted)
     seen = progress(tmp_path, 10_000)
     for now in range(10):
         seen.look(now)

@@ -1,0 +1,127 @@
+"""A local folder of a set of pairs: files that appear whole or not at all, also after a power cut."""
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+
+def worker() -> str:
+    """Name this process among all that may share a folder: HOST.PID."""
+    return f"{socket.gethostname()}.{os.getpid()}"
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make renames inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Write a file so that a reader sees all of it or none, also after a power cut."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp.{worker()}")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A local folder."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __truediv__(self, name: str) -> Path:
+        """Say where a file is."""
+        return self.path / name
+
+    @property
+    def name(self) -> str:
+        """Give the last part of the place."""
+        return self.path.name
+
+    @property
+    def scratch(self) -> Path:
+        """Name the folder in which files are built."""
+        return self.path
+
+    def make(self, *parts: str) -> None:
+        """Make the folder, and folders in it."""
+        for part in parts or ("",):
+            (self.path / part).mkdir(parents=True, exist_ok=True)
+
+    def exists(self) -> bool:
+        """Tell whether there is such a folder."""
+        return self.path.is_dir()
+
+    def names(self, part: str = "") -> list[str]:
+        """List what lies in the folder, or in a folder of it; sorted."""
+        folder = self.path / part
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+    def sizes(self, names: Sequence[str]) -> list[int | None]:
+        """Give the bytes of some files; None for one that is not there."""
+
+        def size(name: str) -> int | None:
+            try:
+                return os.stat(self.path / name).st_size
+            except FileNotFoundError:
+                return None
+
+        return [size(name) for name in names]
+
+    def read(self, name: str) -> bytes:
+        """Read a file; raises FileNotFoundError."""
+        return (self.path / name).read_bytes()
+
+    def read_all(self, names: Sequence[str]) -> list[bytes | None]:
+        """Read some small files; None for one that is not there."""
+
+        def read(name: str) -> bytes | None:
+            try:
+                return (self.path / name).read_bytes()
+            except FileNotFoundError:
+                return None
+
+        return [read(name) for name in names]
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[BinaryIO]:
+        """Open a file to read it from its beginning; raises FileNotFoundError."""
+        with open(self.path / name, "rb") as file:
+            yield file
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Write a file, whole."""
+        write_atomic(self.path / name, content)
+
+    def put(self, built: Path, name: str) -> None:
+        """Give a synced file of `scratch` its name."""
+        os.replace(built, self.path / name)
+        sync_folder(self.path)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
+    def move(self, name: str, target: str) -> None:
+        """Rename a file."""
+        (self.path / name).rename(self.path / target)

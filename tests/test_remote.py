@@ -1,0 +1,175 @@
+"""Pairs in an object store: a real server of the S3 protocol, real processes, killed and repeated."""
+
+import random
+import signal
+import tempfile
+import threading
+import time
+from contextlib import closing
+
+import pytest
+
+from flowmatch import claims, manifest, shards, stage, stores
+from flowmatch.config import UserError
+from tests import pairset
+from tests.pairset import SHARDS, generate
+from tests.store import PRINT, WORKED, blocks_of, write
+from tests.test_claims import finish, hashes, start
+
+
+def objects(place, ending=".tar"):
+    """Give what lies under a URL: name -> bytes."""
+    store = stores.at(place)
+    return {name: store.read(name) for name in store.names() if name.endswith(ending)}
+
+
+@pytest.fixture
+def reference(tmp_path):
+    for k in range(6):
+        write(tmp_path / "reference", k, WORKED)
+    return hashes(tmp_path / "reference")
+
+
+class Watch:
+    """List a prefix again and again; keep the size of every tar that was ever seen."""
+
+    def __init__(self, place):
+        self.store, self.seen, self.stop = stores.at(place), set(), threading.Event()
+        self.thread = threading.Thread(target=self._look)
+
+    def _look(self):
+        while not self.stop.wait(0.005):
+            tars = [name for name in self.store.names() if ".tar" in name]
+            self.seen |= set(zip(tars, self.store.sizes(tars), strict=True)) if tars else set()
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.stop.set()
+        self.thread.join()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_repeated_and_no_half_object_is_ever_seen(
+    tmp_path, monkeypatch, bucket, reference
+):
+    """SIGKILL at random moments, and the same command again: the bytes of an undisturbed local run."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    place, rng, kills = f"{bucket}/set", random.Random(0), 0
+    with Watch(place) as watch:
+        while shards.missing(place, range(6), PRINT) and kills < 5:
+            worker = start(place, 0, 1, 6, 60, 0.04)
+            assert worker.stdout.readline().startswith("makes")
+            time.sleep(rng.uniform(0, 0.6))
+            worker.send_signal(signal.SIGKILL)
+            worker.wait()
+            worker.stdout.close()
+            kills += 1
+        assert kills > 1
+        finish([start(place, 0, 1, 6, 60, 0.01)])
+    assert objects(place) == reference
+    assert watch.seen == {(name, WORKED.tar_bytes) for name in reference}
+    assert stores.at(place).names(".meta") == [f"pairs-{k:06d}.json" for k in range(6)]
+    assert not list(tmp_path.rglob("*.tmp.*"))
+
+
+def test_two_workers_share_a_bucket(bucket, reference):
+    """Neither makes what the other holds: leases are objects that are created exclusively."""
+    made = finish([start(f"{bucket}/set", 0, 1, 6, 60, 0.05) for _ in range(2)])
+    assert sorted(made[0] + made[1]) == list(range(6))
+    assert objects(f"{bucket}/set") == reference
+
+
+@pytest.mark.slow
+def test_workers_race_without_leases(bucket, reference):
+    workers = [start(f"{bucket}/set", rank, 2, 6, 60, 0.01, "race") for rank in range(2)]
+    finish(workers)
+    assert objects(f"{bucket}/set") == reference
+
+
+def test_a_lease_that_stands_still_is_broken_and_one_that_moves_is_not(bucket):
+    store, name, seen = stores.at(f"{bucket}/set"), ".meta/000000.lease", {}
+    store.write(name, "elsewhere.7 0")
+    assert claims._hold(store, name, 0.3, seen) is None
+    time.sleep(0.2)
+    store.write(name, "elsewhere.7 1")  # refreshed
+    assert claims._hold(store, name, 0.3, seen) is None
+    time.sleep(0.35)
+    lease = claims._hold(store, name, 0.3, seen)
+    assert lease is not None
+    first = store.read(name)
+    time.sleep(0.3)
+    assert store.read(name) != first  # its holder refreshes it
+    lease.release()
+    assert store.names(".meta") == []
+
+
+def test_stage_two_writes_into_a_bucket_what_it_writes_into_a_folder(tmp_path, bucket):
+    """Config, card, tars and seal; repeated it does nothing, extended it makes what is more."""
+    pairset.make_teacher(tmp_path / "flow", pairset.CLASSES)
+    generate(*pairset.words(tmp_path))
+    place = f"{bucket}/deep/pairs"
+    generate(*pairset.words(tmp_path, f"run_dir={place}"))
+    store = stores.at(place)
+    assert objects(place) == hashes(tmp_path / "pairs")
+    for name in ("manifest.json", "README.md"):
+        assert store.read(name) == (tmp_path / "pairs" / name).read_bytes()
+    assert store.read("config.yaml").startswith(f"run_dir: {place}\n".encode())
+    before = store.read("manifest.json")
+    generate(*pairset.words(tmp_path, f"run_dir={place}"))
+    assert store.read("manifest.json") == before
+    with pytest.raises(UserError, match=r"s3://.* was made with other settings"):
+        generate(*pairset.words(tmp_path, f"run_dir={place}", "seed=1"))
+    generate(*pairset.words(tmp_path, f"run_dir={place}", f"shards={SHARDS + 1}"))
+    assert manifest.read(place, "pairs")["facts"]["shards"] == SHARDS + 1
+
+
+@pytest.mark.parametrize("kind", ["s3://no-such-bucket/pairs", "gs://bucket/pairs", "s3://"])
+def test_a_store_that_cannot_be_reached_is_named(tmp_path, kind, s3):
+    pairset.make_teacher(tmp_path / "flow", pairset.CLASSES)
+    with pytest.raises(UserError, match=kind) as error:
+        generate(*pairset.words(tmp_path, f"run_dir={kind}"))
+    if kind.startswith("gs"):
+        assert "install gcsfs" in str(error.value)
+
+
+def test_other_stages_stay_local():
+    config = stage.StageConfig(run_dir="memory://somewhere/flow")
+    with pytest.raises(
+        UserError, match="run_dir=memory://somewhere/flow: only pairs go into a store"
+    ):
+        stage.begin("train_flow", config, {}, [], False)
+
+
+def test_a_shard_whose_making_fails_leaves_nothing(tmp_path, monkeypatch, bucket):
+    """A client that streams would commit the half that is there."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+    def broken():
+        yield next(blocks_of(0, WORKED))
+        raise OSError("the teacher is gone")
+
+    with pytest.raises(OSError, match="gone"):
+        write(f"{bucket}/set", 0, WORKED, broken())
+    assert not stores.at(f"{bucket}/set").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_store_without_exclusive_creation_has_no_leases(monkeypatch):
+    """Then two workers may make the same shard: the same bytes."""
+    monkeypatch.setattr(stores, "EXCLUSIVE", set())
+    place = "memory://no/leases"
+    stores._bucket.cache_clear()
+    one, two = (claims.claim(place, [0], range(2), PRINT) for _ in range(2))
+    with closing(one), closing(two):
+        assert next(one) == next(two) == 0
+        write(place, 0, WORKED)
+        write(place, 0, WORKED)
+        assert next(one) == next(two) == 1
+        write(place, 1, WORKED)
+        assert list(one) == list(two) == []
+    stores._bucket.cache_clear()
+    assert stores.at(place).names(".meta") == ["pairs-000000.json", "pairs-000001.json"]
