@@ -96,11 +96,26 @@ def check(config: FitConfig, device: str, processes: int) -> None:
     """Raise UserError for what only the machine decides, before any work."""
     if config.precision == "fp16" and device == "cpu":
         raise UserError("fit.precision='fp16' needs a GPU; use bf16 or fp32 on a CPU")
+    if config.precision == "tf32" and device == "cpu":
+        raise UserError("fit.precision='tf32' needs a GPU, CPUs have no TF32; use fp32")
+    if config.shard and config.compile:
+        raise UserError(
+            "fit.shard=true gathers in the middle of what fit.compile=true makes one graph"
+        )
     if config.shard and processes == 1:
         raise UserError("fit.shard=true shares out over processes, and there is one; leave it out")
     if config.shard and config.precision == "fp16":
         raise UserError("fit.shard=true does not scale gradients as fp16 needs; use bf16 or fp32")
     split_batch(config, processes)
+
+
+def check_net(config: FitConfig, net: Any) -> None:
+    """Raise UserError for what the network cannot do, before any work."""
+    kind = type(net).__name__
+    if config.checkpointing and not net._supports_gradient_checkpointing:
+        raise UserError(f"fit.checkpointing=true: {kind} has no checkpointing; leave it out")
+    if config.channels_last and all(p.dim() != 4 for p in net.parameters()):
+        raise UserError(f"fit.channels_last=true: {kind} has no convolutions; leave it out")
 
 
 def fit(
@@ -124,10 +139,13 @@ def fit(
     """
     accelerator = start_accelerator(
         device,
-        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+        mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
         log_with=config.trackers or None,
         project_dir=str(run.folder),
     )
+    tf32 = config.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
     rank, world = accelerator.process_index, accelerator.num_processes
     micro, accumulation = split_batch(config, world)
     state = State(net, config, accelerator, run)

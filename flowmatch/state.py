@@ -39,8 +39,22 @@ class FitConfig(Config):
         0.999, "EMA of the weights after n updates: min(ema_decay, (1 + n) / (10 + n))", ge=0, lt=1
     )
     label_drop: float = option(0.1, "share of labels replaced by the null class", ge=0, le=1)
-    precision: Literal["fp32", "bf16", "fp16"] = option(
-        "fp32", "dtype of the network's arithmetic; weights, EMA and loss stay float32"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = option(
+        "fp32",
+        "the network's arithmetic (tf32: float32, multiplied in fewer bits); weights, EMA and loss "
+        "stay float32",
+    )
+    compile: bool = option(
+        False, "compile the network into one graph by torch.compile; alters rounding"
+    )
+    channels_last: bool = option(
+        False, "store convolutions with the channels innermost; alters rounding"
+    )
+    checkpointing: bool = option(
+        False,
+        "compute activations again in the backward pass instead of keeping them: the same gradients "
+        "in less memory and more time",
+        run=True,
     )
     shard: bool = option(
         False,
@@ -70,9 +84,15 @@ class State:
         if saved:
             net.load_state_dict(saved["net"])
         self.kind = type(net)  # to which sharding adds
+        if config.checkpointing:
+            net.enable_gradient_checkpointing()
+        if config.channels_last:
+            net.to(memory_format=torch.channels_last)
         if config.shard:
             sharding.shard(net, device)
         net.to(device).train()
+        if config.compile:  # a micro-batch has one shape: one graph, never another
+            net.forward = torch.compile(net.forward, fullgraph=True, dynamic=False)
         self.parameters = list(net.parameters())  # walking the modules each step is not free
         self.adamw = torch.optim.AdamW(
             net.parameters(),

@@ -22,7 +22,7 @@ from flowmatch import (
     teachers,
 )
 from flowmatch.config import Config, UserError, option, required
-from flowmatch.fit import check, fit
+from flowmatch.fit import check, check_net, fit
 from flowmatch.losses import LossConfig
 from flowmatch.state import FitConfig
 from flowmatch.times import TimesConfig
@@ -62,6 +62,7 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
     with faults:
         start = teachers.load(config.start, "start")
         inputs["start"] = start.digest
+        check_net(config.fit, start.net)
     sets: list[tuple[pairs.PairData, float]] = []
     rounds = []
     for number, entry in enumerate(config.pairs):

@@ -9,7 +9,7 @@ from flowmatch import coupling, data, losses, nets, run, stage
 from flowmatch.config import UserError, option, required
 from flowmatch.coupling import CouplingConfig
 from flowmatch.data import DataConfig
-from flowmatch.fit import check, fit, split_batch
+from flowmatch.fit import check, check_net, fit, split_batch
 from flowmatch.losses import LossConfig
 from flowmatch.nets import NetConfig
 from flowmatch.noise import Order
@@ -48,6 +48,7 @@ def main(config: FlowConfig, dry_run: bool) -> None:
     with faults:
         images = data.load(config.data)
         net = nets.build(config.net, images.shape, images.classes, config.seed)
+        check_net(config.fit, net)
     faults.check()
     seen = config.fit.steps * config.fit.batch_size
     plan = [

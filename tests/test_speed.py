@@ -1,0 +1,124 @@
+"""Keys for precision and speed: what they may not change, and where they are refused."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from flowmatch import nets
+from flowmatch.config import UserError
+from flowmatch.fit import check, check_net
+from flowmatch.nets import NetConfig
+from flowmatch.state import FitConfig
+from tests.test_fit import net, train, weights
+
+IMAGES = torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+SHORT = {"steps": 6, "batch_size": 8, "save_every": 3, "log_every": 1, "warmup": 2}
+
+
+def unet(dropout=0.0):
+    config = NetConfig(
+        name="UNet2DModel",
+        block_out_channels=[8],
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=["DownBlock2D"],
+        up_block_types=["UpBlock2D"],
+        add_attention=False,
+        dropout=dropout,
+    )
+    return nets.build(config, (1, 4, 4), None, 0)
+
+
+def images(counters):
+    return {"x1": IMAGES[counters % 50]}
+
+
+def curve(folder, dropout=0.0, stream=images, **values):
+    _, lines = train(folder, stream, unet(dropout), **(SHORT | values))
+    return [line["loss"] for line in lines]
+
+
+def test_checkpointing_gives_the_same_gradients_dropout_included(tmp_path):
+    assert curve(tmp_path / "a", 0.3) == curve(tmp_path / "b", 0.3, checkpointing=True)
+    for name, tensor in weights(tmp_path / "a").items():
+        assert torch.equal(tensor, weights(tmp_path / "b")[name])
+
+
+def test_checkpointing_computes_again(tmp_path, monkeypatch):
+    calls = []
+    forward = torch.nn.Conv2d.forward
+    monkeypatch.setattr(
+        torch.nn.Conv2d, "forward", lambda self, x: calls.append(1) or forward(self, x)
+    )
+    counts = []
+    for again in (False, True):
+        calls.clear()
+        curve(tmp_path / str(again), checkpointing=again)
+        counts.append(len(calls))
+    assert counts[1] > 1.3 * counts[0]
+
+
+def test_channels_last_changes_no_more_than_rounding_and_resumes(tmp_path):
+    network = unet()
+    train(tmp_path / "a", images, network, channels_last=True, **SHORT)
+    kernel = network.down_blocks[0].resnets[0].conv1.weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    assert not kernel.is_contiguous()
+    whole = curve(tmp_path / "b", channels_last=True)
+    assert whole == pytest.approx(curve(tmp_path / "c"), rel=1e-5)
+
+    class Stopped(Exception):
+        pass
+
+    def stopping(counters):
+        if counters[0] // 8 >= 5:
+            raise Stopped
+        return images(counters)
+
+    with pytest.raises(Stopped):
+        curve(tmp_path / "d", stream=stopping, channels_last=True)
+    assert curve(tmp_path / "d", channels_last=True) == whole
+    for name, tensor in weights(tmp_path / "b").items():
+        assert torch.equal(tensor, weights(tmp_path / "d")[name])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_network_is_one_graph_compiled_once(tmp_path, monkeypatch, checkpointing):
+    """By the backend that generates no code; `inductor` takes minutes for it on a CPU."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    values = {"micro_batch": 4, "checkpointing": checkpointing}
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = curve(tmp_path / "a", compile=True, **values)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert compiled == pytest.approx(curve(tmp_path / "b", **values), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_training_agrees_with_eager(tmp_path):
+    values = {"batch_size": 32, "steps": 20, "save_every": 10, "log_every": 5}
+    _, compiled = train(tmp_path / "a", compile=True, **values)
+    _, eager = train(tmp_path / "b", **values)
+    for one, other in zip(compiled, eager, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+    for name, tensor in weights(tmp_path / "a").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "b")[name], atol=1e-6, rtol=1e-5)
+
+
+def test_what_machine_or_network_lacks_is_refused():
+    def config(**values):
+        return FitConfig(steps=1, batch_size=2, **values)
+
+    with pytest.raises(UserError, match="'tf32' needs a GPU"):
+        check(config(precision="tf32"), "cpu", 1)
+    check(config(precision="tf32"), "cuda", 1)
+    with pytest.raises(UserError, match="in the middle of what fit.compile=true makes one graph"):
+        check(config(shard=True, compile=True), "cpu", 2)
+    with pytest.raises(UserError, match="VelocityMLP has no checkpointing"):
+        check_net(config(checkpointing=True), net())
+    with pytest.raises(UserError, match="VelocityMLP has no convolutions"):
+        check_net(config(channels_last=True), net())
+    check_net(config(channels_last=True, checkpointing=True), unet())
