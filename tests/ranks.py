@@ -1,6 +1,6 @@
-"""Stage one in several real processes that are watched and, on request, die.
+"""A stage in several real processes that are watched and, on request, die.
 
-accelerate launch ... -m tests.ranks CONFIG.yaml key=value ...
+accelerate launch ... -m tests.ranks CONFIG.yaml key=value ...         (stage one)
 
 FAULT=KIND:RANK:STEP makes a rank, before that update, send itself SIGKILL (kill), raise (raise) or
 poison a gradient (nan); save:0:STEP kills it in the middle of writing the checkpoint of a step.
@@ -14,8 +14,13 @@ import sys
 import weakref
 
 from flowmatch import fit, run, stage, state
-from pipelines import train_flow
+from pipelines import generate_pairs, reflow, train_flow
 
+STAGES = {
+    "train_flow": (train_flow.FlowConfig, train_flow.main),
+    "generate_pairs": (generate_pairs.PairsConfig, generate_pairs.main),
+    "reflow": (reflow.ReflowConfig, reflow.main),
+}
 WRAPPERS = []
 
 
@@ -39,6 +44,10 @@ def opened(self, *words, inner=state.State.__init__):
                 raise OSError("the cause of it all")
             gradient = self.parameters[0].grad
             getattr(gradient, "to_local", lambda: gradient)()[0].fill_(float("nan"))
+            counted = update(*words)
+            for tensor in [*self.net.state_dict().values(), *self.ema.shadow_params]:
+                assert getattr(tensor, "to_local", lambda t=tensor: t)().isfinite().all()
+            return counted
         return update(*words)
 
     self.update = faulty
@@ -72,32 +81,32 @@ def started(*words, inner=run.start_accelerator, **options):
     return accelerator
 
 
-def main():
-    """Run the stage on the words of the command line."""
+def main(name="train_flow"):
+    """Run a stage on the words of the command line."""
     state.State.__init__ = opened
     fit.start_accelerator = started
-    stage.command("train_flow", train_flow.FlowConfig, train_flow.main, train_flow.__doc__)
+    stage.command(name, *STAGES[name], "")
 
 
-def _rank(number, world, port, argv, log, environment):
+def _rank(number, world, port, name, argv, log, environment):
     os.environ.update(environment, RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     file = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.argv[1:] = argv
-    main()
+    main(name)
 
 
-def start(world, argv, log, **environment):
+def start(world, argv, log, name="train_flow", **environment):
     """Start ranks as forks of a process that has imported what they need; the output goes to a log."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.ranks", "flowmatch.mlp", "accelerate"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [(number, world, port, argv, str(log), environment) for number in range(world)]
-    ranks = [context.Process(target=_rank, args=each, daemon=True) for each in words]
+    words = (world, port, name, argv, str(log), environment)
+    ranks = [context.Process(target=_rank, args=(i, *words), daemon=True) for i in range(world)]
     for rank in ranks:
         rank.start()
     return ranks

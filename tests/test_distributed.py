@@ -2,19 +2,22 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flowmatch import nets
-from tests import ranks
+from tests import pairset, ranks
 
 ROOT = Path(__file__).parent.parent
 RING = [
     *("configs/ring/flow.yaml", "data.samples=500", "net.hidden=32", "fit.batch_size=64"),
-    *("fit.log_every=10", "fit.save_every=20"),
+    *("fit.log_every=10", "fit.save_every=20", "fit.keep=100", "fit.steps=200"),
 ]
 DIGITS = [
     *("configs/digits/flow.yaml", "fit.steps=20", "fit.batch_size=16", "fit.warmup=5"),
@@ -45,11 +48,12 @@ def launch(folder, *more, processes=2, **environment):
     )
 
 
-def train(folder, world, *words, codes=None, **environment):
+def train(folder, world, *words, codes=None, name="train_flow", **environment):
     """Run the watched stage on some ranks, to its end; return what they said."""
     log = Path(f"{folder}.log")
     log.unlink(missing_ok=True)
-    started = ranks.start(world, [*words, "device=cpu", f"run_dir={folder}"], log, **environment)
+    argv = [*words, "device=cpu", f"run_dir={folder}"]
+    started = ranks.start(world, argv, log, name, **environment)
     for rank in started:
         rank.join(120)
     said = log.read_text()
@@ -91,6 +95,117 @@ def test_ranks_let_go_of_their_wrappers_before_the_group_ends(tmp_path):
     done = launch(tmp_path / "flow", "fit.steps=20")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "flow/manifest.json").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The ring, trained undisturbed by one, two and four ranks: number -> folder."""
+    root = tmp_path_factory.mktemp("whole")
+    for world in (1, 2, 4):
+        train(root / str(world), world, *RING)
+    return {world: root / str(world) for world in (1, 2, 4)}
+
+
+@pytest.mark.slow
+def test_one_two_and_four_ranks_see_the_same_global_batches(whole):
+    curves = {world: losses(folder) for world, folder in whole.items()}
+    assert len(curves[1]) == 20
+    for world in (2, 4):
+        assert curves[world] == pytest.approx(curves[1], rel=1e-6)
+        assert difference(whole[world], whole[1]) < 1e-5
+
+
+def disturb(folder, world, after, number, wait):
+    """Train until a checkpoint is there, wait, signal all ranks; give their exit codes."""
+    argv = [*RING, "device=cpu", f"run_dir={folder}"]
+    started = ranks.start(world, argv, f"{folder}.log")
+    while not (folder / f"checkpoints/step_{after:08d}").exists():
+        assert all(rank.is_alive() for rank in started), Path(f"{folder}.log").read_text()
+        time.sleep(0.002)
+    time.sleep(wait)
+    for rank in started:
+        os.kill(rank.pid, number)
+    for rank in started:
+        rank.join(60)
+    assert not (folder / "manifest.json").exists(), "it was done before it was disturbed"
+    return [rank.exitcode for rank in started]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("worlds", "apart"), [((2, 2, 2), 0), ((4, 1, 2), 1e-5)])
+def test_killed_at_random_moments_and_repeated(whole, tmp_path, worlds, apart):
+    rng = np.random.default_rng(5)
+    *killed, last = worlds
+    for world, after in zip(killed, (40, 120), strict=True):
+        codes = disturb(tmp_path / "cut", world, after, signal.SIGKILL, rng.uniform(0, 0.1))
+        assert codes == [-9] * world
+    train(tmp_path / "cut", last, *RING)
+    assert difference(tmp_path / "cut", whole[last]) <= apart
+    assert losses(tmp_path / "cut") == pytest.approx(losses(whole[last]), rel=1e-6 if apart else 0)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_where_it_stopped(whole, tmp_path):
+    assert disturb(tmp_path / "cut", 2, 60, signal.SIGTERM, 0.05) == [75, 75]
+    newest = max((tmp_path / "cut/checkpoints").iterdir()).name
+    assert int(newest.removeprefix("step_")) == 10 * len(losses(tmp_path / "cut"))
+    train(tmp_path / "cut", 2, *RING)
+    assert difference(tmp_path / "cut", whole[2]) == 0
+
+
+def alive(group):
+    """Tell whether a process group has a member left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_group_of_one_rank_leaves_no_orphan(tmp_path):
+    words = ["-m", "accelerate.commands.launch", "--num_processes", "1", "-m", "tests.ranks", *RING]
+    more = ["fit.steps=1000000", "fit.save_every=1000000"]
+    job = subprocess.Popen(
+        [sys.executable, *words, *more, "device=cpu", f"run_dir={tmp_path / 'flow'}"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while not (tmp_path / "flow/metrics.jsonl").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    os.killpg(job.pid, signal.SIGTERM)
+    job.wait(60)
+    deadline = time.monotonic() + 60
+    while alive(job.pid):
+        assert time.monotonic() < deadline, "the stage runs on"
+        time.sleep(0.05)
+    (saved,) = (tmp_path / "flow/checkpoints").iterdir()
+    assert int(saved.name.removeprefix("step_")) >= 10 * len(losses(tmp_path / "flow"))
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_divide_is_refused_by_every_rank_and_said_once(tmp_path):
+    said = train(tmp_path / "flow", 3, *RING, codes=[2, 2, 2])
+    assert said == ("train_flow: fit.batch_size=64 is not a multiple of 3 processes; use 63\n")
+    assert not (tmp_path / "flow").exists()
+
+
+@pytest.mark.slow
+def test_fewer_shards_than_ranks(tmp_path):
+    pairset.make_teacher(tmp_path / "flow")
+    words = [word for word in pairset.words(tmp_path, "shards=1") if "run_dir" not in word]
+    train(tmp_path / "pairs", 3, *words, name="generate_pairs")
+    train(tmp_path / "one", 1, *words, name="generate_pairs")
+    assert pairset.contents(tmp_path / "pairs") == pairset.contents(tmp_path / "one")
+    words = [f"start={tmp_path}/flow", f"pairs=[{{path: {tmp_path}/pairs}}]"]
+    words += ["fit.steps=20", "fit.batch_size=8", "fit.log_every=5"]
+    for world in (1, 2):
+        train(tmp_path / f"reflow{world}", world, *words, name="reflow")
+    one, two = (losses(tmp_path / f"reflow{world}") for world in (1, 2))
+    assert one == pytest.approx(two, rel=1e-6)
 
 
 @pytest.fixture(scope="module")
