@@ -18,6 +18,7 @@ ORDER = 5  # order of an epoch's samples
 RING = 6  # samples of the 2-D ring
 DIRECTIONS = 7  # projections of the sliced Wasserstein distance
 TOY = 8  # exact samples of a closed-form target
+GROUP = 9  # order within a group of shards
 
 
 def generator(seed: int, i: int, stream: int) -> np.random.Generator:
@@ -71,7 +72,64 @@ class Order:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
-            while len(self._epochs) > 1:
-                del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = generator(self.seed, epoch, ORDER).permutation(self.n)
+            order = generator(self.seed, epoch, ORDER).permutation(self.n)
+            _remember(self._epochs, epoch, order)
         return self._epochs[epoch]
+
+
+class GroupedOrder:
+    """Walk the pairs of shards so that an epoch touches each shard once: sample counter -> id.
+
+    Epoch e = counter // n permutes the shards by Philox key (seed, e), and cuts them into groups of
+    `group` shards (the last may be smaller), whose pairs are shuffled together. Pair i of shard k has
+    id k * size + i. Like `Order`, a function of its settings and the counter alone.
+    """
+
+    def __init__(self, shards: int, size: int, group: int, seed: int):
+        if min(shards, size, group) < 1:
+            raise ValueError(f"shards={shards}, size={size}, group={group}: expected 1 or more")
+        self.shards, self.size, self.group, self.seed = shards, size, min(group, shards), seed
+        self.n = shards * size
+        self.groups = -(-self.shards // self.group)  # in an epoch
+        self._epochs: dict[int, np.ndarray] = {}
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __call__(self, counters: np.ndarray) -> np.ndarray:
+        """Give the ids at some counters: int64 [B] -> int64 [B]."""
+        numbers, places = self._find(counters)
+        ids = np.empty(len(counters), dtype=np.int64)
+        for number in np.unique(numbers).tolist():
+            here, members = numbers == number, self.members(number)
+            if number not in self._orders:
+                count = len(members) * self.size
+                order = generator(self.seed, number, GROUP).permutation(count)
+                _remember(self._orders, number, order)
+            which, index = np.divmod(self._orders[number][places[here]], self.size)
+            ids[here] = members[which] * self.size + index
+        return ids
+
+    def span(self, counters: np.ndarray) -> range:
+        """Give the groups, numbered through all epochs, from the first to the last of some counters."""
+        ends, _ = self._find(np.array([counters.min(), counters.max()]))
+        return range(int(ends[0]), int(ends[1]) + 1)
+
+    def members(self, number: int) -> np.ndarray:
+        """Give the shards of a group, numbered through all epochs; int64."""
+        epoch, group = divmod(number, self.groups)
+        if epoch not in self._epochs:
+            order = generator(self.seed, epoch, ORDER).permutation(self.shards)
+            _remember(self._epochs, epoch, order)
+        return self._epochs[epoch][group * self.group : (group + 1) * self.group]
+
+    def _find(self, counters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find the groups of some counters, and their places there."""
+        epochs, places = np.divmod(counters, self.n)
+        groups, places = np.divmod(places, self.group * self.size)
+        return epochs * self.groups + groups, places
+
+
+def _remember(last: dict[int, np.ndarray], key: int, value: np.ndarray) -> None:
+    """Keep two at most: a batch may straddle an end."""
+    while len(last) > 1:
+        del last[min(last)]
+    last[key] = value

@@ -1,7 +1,8 @@
 """The pair store in training: any pair by its number, straight from memory-mapped tars.
 
 Where a pair lies is arithmetic over the manifest's layout, so ten million pairs open at once and a
-batch of any order is one gather.
+batch of any order is one gather. Of a set in an object store, whole tars are fetched to a local folder
+(`flowmatch.cache`) and mapped there.
 """
 
 import os
@@ -14,27 +15,42 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flowmatch import manifest, stores
+from flowmatch.cache import Cache, default_folder, room
 from flowmatch.config import UserError
-from flowmatch.manifest import read
-from flowmatch.noise import Order
+from flowmatch.noise import GroupedOrder, Order
 from flowmatch.shards import HEAD, Layout, npy_header, tar_name
+from flowmatch.stores import Bucket, Place
 
 REPAIR = "repeat python -m pipelines.generate_pairs with the same config"
 SHOWN = 8  # damaged shards that an error names one by one
 
 
 class PairData(Dataset[dict[str, Tensor]]):
-    """Read the pairs of a sealed folder, by number from 0 to count - 1.
+    """Read the pairs of a sealed folder or URL, by number from 0 to count - 1.
 
     Pair i is pair i % shard_size of shard i // shard_size. Tars are mapped when first touched, in
     each process anew; the mappings hold no file descriptors. Raises UserError, naming each shard,
     where one is missing or has another size than its layout says.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], key: str = "pairs"):
-        """Open the folder that the config's `key` names."""
-        self.folder, self.key = Path(folder), key
-        facts = read(folder, key)["facts"]
+    def __init__(
+        self,
+        folder: Place,
+        key: str = "pairs",
+        group: int = 0,
+        cache: str | os.PathLike[str] | None = None,
+        cache_gb: float | None = None,
+    ):
+        """Open the folder or URL that the config's `key` names.
+
+        group: shards that `order` shuffles together, 0 for all. Of a URL: cache: folder for its tars
+        (default: in the user's cache folder); cache_gb: 10^9 bytes that they may take there (default:
+        nine tenths of what is free).
+        """
+        self.folder, self.key, self.group = stores.at(folder), key, group
+        sealed = manifest.read(self.folder, key)
+        facts = sealed["facts"]
         try:
             self.layout = Layout(**facts["layout"])
             self.shards, count = int(facts["shards"]), int(facts["count"])
@@ -50,6 +66,13 @@ class PairData(Dataset[dict[str, Tensor]]):
         self._full = self._heads(0)
         self._last = self._heads(self.layout.blocks - 1)
         self._maps: dict[int, np.ndarray] = {}
+        self._ready: tuple[range, int] | None = None
+        self.cache: Cache | None = None
+        if isinstance(self.folder, Bucket):
+            place = Path(cache or default_folder()) / manifest.digest(self.folder)[:16]
+            limit = room(place) if cache_gb is None else int(cache_gb * 1e9)
+            size = self.layout.tar_bytes
+            self.cache = Cache(self.folder, place, limit // size, size, sealed["outputs"])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,6 +112,51 @@ class PairData(Dataset[dict[str, Tensor]]):
             gathered["label"] = gathered.pop("y")
         return gathered
 
+    def order(self, seed: int) -> Order | GroupedOrder:
+        """Make the endless shuffled order in which pairs are trained on."""
+        if not self.group:
+            return Order(len(self), seed)
+        return GroupedOrder(self.shards, self.layout.shard_size, self.group, seed)
+
+    def check_room(self, share: int) -> None:
+        """Raise UserError where the cache cannot hold what `share` pairs in their order touch."""
+        if self.cache is None:
+            return
+        apart = max(share - 2, 0) // self.layout.shard_size  # shards of groups between two others
+        need = min(self.shards, 2 * self.group + apart) if self.group else self.shards
+        if need <= self.cache.capacity:
+            return
+        entry, size = self.key.removesuffix(".path"), self.layout.tar_bytes
+        ways = [f"{entry}.cache_gb={need * size / 1e9:.3g} or more"]
+        if (most := (self.cache.capacity - apart) // 2) > 0:
+            ways.append(f"{entry}.group={most} or less")
+        together = f"{self.group} together (group)" if self.group else "all together (group=0)"
+        raise UserError(
+            f"{self.key}={self.folder}: its {self.shards} shards of {size / 1e6:,.1f} MB are shuffled "
+            f"{together}, so {need} must be at hand; the cache at {self.cache.folder} has room for "
+            f"{self.cache.capacity}; give {', or '.join(ways)}"
+        )
+
+    def prepare(self, order: Order | GroupedOrder, counters: np.ndarray) -> None:
+        """Have at hand what the counters will touch, and begin to fetch the group after them."""
+        if self.cache is None:
+            return
+        span = order.span(counters) if isinstance(order, GroupedOrder) else range(0)
+        if self._ready == (span, order.seed):
+            return
+        if isinstance(order, GroupedOrder):
+            now = list(dict.fromkeys(k for number in span for k in order.members(number).tolist()))
+            ahead = [k for k in order.members(span.stop).tolist() if k not in now]
+        else:
+            now, ahead = list(range(self.shards)), []
+        ahead = ahead[: max(self.cache.capacity - len(now), 0)]
+        self._maps = {k: tar for k, tar in self._maps.items() if k in now}
+        self.cache.keep = {tar_name(k) for k in [*now, *ahead]}
+        self.cache.fetch(tar_name(k) for k in [*now, *ahead])
+        for k in now:  # mapped, a tar stays readable even where another process evicts it
+            self._map(k)
+        self._ready = (span, order.seed)
+
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         """Read one pair, without batch dimension."""
         return {name: values[0] for name, values in self.batch([i]).items()}
@@ -100,29 +168,37 @@ class PairData(Dataset[dict[str, Tensor]]):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the mappings behind: another process makes its own."""
-        return self.__dict__ | {"_maps": {}}
+        return self.__dict__ | {"_maps": {}, "_ready": None}
 
     def _map(self, k: int) -> np.ndarray:
         """Map the tar of shard k; uint8 [bytes]."""
         if k not in self._maps:
             # A private mapping; torch closes the file at once, while mmap.mmap and np.memmap keep a
             # descriptor each and a thousand shards would meet the usual limit.
-            path = os.fspath(self.folder / tar_name(k))
             size = self.layout.tar_bytes
-            mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+            if self.cache is None:
+                path, held = os.fspath(self.folder / tar_name(k)), None
+            else:
+                held = self.cache.open(tar_name(k))
+                path = f"/proc/self/fd/{held}"
+                while len(self._maps) >= max(self.cache.capacity, 1):
+                    del self._maps[next(iter(self._maps))]
+            try:
+                mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+            finally:
+                if held is not None:
+                    os.close(held)
             self._maps[k] = mapped.numpy()
         return self._maps[k]
 
     def _check_sizes(self) -> None:
         faults, expected = [], self.layout.tar_bytes
-        for k in range(self.shards):
-            path = self.folder / tar_name(k)
-            try:
-                size = path.stat().st_size
-            except FileNotFoundError:
+        names = [tar_name(k) for k in range(self.shards)]
+        for name, size in zip(names, self.folder.sizes(names), strict=True):
+            path = self.folder / name
+            if size is None:
                 faults.append(f"{self.key}: {path} is missing; {REPAIR}")
-                continue
-            if size != expected:
+            elif size != expected:
                 faults.append(f"{self.key}: {path} has {size} bytes, expected {expected}; {REPAIR}")
         if len(faults) > SHOWN:
             faults[SHOWN:] = [f"{self.key}: and {len(faults) - SHOWN} more shards; {REPAIR}"]
@@ -160,8 +236,9 @@ class PairData(Dataset[dict[str, Tensor]]):
 class Mixture:
     """Draw each batch from several sets of pairs, in fixed shares: global counters -> pairs.
 
-    Each set is walked in its own endless shuffled order (`noise.Order`), so an epoch of each is exact
-    and any step can be the first. Raises UserError where a set's share of a batch is no whole pair.
+    Each set is walked in its own endless shuffled order (`PairData.order`), so an epoch of each is exact
+    and any step can be the first. Raises UserError where a set's share of a batch is no whole pair, or
+    a cache cannot hold what a batch touches.
     """
 
     def __init__(self, sets: Sequence[tuple[PairData, float]], batch_size: int, seed: int):
@@ -177,7 +254,9 @@ class Mixture:
                 "use a larger weight or fit.batch_size"
             )
         self.sets, self.shares, self.batch_size = [data for data, _ in sets], shares, batch_size
-        self.orders = [Order(len(data), seed) for data in self.sets]
+        for data, share in zip(self.sets, shares.tolist(), strict=True):
+            data.check_room(share)
+        self.orders = [data.order(seed) for data in self.sets]
         self.ends = np.cumsum(shares)
 
     def __call__(self, counters: np.ndarray) -> dict[str, Tensor]:
@@ -190,6 +269,7 @@ class Mixture:
             if here.size:
                 share = self.shares[number]
                 local = step[here] * share + position[here] - (self.ends[number] - share)
+                data.prepare(order, local)
                 parts.append(data.batch(order(local)))
                 places.append(here)
         back = torch.from_numpy(np.argsort(np.concatenate(places)))

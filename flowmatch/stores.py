@@ -35,6 +35,9 @@ class Bucket:
     def __str__(self) -> str:
         return self.url
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return at, (self.url,)  # another process has a client of its own
+
     def __truediv__(self, name: str) -> str:
         """Say where an object is."""
         return f"{self.url}/{name}"
@@ -206,7 +209,7 @@ def at(place: Place) -> Store:
     """Give the store of a path or URL. Raises UserError where fsspec has no client for the URL."""
     if isinstance(place, (Folder, Bucket)):
         return place
-    return _bucket(str(place)) if is_url(place) else Folder(Path(place))
+    return _bucket(str(place), os.getpid()) if is_url(place) else Folder(Path(place))
 
 
 def is_url(place: Place) -> bool:
@@ -214,8 +217,8 @@ def is_url(place: Place) -> bool:
     return isinstance(place, Bucket) or (isinstance(place, str) and "://" in place)
 
 
-@functools.cache  # one client a process, which remembers small objects
-def _bucket(url: str) -> Bucket:
+@functools.cache  # one client a process, which remembers small objects; none outlives a fork
+def _bucket(url: str, process: int) -> Bucket:
     import fsspec
 
     protocol = url.partition("://")[0]

@@ -31,8 +31,26 @@ from flowmatch.times import TimesConfig
 class PairsEntry(Config):
     """One set of pairs."""
 
-    path: str = required("folder of a sealed set of pairs", run=True)
+    path: str = required(
+        "folder of a sealed set of pairs, or URL such as s3://BUCKET/PREFIX", run=True
+    )
     weight: float = option(1.0, "share of each batch, relative to the other sets", gt=0)
+    group: int = option(
+        0,
+        "shards that are shuffled together: a pass over the set touches each shard once, and two "
+        "groups of a URL must fit into its cache; 0: all of them, at hand all the time",
+        ge=0,
+    )
+    cache: str | None = option(
+        None, "folder in which tars of a URL are kept (default: ~/.cache/flowmatch/pairs)", run=True
+    )
+    cache_gb: float | None = option(
+        None,
+        "what they may take there, in 10^9 bytes; the least recently used go first (default: nine "
+        "tenths of what is free)",
+        run=True,
+        gt=0,
+    )
 
 
 class ReflowConfig(stage.StageConfig):
@@ -68,7 +86,8 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
     for number, entry in enumerate(config.pairs):
         with faults:
             key = f"pairs.{number}.path"
-            sets.append((pairs.PairData(entry.path, key), entry.weight))
+            data = pairs.PairData(entry.path, key, entry.group, entry.cache, entry.cache_gb)
+            sets.append((data, entry.weight))
             rounds.append(manifest.read(entry.path, key, ["generate_pairs"])["facts"]["round"])
             inputs[f"pairs.{number}"] = manifest.digest(entry.path)
     if not faults.errors:

@@ -25,17 +25,8 @@ LAYERS = {
         *("metrics", "toy"),
     ],
     "artefacts": [
-        *(
-            "folders",
-            "stores",
-            "manifest",
-            "shards",
-            "claims",
-            "behind",
-            "progress",
-            "pairs",
-            "audit",
-        ),
+        *("folders", "stores", "manifest", "shards", "claims", "behind", "progress"),
+        *("cache", "pairs", "audit"),
     ],
     "export": ["scheduler", "pipeline", "mlp"],
     "models": [

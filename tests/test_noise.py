@@ -13,6 +13,7 @@ from flowmatch import noise
 NOISE = "8be5a2c7af73b615072c430135470202a2a1804de1fccba9a0a88ae513544305"
 LABELS = "297d17f03719718e9c996bcdae9f8c56934de70d85bed2a2baa72c247ca89876"
 EVALUATION = "1231b7e2150f30db34c398584c88f48d013364ae0d3512919b4031ba5b5701f5"
+GROUPED = "096586fabde58bef8582b5900cd8a29e70142c06e5f8915b2e17642a708189a0"
 
 
 def sha256(array):
@@ -92,3 +93,35 @@ def test_labels_are_uniform_and_independent_of_the_noise():
 def test_seeds_outside_64_bits_are_refused(seed, i):
     with pytest.raises(OverflowError):
         noise.generator(seed, i, 0)
+
+
+@pytest.mark.parametrize(("shards", "size", "group"), [(7, 5, 2), (6, 4, 3), (3, 10, 1), (5, 3, 9)])
+def test_a_grouped_order_touches_each_shard_once_an_epoch(shards, size, group):
+    """Every pair once; the shards of a group together, shuffled, and no shard twice."""
+    order, n = noise.GroupedOrder(shards, size, group, 3), shards * size
+    walked = order(np.arange(3 * n))
+    for epoch in walked.reshape(3, n):
+        assert sorted(epoch) == list(range(n))
+        for start in range(0, n, min(group, shards) * size):
+            part = epoch[start : start + min(group, shards) * size]
+            assert len(part) == size * len(set((part // size).tolist()))
+            assert (np.diff(part) < 0).any()  # shuffled
+    assert not np.array_equal(walked[:n], walked[n : 2 * n])
+    assert not np.array_equal(noise.GroupedOrder(shards, size, group, 4)(np.arange(n)), walked[:n])
+
+
+def test_a_grouped_order_is_a_function_of_the_counter_alone():
+    """Whatever came before, in whatever pieces: so a run resumes anywhere, on any number of ranks."""
+    walked = noise.GroupedOrder(7, 5, 2, 3)(np.arange(105))
+    for counters in (np.array([104, 3, 40, 39]), np.arange(33, 72, 2), np.array([7])):
+        assert np.array_equal(noise.GroupedOrder(7, 5, 2, 3)(counters), walked[counters])
+    assert sha256(walked) == GROUPED
+
+
+def test_a_grouped_order_says_what_a_batch_touches():
+    order = noise.GroupedOrder(7, 5, 2, 3)  # groups of 10, 10, 10, 5 pairs
+    for counters in (np.arange(8), np.arange(8, 13), np.arange(28, 37), np.arange(30, 75)):
+        groups = order.span(counters)
+        touched = {k for number in groups for k in order.members(number).tolist()}
+        assert set((order(counters) // 5).tolist()) <= touched
+    assert order.span(np.arange(28, 37)) == range(2, 5)

@@ -1,5 +1,6 @@
 """Pairs in an object store: a real server of the S3 protocol, real processes, killed and repeated."""
 
+import json
 import random
 import signal
 import tempfile
@@ -10,7 +11,8 @@ from contextlib import closing
 import pytest
 
 from flowmatch import claims, manifest, shards, stage, stores
-from flowmatch.config import UserError
+from flowmatch.config import UserError, load
+from pipelines import reflow
 from tests import pairset
 from tests.pairset import SHARDS, generate
 from tests.store import PRINT, WORKED, blocks_of, write
@@ -173,3 +175,43 @@ def test_a_store_without_exclusive_creation_has_no_leases(monkeypatch):
         assert list(one) == list(two) == []
     stores._bucket.cache_clear()
     assert stores.at(place).names(".meta") == ["pairs-000000.json", "pairs-000001.json"]
+
+
+def reflow_run(*words):
+    config, call = load(reflow.ReflowConfig, ["configs/ring/reflow.yaml", *map(str, words)])
+    reflow.main(config, call.dry_run)
+
+
+def test_reflow_trains_from_a_bucket_as_from_a_folder(tmp_path, bucket):
+    """Through a cache that holds two of the five shards: the same weights."""
+    pairset.make_teacher(tmp_path / "flow", pairset.CLASSES)
+    generate(*pairset.words(tmp_path, "shards=5"))
+    generate(*pairset.words(tmp_path, "shards=5", f"run_dir={bucket}/pairs"))
+    size, cache = pairset.LAYOUT.tar_bytes, tmp_path / "cache"
+    words = [f"start={tmp_path}/flow", "device=cpu", "fit.steps=12", "fit.batch_size=6"]
+    for name, place in {"near": tmp_path / "pairs", "far": f"{bucket}/pairs"}.items():
+        entry = {"path": str(place), "group": 1}
+        if name == "far":
+            entry |= {"cache": str(cache), "cache_gb": 2.5 * size / 1e9}
+        reflow_run(*words, f"run_dir={tmp_path / name}", f"pairs=[{json.dumps(entry)}]")
+        assert manifest.sealed(tmp_path / name)
+    assert manifest.digest(tmp_path / "near") == manifest.digest(tmp_path / "far")
+    assert 0 < len(list(cache.rglob("*.tar"))) <= 2
+    little = entry | {"cache_gb": 1.5 * size / 1e9}
+    with pytest.raises(UserError, match=r"pairs\.0\.path=s3://.* must be at hand"):
+        reflow_run(*words, f"run_dir={tmp_path}/no", f"pairs=[{json.dumps(little)}]")
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_a_bad_object_stops_training_by_name(tmp_path, bucket, how):
+    pairset.make_teacher(tmp_path / "flow", pairset.CLASSES)
+    generate(*pairset.words(tmp_path, f"run_dir={bucket}/pairs"))
+    store = stores.at(f"{bucket}/pairs")
+    data = bytearray(store.read("pairs-000001.tar"))
+    data[700] ^= 1
+    store.write("pairs-000001.tar", bytes(data[:-1] if how == "truncated" else data))
+    entry = json.dumps({"path": f"{bucket}/pairs", "cache": str(tmp_path / "cache")})
+    words = [f"start={tmp_path}/flow", f"run_dir={tmp_path}/reflow", f"pairs=[{entry}]"]
+    what = "has .* bytes, expected" if how == "truncated" else "is damaged: its bytes are not"
+    with pytest.raises(UserError, match=rf"s3://.*/pairs-000001\.tar {what}"):
+        reflow_run(*words, "device=cpu", "fit.steps=2", "fit.batch_size=6")
