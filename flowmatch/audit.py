@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from flowmatch import manifest
+from flowmatch import manifest, stores
 from flowmatch.config import UserError, differences
-from flowmatch.shards import HEAD, META, Layout, npy_header, sidecar, tar_header, tar_name
+from flowmatch.shards import HEAD, META, Layout, npy_header, sidecars, tar_header, tar_name
+from flowmatch.stores import Place, Store
 
 BAD = ".bad"  # what is set aside ends in it: no reader takes it for a shard
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -49,20 +49,22 @@ class Findings:
     remarks: list[str] = field(default_factory=list)
 
 
-def read_yaml(path: Path) -> dict[str, Any] | None:
-    """Read a mapping from a YAML file, as plain data; None where there is none."""
+def read_yaml(folder: Store) -> dict[str, Any] | None:
+    """Read config.yaml as plain data; None where it is no mapping."""
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_bytes())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        values = yaml.safe_load(folder.read("config.yaml"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        if isinstance(error, UserError):
+            raise
         return None
     return values if isinstance(values, dict) else None
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
+def read_config(folder: Store) -> dict[str, Any] | None:
     """Read config.yaml; None where it is not there or not a stage's."""
-    values = read_yaml(folder / "config.yaml")
+    values = read_yaml(folder)
     wanted = {"run_dir", "teacher", "shards", "inputs"}
     if values is None or not wanted <= values.keys():
         return None
@@ -83,17 +85,17 @@ class Promise:
     outputs: dict[str, str] = field(default_factory=dict)
 
 
-def examine(folder: Path, full: bool, advance: Advance = lambda _: None) -> Findings:
+def examine(place: Place, full: bool, advance: Advance = lambda _: None) -> Findings:
     """Look at a folder of pairs: names, sizes, counts, sidecars, fingerprints, headers of members.
 
+    place: path or URL; the headers of a URL's tars are looked at with `full` alone, which fetches them.
     full: also the sha256 of every tar, that every value is finite, that labels are classes. advance: is
     told of the bytes that were read. Raises UserError where the folder holds no pairs.
     """
-    if not folder.is_dir():
+    folder = stores.at(place)
+    if not folder.exists():
         raise UserError(f"{folder} is not there, or is no folder; expected a folder of pairs")
-    top = sorted(path.name for path in folder.iterdir())
-    meta = folder / META
-    hidden = sorted(path.name for path in meta.iterdir()) if meta.is_dir() else []
+    top, hidden = folder.names(), folder.names(META)
     tars, sides = numbers(top, "tar"), numbers(hidden, "json")
     config, found = read_config(folder), Findings(sealed=manifest.sealed(folder))
     if not (tars or sides or config or found.sealed):
@@ -102,7 +104,7 @@ def examine(folder: Path, full: bool, advance: Advance = lambda _: None) -> Find
     if config is None and "config.yaml" in top:
         what = f"{folder / 'config.yaml'} is damaged: generate_pairs would not read it"
         found.faults.append(Fault(what, ("config.yaml",)))
-    facts = {k: side for k in sides if (side := sidecar(folder, k))}
+    facts = {k: side for k, side in zip(sides, sidecars(folder, sides), strict=True) if side}
     agree(promise, facts)
     planned = config["shards"] if config else max([-1, *tars, *sides]) + 1
     found.shards, found.layout = promise.shards or planned, promise.layout
@@ -120,11 +122,13 @@ def examine(folder: Path, full: bool, advance: Advance = lambda _: None) -> Find
         found.faults.append(Fault(f"{folder} is not finished: shards {names} are not made yet"))
     here = sorted(k for k in tars | sides if k < found.shards)
     every = range(found.shards) if promise.outputs else here
-    for k in every:
-        faults = list(shard_faults(folder, k, k in sides, facts.get(k), promise, full, advance))
+    sizes = folder.sizes([tar_name(k) for k in every])
+    for k, size in zip(every, sizes, strict=True):
+        beside = (k in sides, facts.get(k))
+        faults = list(shard_faults(folder, k, size, *beside, promise, full, advance))
         found.sound += not any(fault.aside != (manifest.NAME,) for fault in faults)
         found.faults += faults
-    found.faults += strangers(folder, top, found.shards, tars | sides)
+    found.faults += strangers(folder, top, found.shards, tars, sides)
     if not found.faults and not found.sealed:
         what = f"{folder} is not sealed: every shard is made, {manifest.NAME} is not written"
         found.faults.append(Fault(what))
@@ -146,7 +150,7 @@ def gaps(present: set[int], number: int) -> list[tuple[int, int]]:
     return [(a + 1, b - 1) for a, b in pairwise(marks) if b - a > 1]
 
 
-def read_manifest(folder: Path, found: Findings, pairs_here: bool) -> Promise:
+def read_manifest(folder: Store, found: Findings, pairs_here: bool) -> Promise:
     """Read what the seal promises; a damaged one is a fault."""
     name = str(folder / manifest.NAME)
     try:
@@ -217,9 +221,16 @@ def is_hash(value: Any) -> bool:
 
 
 def shard_faults(
-    folder: Path, k: int, beside: bool, side: Any, promise: Promise, full: bool, advance: Advance
+    folder: Store,
+    k: int,
+    size: int | None,
+    beside: bool,
+    side: Any,
+    promise: Promise,
+    full: bool,
+    advance: Advance,
 ) -> Iterator[Fault]:
-    """Say what is wrong with shard k. side: its sidecar; beside: whether there is a file of it."""
+    """Say what is wrong with shard k. size: of its tar; side: its sidecar; beside: is there a file."""
     tar, hidden = tar_name(k), f"{META}/pairs-{k:06d}.json"
     path, layout = folder / tar, promise.layout
     if side is None:
@@ -230,9 +241,7 @@ def shard_faults(
         given = f"fingerprint {side['fingerprint']!r}, expected {promise.fingerprint}"
         yield Fault(f"{path} was made by another config or teacher ({given})", both)
         return
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
+    if size is None:
         yield Fault(f"{path} is missing")
         return
     if size != side["bytes"]:
@@ -246,7 +255,10 @@ def shard_faults(
         said = ", ".join(f"{name}={side.get(name)!r}" for name in wrong or ["sha256"])
         yield Fault(f"{path}: its sidecar {hidden} says {said}; that is no shard of this set", both)
         return
-    what, digest = read_tar(path, k, layout, promise.classes, full, advance)
+    what, digest = "", None
+    if full or not stores.is_url(folder):
+        with folder.opened(tar) as file:
+            what, digest = read_tar(file, k, layout, promise.classes, full, advance)
     sealed = promise.outputs.get(tar, side["sha256"])
     if what:
         yield Fault(f"{path} is damaged: {what}", both)
@@ -262,48 +274,48 @@ def shard_faults(
 
 
 def read_tar(
-    path: Path, k: int, layout: Layout, classes: int | None, full: bool, advance: Advance
+    file: BinaryIO, k: int, layout: Layout, classes: int | None, full: bool, advance: Advance
 ) -> tuple[str, str | None]:
     """Hold a tar of the right size against its layout: (what is wrong or "", sha256 if full).
 
     Stock readers take a bad header for the end of the tar, and say nothing.
     """
     hashed = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in range(layout.blocks):
-            pairs = int(layout.pairs(block))
-            for name, (dtype, size) in layout.members.items():
-                member, start = layout.member(k, block, name), file.tell()
-                head, rest = file.read(HEAD), int(layout.member_bytes(name, pairs)) - HEAD
-                meant = tar_header(member, 128 + pairs * size) + npy_header(layout, name, pairs)
-                if head != meant:
-                    return f"at byte {start} expected the header of {member}", None
-                if not full:
-                    file.seek(rest, os.SEEK_CUR)
-                    continue
-                content = file.read(rest)
-                hashed.update(head)
-                hashed.update(content)
-                advance(HEAD + rest)
-                values = np.frombuffer(content, dtype, count=pairs * size // dtype.itemsize)
-                if name == "y":
-                    if classes is not None and not ((values >= 0) & (values < classes)).all():
-                        return f"{member} holds labels that are not 0 to {classes - 1}", None
-                elif not np.isfinite(values).all():
-                    return f"{member} holds values that are not finite", None
-        end = file.read()
+    for block in range(layout.blocks):
+        pairs = int(layout.pairs(block))
+        for name, (dtype, size) in layout.members.items():
+            member, start = layout.member(k, block, name), file.tell()
+            head, rest = file.read(HEAD), int(layout.member_bytes(name, pairs)) - HEAD
+            meant = tar_header(member, 128 + pairs * size) + npy_header(layout, name, pairs)
+            if head != meant:
+                return f"at byte {start} expected the header of {member}", None
+            if not full:
+                file.seek(rest, os.SEEK_CUR)
+                continue
+            content = file.read(rest)
+            hashed.update(head)
+            hashed.update(content)
+            advance(HEAD + rest)
+            values = np.frombuffer(content, dtype, count=pairs * size // dtype.itemsize)
+            if name == "y":
+                if classes is not None and not ((values >= 0) & (values < classes)).all():
+                    return f"{member} holds labels that are not 0 to {classes - 1}", None
+            elif not np.isfinite(values).all():
+                return f"{member} holds values that are not finite", None
+    end = file.read()
     if end.strip(b"\0"):
         return "the end of the archive is not zeros", None
     hashed.update(end)
     return "", hashed.hexdigest() if full else None
 
 
-def strangers(folder: Path, top: list[str], number: int, present: set[int]) -> Iterator[Fault]:
+def strangers(
+    folder: Store, top: list[str], number: int, tars: set[int], sides: set[int]
+) -> Iterator[Fault]:
     """Name the tars and sidecars that do not belong to the set."""
-    known = {tar_name(k) for k in present}
-    for k in sorted(k for k in present if k >= number):
-        names = (tar_name(k), f"{META}/pairs-{k:06d}.json")
-        aside = tuple(name for name in names if (folder / name).exists())
+    known = {tar_name(k) for k in tars | sides}
+    for k in sorted(k for k in tars | sides if k >= number):
+        aside = (tar_name(k),) * (k in tars) + (f"{META}/pairs-{k:06d}.json",) * (k in sides)
         grow = f"give shards={k + 1} or more to keep it"
         yield Fault(f"{folder / aside[0]} is beyond the {number} shards of the set; {grow}", aside)
     for name in top:

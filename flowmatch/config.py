@@ -5,6 +5,7 @@ Only content enters fingerprints and manifests: changing a run field resumes, ch
 error that lists the keys.
 """
 
+import io
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ C = TypeVar("C", bound=Config)
 
 
 def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
-    """Read `CONFIG.yaml key=value ... [--dry-run] [--help]` into a config.
+    """Read `CONFIG.yaml key=value ... [--dry-run] [--help]` into a config; CONFIG may be a URL.
 
     Later values win; values are YAML, keys are dotted. Raises UserError with every fault at once.
     With --help the config is None.
@@ -155,7 +156,7 @@ def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
     faults: list[str] = []
     for file in files:
         try:
-            read: Any = OmegaConf.load(file)
+            read: Any = OmegaConf.load(_fetched(file) if "://" in file else file)
             if not OmegaConf.is_dict(read):
                 raise UserError(f"{file}: expected a mapping of keys to values")
             if Path(file).name == "config.yaml":  # a run folder's own: `inputs` are its digests,
@@ -165,7 +166,7 @@ def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
             faults.append(f"{file}: no such config file")
         except UserError as error:
             faults += error.faults
-        except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        except (YAMLError, OmegaConfBaseException, OSError, ValueError, ImportError) as error:
             faults.append(f"{file}: not readable as YAML: {' '.join(str(error).split())}")
     for word in argv:
         if "=" in word and word not in flags:
@@ -181,6 +182,13 @@ def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
     if faults:
         raise UserError(faults)
     return validate(model, values), call
+
+
+def _fetched(url: str) -> Any:
+    import fsspec  # the config.yaml of pairs in an object store
+
+    with fsspec.open(url) as file:
+        return io.BytesIO(file.read())
 
 
 def validate(model: type[C], values: dict[str, Any]) -> C:

@@ -58,6 +58,10 @@ class Folder:
         """Give the last part of the place."""
         return self.path.name
 
+    def beside(self, name: str) -> "Folder":
+        """Give the folder of that name beside this one."""
+        return Folder(self.path.parent / name)
+
     @property
     def scratch(self) -> Path:
         """Name the folder in which files are built."""

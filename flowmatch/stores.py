@@ -47,6 +47,10 @@ class Bucket:
         """Give the last part of the place."""
         return self.root.rpartition("/")[2]
 
+    def beside(self, name: str) -> "Bucket":
+        """Give the prefix of that name beside this one."""
+        return _bucket(f"{self.url.rpartition('/')[0]}/{name}", os.getpid())
+
     @property
     def scratch(self) -> Path:
         """Name the local folder in which files are built; made here."""

@@ -150,7 +150,8 @@ def refuse_fewer(folder: stores.Store, number: int) -> None:
     """Raise UserError where a set has more shards than are asked for: stock readers take every tar."""
     there = max(shards.committed(folder), default=-1) + 1
     if manifest.sealed(folder):
-        there = max(there, manifest.read(folder, "run_dir")["facts"].get("shards", 0))
+        sealed = manifest.read(folder, "run_dir")["facts"].get("shards")
+        there = max(there, sealed if isinstance(sealed, int) else 0)  # what is damaged is no number
     if there > number:
         raise UserError(
             f"shards={number}: run_dir={folder} has {there} already, and a set never shrinks; give "

@@ -11,19 +11,22 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flowmatch import audit, draw, manifest, noise, shards
+from flowmatch import audit, draw, manifest, noise, shards, stores
 from flowmatch.config import UserError
 from flowmatch.pairs import PairData
 from flowmatch.stage import REFUSED, USER_ERROR
+from flowmatch.stores import Store
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 READ = 1 << 24  # values of x0 read at once
 SHOWN_IMAGES, SHOWN_POINTS = 16, 400
+FETCHED = 8  # shards of a URL that are looked at: each is fetched whole
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="DIR", help="the folder of the pairs (their run_dir)")
+    parser.add_argument("folder", metavar="DIR", help="folder or URL of the pairs (their run_dir)")
     parser.add_argument("--out", help="where pictures and summary.json go (default: DIR_inspect)")
     parser.add_argument("--teacher", help="the teacher's folder, where it has moved since")
     parser.add_argument(
@@ -48,9 +51,10 @@ def main(argv: list[str] | None = None) -> int:
         help="pairs the statistics are of (10000, at random)",
     )
     call = parser.parse_args(argv)
-    folder = Path(call.folder)
-    out = Path(call.out or f"{str(folder).rstrip('/')}_inspect")
     try:
+        folder = stores.at(call.folder)
+        local = f"{call.folder.rstrip('/')}_inspect"
+        out = Path(call.out or (f"{folder.name}_inspect" if stores.is_url(folder) else local))
         data = PairData(folder, "DIR")
         found = summary(data, call.samples, call.teacher)
         costs, at_random = found["cost"].pop("values"), found["cost"].pop("values_at_random")
@@ -85,7 +89,7 @@ def summary(data: PairData, samples: int, teacher: str | None) -> dict[str, Any]
     """Gather what is told of a set; all but `cost.values` and `.values_at_random` is JSON."""
     sealed = manifest.read(data.folder, data.key)
     facts, layout = sealed["facts"], data.layout
-    sidecars = [shards.sidecar(data.folder, k) for k in range(data.shards)]
+    sidecars = shards.sidecars(data.folder, range(data.shards))
     environments = Counter(
         json.dumps(side["environment"] | {"evaluations": None}, sort_keys=True)
         for side in sidecars
@@ -109,9 +113,13 @@ def summary(data: PairData, samples: int, teacher: str | None) -> dict[str, Any]
 
 def statistics(data: PairData, samples: int) -> dict[str, Any]:
     """Read some pairs at random: cost, moments, labels."""
-    count = min(samples, len(data))
-    ids = noise.generator(0, 0, noise.SAMPLER).choice(len(data), count, replace=False)
-    ids.sort()
+    rng, size = noise.generator(0, 0, noise.SAMPLER), data.layout.shard_size
+    some = np.arange(data.shards)
+    if stores.is_url(data.folder):
+        some = np.sort(rng.choice(data.shards, min(FETCHED, data.shards), replace=False))
+    count = min(samples, len(some) * size)
+    shard, index = np.divmod(np.sort(rng.choice(len(some) * size, count, replace=False)), size)
+    ids = some[shard] * size + index
     rows = max(2, READ // int(np.prod(data.shape)))
     cost, at_random, labels = [], [], Counter()
     moments = {name: [] for name in ("x0", "x1")}
@@ -133,6 +141,7 @@ def statistics(data: PairData, samples: int) -> dict[str, Any]:
     values, others = np.concatenate(cost), np.concatenate(at_random)
     return {
         "samples": count,
+        "samples_of_shards": len(some),
         "cost": {
             "mean": float(values.mean()),
             "quantiles": dict(
@@ -156,27 +165,25 @@ def moment(parts: list[tuple[float, ...]]) -> dict[str, float]:
 
 
 def chain(
-    folder: Path, sealed: dict[str, Any], teacher: str | None, depth: int = 0
+    folder: Store, sealed: dict[str, Any], teacher: str | None, depth: int = 0
 ) -> Iterator[Any]:
     """Follow the inputs of a sealed folder, through config.yaml, as long as their folders are there.
 
     Yields {depth, input, digest, path, what}; what says what stands at the path, or why it ends there.
     """
-    config = audit.read_yaml(folder / "config.yaml") or {}
+    config = audit.read_yaml(folder) or {}
     for name, digest in sorted(sealed["inputs"].items()):
         link = {"depth": depth, "input": name, "digest": digest, "path": None}
         if name == "data":
             yield link | {"what": describe(config.get("data"))}
             continue
         path = teacher if name == "teacher" and teacher else place(config, name)
-        here = path and next(
-            (p for p in (Path(path), folder.parent / Path(path).name) if p.is_dir()), None
-        )
+        here = path and find(folder, path)
         if not here:
             yield link | {"path": path, "what": "not here"}
             continue
         link["path"] = str(here)
-        if (here / "config.json").is_file():
+        if here.sizes(["config.json"]) != [None]:
             yield link | {"what": "a diffusers model"}
             continue
         try:
@@ -192,6 +199,15 @@ def chain(
             continue
         yield link | {"what": what}
         yield from chain(here, source, None, depth + 1)
+
+
+def find(folder: Store, path: str) -> Store | None:
+    """Find an input where it was, or beside the folder that it went into."""
+    for there in (path, folder.beside(path.rstrip("/").rpartition("/")[2])):
+        with suppress(UserError):  # a store that is not reached from here
+            if (store := stores.at(there)).exists():
+                return store
+    return None
 
 
 def place(config: dict[str, Any], name: str) -> str | None:
@@ -210,7 +226,7 @@ def describe(data: Any) -> str:
     return " ".join(str(data[key]) for key in ("source", "path") if data.get(key))
 
 
-def tell(folder: Path, found: dict[str, Any]) -> Iterator[str]:
+def tell(folder: Store, found: dict[str, Any]) -> Iterator[str]:
     """Write the summary for a reader."""
     config, cost = found["config"], found["cost"]
     yield (
@@ -236,9 +252,12 @@ def tell(folder: Path, found: dict[str, Any]) -> Iterator[str]:
         path = f" {link['path']}" if link["path"] else ""
         yield f"  {'  ' * link['depth']}{link['input']} {str(link['digest'])[:12]}{path}: {link['what']}"
     ratio = cost["mean"] / cost["mean_at_random"] if cost["mean_at_random"] else float("nan")
+    few = f" in {found['samples_of_shards']} shards" * (
+        found["samples_of_shards"] < found["shards"]
+    )
     yield (
-        f"transport cost |x1 - x0|^2 of {found['samples']:,} pairs: mean {cost['mean']:.4g}; paired at "
-        f"random {cost['mean_at_random']:.4g} ({ratio:.2f} of it)"
+        f"transport cost |x1 - x0|^2 of {found['samples']:,} pairs{few}: mean {cost['mean']:.4g}; "
+        f"paired at random {cost['mean_at_random']:.4g} ({ratio:.2f} of it)"
     )
     spread = [f"{float(q):.0%} {value:.4g}" for q, value in cost["quantiles"].items()]
     yield f"  quantiles: {', '.join(spread)}"

@@ -2,7 +2,8 @@
 
 Looked at are names, sizes, counts, sidecars, fingerprints and the header of every tar member; with
 --full also the sha256 of every tar, that every value is finite, and that labels are classes. Nothing is
-changed without --repair. A set that is not finished is not sound, and says which shards it lacks.
+changed without --repair. A set that is not finished is not sound, and says which shards it lacks. Of a
+URL the tars are fetched with --full only, one after another; without it their sizes are looked at.
 
 Exit status: 0 sound, 2 not; then each fault is a line, and the last lines are the commands that mend it.
 """
@@ -14,9 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flowmatch import audit, claims, stage
+from flowmatch import audit, claims, stage, stores
 from flowmatch.audit import BAD, Findings
 from flowmatch.config import UserError
+from flowmatch.stores import Store
+
+HEADERS = "names, sizes, sidecars and headers, not values"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="DIR", help="the folder of the pairs (their run_dir)")
+    parser.add_argument("folder", metavar="DIR", help="folder or URL of the pairs (their run_dir)")
     parser.add_argument(
         "--full", action="store_true", help="also read, hash and look at every value"
     )
@@ -38,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     call = parser.parse_args(argv)
     try:
-        return report(Path(call.folder), call.full, call.repair)
+        return report(stores.at(call.folder), call.full, call.repair)
     except UserError as error:
         for line in error.faults:
             print(f"verify_pairs: {line}", file=sys.stderr)
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return stage.USER_ERROR
 
 
-def report(folder: Path, full: bool, repair: bool) -> int:
+def report(folder: Store, full: bool, repair: bool) -> int:
     """Print the findings and what to do; return the exit status."""
     quiet = not (full and sys.stderr.isatty())
     with tqdm(unit="B", unit_scale=True, disable=quiet) as shown:
@@ -62,8 +66,9 @@ def report(folder: Path, full: bool, repair: bool) -> int:
     if repair:
         claims.sweep(folder)
         for name in dict.fromkeys(name for fault in found.faults for name in fault.aside):
-            stage.say(f"verify_pairs: {name} is set aside as {set_aside(folder / name).name}")
-    looked = "every byte" if full else "names, sizes, sidecars and headers, not values (--full)"
+            stage.say(f"verify_pairs: {name} is set aside as {set_aside(folder, name)}")
+    within = "names, sizes and sidecars, not contents" if stores.is_url(folder) else HEADERS
+    looked = "every byte" if full else f"{within} (--full)"
     if not found.faults:
         assert found.layout is not None
         size = found.shards * found.layout.tar_bytes / 1e6
@@ -82,15 +87,16 @@ def report(folder: Path, full: bool, repair: bool) -> int:
     return stage.USER_ERROR
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a file so that no reader and no stage takes it for what it was; return its new path."""
-    target, number = path.with_name(path.name + BAD), 1
-    while target.exists():
-        target, number = path.with_name(f"{path.name}{BAD}.{number}"), number + 1
-    return path.rename(target)
+def set_aside(folder: Store, name: str) -> str:
+    """Rename a file so that no reader and no stage takes it for what it was; return its new name."""
+    target, number = f"{name}{BAD}", 1
+    while folder.sizes([target]) != [None]:
+        target, number = f"{name}{BAD}.{number}", number + 1
+    folder.move(name, target)
+    return target.rpartition("/")[2]
 
 
-def command(folder: Path, found: Findings) -> str:
+def command(folder: Store, found: Findings) -> str:
     """Write the command that makes again what is missing or set aside."""
     words = ["python", "-m", "pipelines.generate_pairs"]
     config = audit.read_config(folder)
@@ -98,7 +104,11 @@ def command(folder: Path, found: Findings) -> str:
         words += ["THE_CONFIG_IT_WAS_MADE_WITH.yaml", f"run_dir={folder}"]
         return " ".join([*words[:4], *map(shlex.quote, words[4:])])
     words += [str(folder / "config.yaml")]
-    if Path(str(config.get("run_dir"))).absolute() != folder.absolute():
+    said = str(config.get("run_dir"))
+    same = said.rstrip("/") == str(folder)
+    if not same and (
+        stores.is_url(folder) or Path(said).absolute() != Path(str(folder)).absolute()
+    ):
         words += [f"run_dir={folder}"]
     if config.get("shards") != found.shards and found.shards:
         words += [f"shards={found.shards}"]

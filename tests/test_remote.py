@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import signal
 import tempfile
 import threading
@@ -12,7 +13,7 @@ import pytest
 
 from flowmatch import claims, manifest, shards, stage, stores
 from flowmatch.config import UserError, load
-from pipelines import reflow
+from pipelines import inspect_pairs, reflow, verify_pairs
 from tests import pairset
 from tests.pairset import SHARDS, generate
 from tests.store import PRINT, WORKED, blocks_of, write
@@ -215,3 +216,47 @@ def test_a_bad_object_stops_training_by_name(tmp_path, bucket, how):
     what = "has .* bytes, expected" if how == "truncated" else "is damaged: its bytes are not"
     with pytest.raises(UserError, match=rf"s3://.*/pairs-000001\.tar {what}"):
         reflow_run(*words, "device=cpu", "fit.steps=2", "fit.batch_size=6")
+
+
+def test_a_damaged_set_in_a_bucket_is_found_set_aside_and_made_again(tmp_path, bucket, capsys):
+    """By the very commands that verify_pairs prints; without --full it looks at no content."""
+    pairset.make_teacher(tmp_path / "flow", pairset.CLASSES)
+    place = f"{bucket}/pairs"
+    generate(*pairset.words(tmp_path, "shards=4", f"run_dir={place}"))
+    store, before = stores.at(place), objects(place)
+    assert verify_pairs.main([place]) == verify_pairs.main([place, "--full"]) == 0
+    assert "is sound: sealed, 4 shards, 40 pairs" in capsys.readouterr().out
+    flipped = bytearray(before["pairs-000001.tar"])
+    flipped[700] ^= 1
+    store.write("pairs-000001.tar", bytes(flipped))
+    store.write("pairs-000002.tar", before["pairs-000002.tar"][:-512])
+    store.remove(".meta/pairs-000003.json")
+    assert verify_pairs.main([place]) == 2
+    told = capsys.readouterr().err
+    assert f"{place}/pairs-000002.tar has " in told
+    assert f"{place}/pairs-000003.tar: its sidecar" in told
+    assert "pairs-000001" not in told
+    assert verify_pairs.main([place, "--full", "--repair"]) == 2
+    told = capsys.readouterr().err
+    assert f"{place}/pairs-000001.tar is damaged: its bytes are not those" in told
+    assert "pairs-000001.tar.bad" in store.names()
+    command = shlex.split(told.splitlines()[-1].removeprefix("verify_pairs:"))
+    assert command[:3] == ["python", "-m", "pipelines.generate_pairs"]
+    generate(*command[3:])
+    assert objects(place) == before
+    assert verify_pairs.main([place, "--full"]) == 0
+
+
+def test_a_set_in_a_bucket_is_inspected(tmp_path, bucket, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    pairset.make_teacher(tmp_path / "flow", pairset.CLASSES)
+    costs = []
+    for where in (f"{bucket}/pairs", f"{tmp_path}/pairs"):
+        generate(*pairset.words(tmp_path, f"run_dir={where}"))
+        capsys.readouterr()
+        assert inspect_pairs.main([where, "--out", str(tmp_path / "out")]) == 0
+        out = capsys.readouterr().out
+        assert f"{where}: 30 pairs of [2] in 3 shards" in out
+        assert f"{tmp_path}/flow: train_flow, round 0" in out
+        costs.append(json.loads((tmp_path / "out/summary.json").read_text())["cost"])
+    assert costs[0] == costs[1]
