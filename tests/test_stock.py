@@ -5,15 +5,20 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from flowmatch.pairs import PairData
-from tests import pairset
+from flowmatch.shards import Layout
+from scripts.run_page import blocks
+from tests import pairset, store
 from tests.pairset import generate
 from tests.test_pipelines import UNET
 from tests.test_shards import STOCK
+
+ROOT = Path(__file__).parent.parent
 
 KINDS = {  # classes, shape, network, shards, pairs a shard, block
     "points with labels": (3, (2,), {}, 3, 10, 4),
@@ -68,3 +73,24 @@ def test_stock_readers_read_every_kind_of_set(tmp_path, kind):
         assert set(found) == set(names), who
         for name, ours in names.items():
             assert np.array_equal(found[name], batch[ours].numpy()), (who, name)
+
+
+def test_the_recipe_for_other_trainers_gives_shuffled_pairs(tmp_path):
+    """The code of README.md: so many steps, of pairs that belong together, from all tars and blocks."""
+    layout = Layout((1, 8, 8), "float16", True, 300, 64)
+    x0, x1, _ = store.finish(tmp_path, layout, 3)
+    (code,) = [code for _, code in blocks((ROOT / "README.md").read_text()) if "unpack" in code]
+    code = code.replace("runs/digits/pairs", str(tmp_path)).replace(
+        "pass  #", "seen.append((x0, x1))  #"
+    )
+    seen = []
+    exec(compile(code, "README.md", "exec"), {"seen": seen})
+    assert [len(batch[0]) for batch in seen] == [64] * 100
+    numbers = {row.tobytes(): i for i, row in enumerate(x0)}
+    found = [
+        (numbers[a.numpy().tobytes()], b) for batch in seen for a, b in zip(*batch, strict=True)
+    ]
+    assert all(np.array_equal(b.numpy(), x1[i]) for i, b in found)
+    order = np.array([i for i, _ in found])
+    assert len(np.unique(order)) > 800  # of 900: drawn with replacement, 7 tars an epoch's worth
+    assert (np.diff(order) == 1).mean() < 0.05  # neighbours do not stay together
