@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flowmatch import manifest, stores
-from flowmatch.config import UserError, differences
+from flowmatch.config import UserError, differences, restrict
 from flowmatch.shards import HEAD, META, Layout, npy_header, sidecars, tar_header, tar_name
 from flowmatch.stores import Place, Store
 
@@ -109,7 +109,7 @@ def examine(place: Place, full: bool, advance: Advance = lambda _: None) -> Find
     planned = config["shards"] if config else max([-1, *tars, *sides]) + 1
     found.shards, found.layout = promise.shards or planned, promise.layout
     if config and promise.config:
-        said = {name: config.get(name) for name in promise.config}
+        said = restrict(config, promise.config)
         pairs = zip((promise.config, promise.inputs), (said, config["inputs"]), strict=True)
         changed = [line for was, now in pairs for line in differences(was, now)]
         if changed:
@@ -300,6 +300,8 @@ def read_tar(
             if name == "y":
                 if classes is not None and not ((values >= 0) & (values < classes)).all():
                     return f"{member} holds labels that are not 0 to {classes - 1}", None
+            elif name == "i" and not np.array_equal(values, layout.numbers(k, block)):
+                return f"{member} holds other numbers than those of its pairs", None
             elif not np.isfinite(values).all():
                 return f"{member} holds values that are not finite", None
     end = file.read()

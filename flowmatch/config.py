@@ -123,6 +123,13 @@ def differences(before: Any, after: Any) -> list[str]:
     ]
 
 
+def restrict(values: Any, like: Any) -> Any:
+    """Keep of nested dicts the keys that another one has: a seal holds no run fields."""
+    if not (isinstance(values, dict) and isinstance(like, dict)):
+        return values
+    return {name: restrict(values.get(name), inner) for name, inner in like.items()}
+
+
 @dataclass(frozen=True)
 class Call:
     """What the command line asks for beside the config."""

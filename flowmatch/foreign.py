@@ -130,6 +130,16 @@ class ForeignVelocity(nets.Velocity):
         field = self._field(cond)
         return field.finish(solve(field, field.start(x0), self.span))
 
+    def invert(
+        self, x1: Tensor, solve: Callable[..., Tensor], cond: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Carry data to noise: t_max x1, solve(v, x, span) back to t_min, over 1 - t_min.
+
+        The start leaves out the noise that x has at t_max: (1 - t_max) of its standard deviation.
+        """
+        field, (low, high) = self._field(cond), self.span
+        return solve(field, high * x1, self.span) / (1 - low)
+
 
 def has_no_null(net: Any) -> bool:
     """Tell whether all class rows of a foreign network are classes: UNet2DModel keeps no null row."""

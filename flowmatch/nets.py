@@ -218,6 +218,12 @@ class Velocity:
         """Carry noise to data: solve(v, x, span) integrates v(x, t) from span[0] to span[1]."""
         return solve(lambda x, t: self(x, t, cond), x0, self.span)
 
+    def invert(
+        self, x1: Tensor, solve: Callable[..., Tensor], cond: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Carry data to noise: solve(v, x, span) integrates v(x, t) from span[1] back to span[0]."""
+        return solve(lambda x, t: self(x, t, cond), x1, self.span)
+
 
 def digest(net: Any) -> str:
     """Hash a network: name, dtype, shape and bytes of its state in name order, and its config.

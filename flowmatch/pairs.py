@@ -104,6 +104,8 @@ class PairData(Dataset[dict[str, Tensor]]):
         tars = [self._map(k) for k in shards.tolist()]
         gathered = {}
         for name, starts in self.layout.offsets(index).items():
+            if name == "i":  # the pair's own number
+                continue
             dtype, size = self.layout.members[name]
             parts = [tar[a : a + size] for tar, a in zip(tars, starts.tolist(), strict=True)]
             values = torch.from_numpy(np.concatenate(parts).view(dtype))

@@ -1,8 +1,8 @@
 """The pair store on disk: shards of (x0, x1[, label]) in plain tar files, and their commits.
 
 Shard k is `pairs-%06d.tar`: an uncompressed USTAR archive of blocks of pairs, one .npy member an
-array, named SHARD-INDEX.x0.npy, .x1.npy[, .y.npy], where INDEX is the place of the block's first
-pair in its shard. Every place is arithmetic (`Layout.offsets`), so no index is stored; stock
+array, named SHARD-INDEX.x0.npy, .x1.npy[, .y.npy][, .i.npy], where INDEX is the place of the block's
+first pair in its shard. Every place is arithmetic (`Layout.offsets`), so no index is stored; stock
 `webdataset` and `datasets` read the same files. The sidecar `.meta/pairs-%06d.json`, written last,
 is the commit.
 
@@ -44,7 +44,8 @@ class Layout:
 
     shape: one x0 or x1, without batch. dtype: "float16" or "float32", as stored. labels: an int64
     label with each pair. shard_size: pairs in a shard. block: pairs in a tar member; the last block
-    of a shard may be shorter. Raises UserError for what cannot be stored.
+    of a shard may be shorter. index: the number of each pair in the set, int64, with it: that of the
+    data item it was made from. Raises UserError for what cannot be stored.
     """
 
     shape: tuple[int, ...]
@@ -52,13 +53,17 @@ class Layout:
     labels: bool
     shard_size: int
     block: int
+    index: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))  # JSON knows lists only
         faults = []
         sizes = (*self.shape, self.shard_size, self.block)
-        if not all(type(size) is int for size in sizes) or type(self.labels) is not bool:
-            raise UserError(f"{self}: expected whole numbers, and labels true or false")
+        if not all(type(size) is int for size in sizes) or not {
+            type(self.labels),
+            type(self.index),
+        } == {bool}:
+            raise UserError(f"{self}: expected whole numbers; labels, index true or false")
         if not self.shape or min(self.shape) < 1:
             faults.append(f"shape={self.shape}: expected one or more positive sizes")
         if self.dtype not in ("float16", "float32"):
@@ -81,7 +86,9 @@ class Layout:
         value = np.dtype(self.dtype).newbyteorder("<")
         arrays = {"x0": (value, value.itemsize * math.prod(self.shape))}
         arrays["x1"] = arrays["x0"]
-        return arrays | ({"y": (np.dtype("<i8"), 8)} if self.labels else {})
+        for name, there in (("y", self.labels), ("i", self.index)):
+            arrays |= {name: (np.dtype("<i8"), 8)} if there else {}
+        return arrays
 
     @cached_property
     def blocks(self) -> int:
@@ -117,6 +124,11 @@ class Layout:
             start = start + self.member_bytes(name, pairs)
         return places
 
+    def numbers(self, shard: int, block: int) -> np.ndarray:
+        """Number the pairs of a block within the set; int64."""
+        begin = shard * self.shard_size + block * self.block
+        return begin + np.arange(self.pairs(block), dtype=np.int64)
+
     def member(self, shard: int, block: int, name: str) -> str:
         """Name the member of one block's array."""
         return f"{shard:06d}-{block * self.block:06d}.{name}.npy"
@@ -124,7 +136,7 @@ class Layout:
 
 def npy_header(layout: Layout, name: str, pairs: int) -> bytes:
     """Write the .npy header (version 1.0) of a block's array: always 128 bytes."""
-    shape = (int(pairs), *(() if name == "y" else layout.shape))
+    shape = (int(pairs), *(layout.shape if name in ("x0", "x1") else ()))
     entries = {"descr": layout.members[name][0].str, "fortran_order": False, "shape": shape}
     fields = "".join(f"'{key}': {value!r}, " for key, value in entries.items())
     text = f"{{{fields}}}".encode()
@@ -151,11 +163,12 @@ def _pieces(k: int, layout: Layout, blocks: Iterable[Block]) -> Iterator[bytes |
         if number > layout.blocks:
             raise ValueError(f"shard {k}: more than the {layout.blocks} blocks of its layout")
         pairs = int(layout.pairs(number - 1))
-        for name, array in zip(("x0", "x1", "y"), arrays, strict=True):
+        number_of = layout.numbers(k, number - 1) if layout.index else None
+        for name, array in zip(("x0", "x1", "y", "i"), (*arrays, number_of), strict=True):
             if name not in layout.members and array is None:
                 continue
             dtype = layout.members[name][0] if name in layout.members else None
-            shape = (pairs, *(() if name == "y" else layout.shape))
+            shape = (pairs, *(layout.shape if name in ("x0", "x1") else ()))
             if array is None or array.dtype != dtype or array.shape != shape:
                 given = "nothing" if array is None else f"{array.dtype} {array.shape}"
                 wanted = f"{dtype} {shape}" if dtype else "nothing: the layout has no labels"

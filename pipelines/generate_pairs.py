@@ -1,22 +1,23 @@
 """Stage two: carry noise along the teacher's flow, and store where it ends: straight pairs.
 
+With `data` the other way round: images are carried back to the noise that the teacher makes them from.
+
 Noise i, its label and so pair i are functions of the config, the teacher and i alone. Workers share
 the folder and nothing else: start any number of them, stop them, start others; the bytes are the same.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
+import pydantic
 
-from flowmatch import claims, manifest, nets, noise, shards, solvers, stage, stores, teachers
+from flowmatch import batches, claims, data, manifest, shards, stage, stores, teachers
 from flowmatch import config as configs
 from flowmatch.behind import Behind
 from flowmatch.config import UserError, option, required
+from flowmatch.data import DataConfig
 from flowmatch.progress import Progress
 from flowmatch.solvers import SolverConfig
 
@@ -31,6 +32,9 @@ class PairsConfig(stage.StageConfig):
         "whose network predicts noise, data or v",
         run=True,
     )
+    data: DataConfig | None = option(
+        None, "invert this data: pair i is item i and its noise; default: generate from noise"
+    )
     shards: int = required("number of shards; more of them extend a finished set", run=True, ge=1)
     shard_size: int = option(16384, "pairs in a shard, the unit of work and of retry", ge=1)
     block: int = option(64, "pairs in a tar member; choose it so that one is 0.25 to 4 MB", ge=1)
@@ -39,7 +43,9 @@ class PairsConfig(stage.StageConfig):
     guidance: float = option(
         1.0, "classifier-free guidance scale w, baked into the pairs; 1 is none, others cost twice"
     )
-    dtype: Literal["float16", "float32"] = option("float16", "stored dtype; the noise stays exact")
+    dtype: Literal["float16", "float32"] = option(
+        "float16", "stored dtype; the noise stays exact; float32 with data", validate_default=True
+    )
     compile: bool = option(
         False,
         "compile the network by torch.compile; alters rounding, so let all workers of a set agree",
@@ -48,6 +54,13 @@ class PairsConfig(stage.StageConfig):
     lease_seconds: float = option(
         60.0, "a shard whose worker has not moved for so long is taken over", run=True, gt=0
     )
+
+    @pydantic.field_validator("dtype")
+    @classmethod
+    def _exact(cls, dtype: str, info: pydantic.ValidationInfo) -> str:
+        if info.data.get("data") is not None and dtype != "float32":
+            raise ValueError("the noise of inverted data is found, not drawn; set dtype=float32")
+        return dtype
 
 
 def main(config: PairsConfig, dry_run: bool) -> None:
@@ -65,12 +78,18 @@ def main(config: PairsConfig, dry_run: bool) -> None:
             labels=teacher.classes is not None,
             shard_size=config.shard_size,
             block=min(config.block, config.shard_size),
+            index=config.data is not None,
         )
+    source = None
+    if config.data is not None:
+        with faults:
+            source = data.load(config.data)
+            check_data(source, teacher, config)
     with faults:
         folder = stores.at(config.run_dir)
         refuse_fewer(folder, config.shards)
     faults.check()
-    inputs = {"teacher": teacher.digest}
+    inputs = {"teacher": teacher.digest} | ({"data": source.digest} if source else {})
     content = configs.content(config)
     fingerprint = manifest.fingerprint(
         {"format": PAIR_FORMAT, "config": content, "inputs": inputs, "round": teacher.round}
@@ -79,7 +98,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     evaluations: float | None = config.solver.evaluations  # a pair
     cost = "dopri5 chooses its evaluations"
     if evaluations is not None:
-        evaluations += velocity.extra
+        evaluations += 0 if source else velocity.extra
         evaluations *= 1 if config.guidance == 1 else 2
         cost = f"{evaluations} evaluations a pair ({config.solver.name}), {pairs * evaluations:,} in all"
     plan = [
@@ -88,6 +107,8 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         f"{type(teacher.net).__name__} of {teacher.net.num_parameters():,} parameters, on {device}: "
         f"{cost}",
     ]
+    if source:
+        plan.append(f"inverted: items 0 to {pairs - 1:,} of the {len(source):,} of the data")
     every = range(config.shards)
 
     def unfinished() -> bool:
@@ -100,20 +121,27 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     stage.exit_on_sigterm()
     folder.make()
     stage.write_config(config, inputs)
-    make = Maker(config, layout, velocity, stage.worker_device(device))
+    make = batches.Maker(
+        layout,
+        velocity,
+        stage.worker_device(device),
+        data=source,
+        **{name: getattr(config, name) for name in ("seed", "compute_batch", "solver", "compile")},
+    )
     card = CARD.format(
+        ends=INVERTED.format(digest=source.digest) if source else GENERATED,
         pairs=f"{pairs:,}",
         shape=list(teacher.shape),
         solver=how(config.solver, evaluations),
         guidance=config.guidance,
         digest=teacher.digest,
-        labels=LABELS if layout.labels else "",
+        labels=(LABELS if layout.labels else "") + (INDEX if layout.index else ""),
     )
     own = list(every)[stage.rank() :: stage.world_size()]
 
-    def write(k: int, batches: Iterator[Batch]) -> None:
+    def write(k: int, made: Iterator[batches.Batch]) -> None:
         environment = dict(make.environment)
-        blocks = cut(batches, layout, environment)
+        blocks = batches.cut(made, layout, environment)
         shards.write_shard(folder, k, layout, blocks, fingerprint, environment, card)
 
     shown = Progress(folder, every, fingerprint, config.shard_size, shown=stage.has_log())
@@ -133,7 +161,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         inputs=inputs,
         outputs={shards.tar_name(k): side["sha256"] for k, side in sidecars.items()},
         fingerprint=fingerprint,
-        kind="generated",
+        kind="inverted" if source else "generated",
         round=teacher.round,
         classes=teacher.classes,
         evaluations=evaluations,
@@ -144,6 +172,29 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         **teacher.facts,
     )
     stage.say(f"generate_pairs: sealed {folder}")
+
+
+def check_data(source: data.Data, teacher: teachers.Teacher, config: PairsConfig) -> None:
+    """Raise UserError where data is not what the teacher makes, or has fewer items than pairs."""
+    faults, count, pairs = [], len(source), config.shards * config.shard_size
+    if source.shape != teacher.shape:
+        faults.append(
+            f"data: samples are {list(source.shape)}; the teacher's are {list(teacher.shape)}"
+        )
+    if source.classes != teacher.classes:
+        faults.append(
+            f"data: {source.classes or 'no'} classes (data.labels={source.classes is not None}); the "
+            f"teacher has {teacher.classes or 'none'}"
+        )
+    if pairs > count:
+        whole = max(d for d in range(1, min(config.shard_size, count) + 1) if count % d == 0)
+        faults.append(
+            f"shards={config.shards} x shard_size={config.shard_size} are {pairs:,} pairs; the data has "
+            f"{count:,} items: use at most shards={count // config.shard_size}, or to invert all of "
+            f"them shards={count // whole} shard_size={whole}"
+        )
+    if faults:
+        raise UserError(faults)
 
 
 def refuse_fewer(folder: stores.Store, number: int) -> None:
@@ -159,114 +210,6 @@ def refuse_fewer(folder: stores.Store, number: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Pairs that were integrated together. x1: waits for them. evaluations: a pair, of the network."""
-
-    x0: np.ndarray
-    x1: Callable[[], np.ndarray]
-    label: np.ndarray | None
-    evaluations: int
-
-
-class Maker:
-    """Makes the pairs of a shard, batch by batch."""
-
-    def __init__(
-        self, config: PairsConfig, layout: shards.Layout, velocity: nets.Velocity, device: str
-    ):
-        velocity.net.to(device)
-        if config.compile:  # every batch is a whole one: a single graph
-            velocity.net.compile(fullgraph=True, dynamic=False)
-        self.config, self.layout, self.velocity, self.device = config, layout, velocity, device
-        self.environment: dict[str, Any] = {
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "processor": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
-            "threads": torch.get_num_threads(),
-            "compile": config.compile,
-        }
-        torch.backends.cudnn.deterministic = True
-
-    @torch.inference_mode()
-    def batches(self, k: int) -> Iterator[Batch]:
-        """Integrate shard k in batches of compute_batch; the last one is padded with the next ids.
-
-        The noise is rounded to the stored dtype before it is integrated: a stored pair is exact.
-        Nothing here waits for a GPU: it integrates while the noise of the next batch is drawn.
-        """
-        config, size = self.config, self.config.shard_size
-        for start in range(0, size, self.config.compute_batch):
-            ids = k * size + start + np.arange(config.compute_batch)
-            x0 = noise.normal(config.seed, ids, self.layout.shape, noise.PAIR_NOISE)
-            x0 = x0.astype(self.layout.dtype)
-            label, cond = None, None
-            if self.velocity.classes is not None:
-                label = noise.labels(config.seed, ids, self.velocity.classes)
-                cond = {"label": self.to_device(label)}
-            before = self.velocity.evaluations
-            x1 = self.velocity.carry(
-                self.to_device(x0.astype(np.float32)),
-                lambda v, x, span: solvers.solve(v, x, config.solver, span),
-                cond,
-            )
-            keep = min(config.compute_batch, size - start)
-            evaluations = self.velocity.evaluations - before
-            yield Batch(
-                x0[:keep], to_host(x1[:keep]), None if label is None else label[:keep], evaluations
-            )
-
-    def to_device(self, array: np.ndarray) -> Tensor:
-        """Copy an array to where the network is, without waiting for what runs there."""
-        tensor = torch.from_numpy(array)
-        if self.device == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
-
-
-def to_host(x: Tensor) -> Callable[[], np.ndarray]:
-    """Begin to copy a tensor to the host; calling the answer, from any thread, waits for the copy."""
-    if x.device.type == "cpu":
-        return x.numpy
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    copied = torch.cuda.Event(blocking=True)
-    copied.record(torch.cuda.current_stream(x.device))
-
-    def wait() -> np.ndarray:
-        copied.synchronize()
-        return host.numpy()
-
-    return wait
-
-
-def cut(
-    batches: Iterable[Batch], layout: shards.Layout, environment: dict[str, Any]
-) -> Iterator[shards.Block]:
-    """Cut the batches of a shard into the blocks of its layout, and note their mean evaluations."""
-    held: list[shards.Block] = []
-    counts = []
-    for batch in batches:
-        counts.append(batch.evaluations)
-        held.append((batch.x0, batch.x1().astype(layout.dtype), batch.label))
-        x0, x1, y = (join(column) for column in zip(*held, strict=True))
-        whole = len(x0) // layout.block * layout.block
-        for a in range(0, whole, layout.block):
-            b = a + layout.block
-            yield x0[a:b], x1[a:b], None if y is None else y[a:b]
-        held = [(x0[whole:], x1[whole:], None if y is None else y[whole:])]
-    if len(held[0][0]):
-        yield held[0]
-    environment["evaluations"] = sum(counts) / len(counts)
-
-
-def join(column: tuple[np.ndarray | None, ...]) -> Any:
-    """Concatenate arrays, or pass None on."""
-    return (
-        None if column[0] is None else np.concatenate([part for part in column if part is not None])
-    )
-
-
 def how(solver: SolverConfig, evaluations: float | None) -> str:
     """Say in words how the pairs were integrated."""
     if evaluations is None:
@@ -277,12 +220,17 @@ def how(solver: SolverConfig, evaluations: float | None) -> str:
     )
 
 
+GENERATED = """`x1` is where the teacher's flow carries
+the noise `x0` (x_t = (1 - t) x0 + t x1, from t = 0 to 1)"""
+INVERTED = """`x0` is where the teacher's flow,
+followed backward (x_t = (1 - t) x0 + t x1, from t = 1 to 0), carries the sample `x1` of a data set
+(sha256 {digest})"""
+INDEX = ", `.i.npy` (the sample's number in the data, int64)"
 LABELS = ", `.y.npy` (class label, int64)"
 CARD = """# Noise/sample pairs of a flow model
 
-{pairs} pairs of shape {shape}, made by flowmatch for reflow: `x1` is where the teacher's flow carries
-the noise `x0` (x_t = (1 - t) x0 + t x1, from t = 0 to 1), {solver},
-guidance {guidance}. Teacher: sha256 {digest}.
+{pairs} pairs of shape {shape}, made by flowmatch for reflow: {ends},
+{solver}, guidance {guidance}. Teacher: sha256 {digest}.
 
 The tars hold blocks of pairs: `.x0.npy` (noise), `.x1.npy` (sample){labels}, with the pairs of a block
 along the first axis. `manifest.json` holds the full provenance and the sha256 of every tar.

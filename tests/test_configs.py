@@ -119,3 +119,14 @@ def test_latents_go_through_every_stage(tmp_path):
     seal = (f"run_dir={tmp_path}/export", f"student={tmp_path}/student", "steps=[1]", "device=cpu")
     run(export, export.ExportConfig, *seal)
     assert manifest.sealed(tmp_path / "export")
+
+
+def test_images_of_fashion_mnist_are_inverted_by_its_config(tmp_path):
+    """All 60,000 of them: no shard is cut short."""
+    words = [str(ROOT / "configs/fashion_mnist/inverted.yaml"), f"run_dir={tmp_path}"]
+    config, _ = load(generate_pairs.PairsConfig, words)
+    assert config.shards * config.shard_size == 60_000
+    assert config.shard_size % config.compute_batch == config.shard_size % config.block == 0
+    path = ROOT / "configs/fashion_mnist/reflow.yaml"
+    reflowed, _ = load(reflow.ReflowConfig, [str(path)])
+    assert reflowed.fit.batch_size * 0.05 >= 1  # the share of the mixture that the config tells of

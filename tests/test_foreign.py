@@ -104,6 +104,9 @@ def test_every_prediction_becomes_the_velocity_of_the_target(case):
     end = v.carry(x, lambda field, x, span: solvers.solve(field, x, config, span))
     assert v.evaluations - before == 4 * 400 + 1
     assert (end - truth).norm(dim=1).median() < 0.02  # what starting at t_min costs
+    back = v.invert(truth, lambda f, x, s: solvers.solve(f, x, config, s, backward=True))
+    assert (back - x).norm(dim=1).median() < 0.01  # what starting at t_max costs, too
+    assert abs((back * x).sum() / (x * x).sum() - 1) < 1e-3  # and yet noise of the right scale
     with pytest.raises(UserError, match=r"knows the noise levels of t in"):
         v(x, 0.0)
 

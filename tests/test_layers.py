@@ -30,7 +30,7 @@ LAYERS = {
     ],
     "export": ["scheduler", "pipeline", "mlp"],
     "models": [
-        *("nets", "foreign", "images", "sources", "tables", "data", "teachers"),
+        *("nets", "foreign", "images", "sources", "tables", "data", "teachers", "batches"),
         *("features", "scores", "rows"),
     ],
     "loop": ["stage", "run", "sharding", "state", "fit"],

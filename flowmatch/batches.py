@@ -1,0 +1,143 @@
+"""The pairs of a shard, integrated batch by batch: noise carried to data, or data back to noise."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowmatch import nets, noise, shards, solvers
+from flowmatch.data import Data
+from flowmatch.solvers import SolverConfig
+
+Array = Callable[[], np.ndarray]  # waits for what is still being made
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs that were integrated together. evaluations: a pair, of the network."""
+
+    x0: Array
+    x1: Array
+    label: np.ndarray | None
+    evaluations: int
+
+
+class Maker:
+    """Makes the pairs of a shard: pair i from noise i, or from item i of the data.
+
+    Noise is rounded to the stored dtype before it is integrated: the given side of a pair is exact.
+    """
+
+    def __init__(
+        self,
+        layout: shards.Layout,
+        velocity: nets.Velocity,
+        device: str,
+        *,
+        data: Data | None,
+        seed: int,
+        compute_batch: int,
+        solver: SolverConfig,
+        compile: bool,
+    ):
+        velocity.net.to(device)
+        if compile:  # every batch is a whole one: a single graph
+            velocity.net.compile(fullgraph=True, dynamic=False)
+        self.layout, self.velocity, self.device, self.data = layout, velocity, device, data
+        self.seed, self.compute_batch, self.solver = seed, compute_batch, solver
+        self.environment: dict[str, Any] = {
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "processor": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
+            "threads": torch.get_num_threads(),
+            "compile": compile,
+        }
+        torch.backends.cudnn.deterministic = True
+
+    @torch.inference_mode()
+    def batches(self, k: int) -> Iterator[Batch]:
+        """Integrate shard k in batches of compute_batch; the last one is padded with the next ids.
+
+        Nothing here waits for a GPU: it integrates while the noise of the next batch is drawn.
+        """
+        size, step, backward = self.layout.shard_size, self.compute_batch, self.data is not None
+        carry = self.velocity.invert if backward else self.velocity.carry
+        for start in range(0, size, step):
+            x, label = self._given(k * size + start + np.arange(step))
+            cond = None if label is None else {"label": self._to_device(label)}
+            before = self.velocity.evaluations
+            found = carry(
+                self._to_device(x.astype(np.float32)),
+                lambda v, x, span: solvers.solve(v, x, self.solver, span, backward=backward),
+                cond,
+            )
+            keep = min(step, size - start)
+            ends: list[Array] = [lambda kept=x[:keep]: kept, to_host(found[:keep])]  # type: ignore[misc]
+            x0, x1 = reversed(ends) if backward else ends
+            evaluations = self.velocity.evaluations - before
+            yield Batch(x0, x1, None if label is None else label[:keep], evaluations)
+
+    def _given(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Draw noise and labels, or read data; the data begins anew where padding goes past its end."""
+        if self.data is not None:
+            batch = self.data.batch(ids % len(self.data))
+            label = batch["label"].numpy() if "label" in batch else None
+            return batch["x1"].numpy().astype(self.layout.dtype), label
+        x0 = noise.normal(self.seed, ids, self.layout.shape, noise.PAIR_NOISE)
+        classes = self.velocity.classes
+        label = None if classes is None else noise.labels(self.seed, ids, classes)
+        return x0.astype(self.layout.dtype), label
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        """Copy an array to where the network is, without waiting for what runs there."""
+        tensor = torch.from_numpy(array)
+        if self.device == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def to_host(x: Tensor) -> Array:
+    """Begin to copy a tensor to the host; calling the answer, from any thread, waits for the copy."""
+    if x.device.type == "cpu":
+        return x.numpy
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    copied = torch.cuda.Event(blocking=True)
+    copied.record(torch.cuda.current_stream(x.device))
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return wait
+
+
+def cut(
+    batches: Iterable[Batch], layout: shards.Layout, environment: dict[str, Any]
+) -> Iterator[shards.Block]:
+    """Cut the batches of a shard into the blocks of its layout, and note their mean evaluations."""
+    held: list[shards.Block] = []
+    counts = []
+    for batch in batches:
+        counts.append(batch.evaluations)
+        x0, x1 = (end().astype(layout.dtype) for end in (batch.x0, batch.x1))
+        held.append((x0, x1, batch.label))
+        x0, x1, y = (join(column) for column in zip(*held, strict=True))
+        whole = len(x0) // layout.block * layout.block
+        for a in range(0, whole, layout.block):
+            b = a + layout.block
+            yield x0[a:b], x1[a:b], None if y is None else y[a:b]
+        held = [(x0[whole:], x1[whole:], None if y is None else y[whole:])]
+    if len(held[0][0]):
+        yield held[0]
+    environment["evaluations"] = sum(counts) / len(counts)
+
+
+def join(column: tuple[np.ndarray | None, ...]) -> Any:
+    """Concatenate arrays, or pass None on."""
+    return (
+        None if column[0] is None else np.concatenate([part for part in column if part is not None])
+    )
