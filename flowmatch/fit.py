@@ -102,6 +102,8 @@ def check(config: FitConfig, device: str, processes: int) -> None:
         raise UserError(
             "fit.shard=true gathers in the middle of what fit.compile=true makes one graph"
         )
+    if config.shard and config.channels_last:
+        raise UserError("fit.shard=true cuts contiguous weights alone; leave fit.channels_last out")
     if config.shard and processes == 1:
         raise UserError("fit.shard=true shares out over processes, and there is one; leave it out")
     if config.shard and config.precision == "fp16":

@@ -218,7 +218,7 @@ def plain(tmp_path_factory):
 
 @pytest.mark.slow
 def test_sharded_training_is_killed_resumed_and_agrees_with_unsharded(plain, tmp_path):
-    words = [*DIGITS, *UNET, "fit.shard=true"]
+    words = [*DIGITS, *UNET, "fit.shard=true", "fit.micro_batch=4", "fit.checkpointing=true"]
     train(tmp_path / "whole", 2, *words)
     train(tmp_path / "cut", 2, *words, codes=[-9, 1], FAULT="save:0:10")
     found = sorted(path.name for path in (tmp_path / "cut/checkpoints").iterdir())

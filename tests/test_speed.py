@@ -117,6 +117,8 @@ def test_what_machine_or_network_lacks_is_refused():
     check(config(precision="tf32"), "cuda", 1)
     with pytest.raises(UserError, match="in the middle of what fit.compile=true makes one graph"):
         check(config(shard=True, compile=True), "cpu", 2)
+    with pytest.raises(UserError, match="leave fit.channels_last out"):
+        check(config(shard=True, channels_last=True), "cpu", 2)
     with pytest.raises(UserError, match="VelocityMLP has no checkpointing"):
         check_net(config(checkpointing=True), net())
     with pytest.raises(UserError, match="VelocityMLP has no convolutions"):
