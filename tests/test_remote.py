@@ -4,6 +4,8 @@ import json
 import random
 import shlex
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -41,7 +43,7 @@ class Watch:
         self.thread = threading.Thread(target=self._look)
 
     def _look(self):
-        while not self.stop.wait(0.005):
+        while not self.stop.wait(0.03):
             tars = [name for name in self.store.names() if ".tar" in name]
             self.seen |= set(zip(tars, self.store.sizes(tars), strict=True)) if tars else set()
 
@@ -260,3 +262,49 @@ def test_a_set_in_a_bucket_is_inspected(tmp_path, bucket, capsys, monkeypatch):
         assert f"{tmp_path}/flow: train_flow, round 0" in out
         costs.append(json.loads((tmp_path / "out/summary.json").read_text())["cost"])
     assert costs[0] == costs[1]
+
+
+@pytest.mark.slow
+def test_the_stage_is_killed_and_repeated(tmp_path, monkeypatch, bucket):
+    """Stage two itself, SIGKILLed with some shards committed: the bytes and the seal of a folder."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    pairset.make_teacher(tmp_path / "flow", pairset.CLASSES)
+    more = ["shards=12", "shard_size=100", "block=10"]
+    generate(*pairset.words(tmp_path, *more))
+    place = f"{bucket}/pairs"
+    store, stage_two = stores.at(place), [sys.executable, "-m", "pipelines.generate_pairs"]
+    command = [*stage_two, *pairset.words(tmp_path, *more, f"run_dir={place}")]
+    with Watch(place) as watch:
+        for enough in (2, 5):
+            worker = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while len([name for name in store.names() if name.endswith(".tar")]) < enough:
+                assert worker.poll() is None
+                time.sleep(0.01)
+            worker.send_signal(signal.SIGKILL)
+            worker.wait()
+        assert not manifest.sealed(place)
+        subprocess.run(command, check=True)
+    assert objects(place) == hashes(tmp_path / "pairs")
+    assert len({size for _, size in watch.seen}) == 1
+    assert manifest.digest(place) == manifest.digest(tmp_path / "pairs")
+    assert not list(tmp_path.rglob("*.tmp.*"))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_from_a_bucket_through_one_cache(tmp_path, bucket):
+    """As from the folder: the same weights, though each rank asks for the tars of both."""
+    pairset.make_teacher(tmp_path / "flow", pairset.CLASSES)
+    generate(*pairset.words(tmp_path, "shards=5"))
+    generate(*pairset.words(tmp_path, "shards=5", f"run_dir={bucket}/pairs"))
+    limit = {"cache": str(tmp_path / "cache"), "cache_gb": 2.5 * pairset.LAYOUT.tar_bytes / 1e9}
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", "configs/accelerate/cpu_2.yaml", "-m"]
+    words = [f"start={tmp_path}/flow", "device=cpu", "fit.steps=12", "fit.batch_size=6"]
+    for name, entry in {
+        "near": {"path": str(tmp_path / "pairs"), "group": 1},
+        "far": {"path": f"{bucket}/pairs", "group": 1, **limit},
+    }.items():
+        more = [f"run_dir={tmp_path / name}", f"pairs=[{json.dumps(entry)}]"]
+        command = [*launch, "pipelines.reflow", "configs/ring/reflow.yaml", *words, *more]
+        subprocess.run(command, check=True)
+    assert manifest.digest(tmp_path / "near") == manifest.digest(tmp_path / "far")
