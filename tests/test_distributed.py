@@ -137,7 +137,7 @@ def test_killed_at_random_moments_and_repeated(whole, tmp_path, worlds, apart):
     rng = np.random.default_rng(5)
     *killed, last = worlds
     for world, after in zip(killed, (40, 120), strict=True):
-        codes = disturb(tmp_path / "cut", world, after, signal.SIGKILL, rng.uniform(0, 0.1))
+        codes = disturb(tmp_path / "cut", world, after, signal.SIGKILL, rng.uniform(0, 0.05))
         assert codes == [-9] * world
     train(tmp_path / "cut", last, *RING)
     assert difference(tmp_path / "cut", whole[last]) <= apart
