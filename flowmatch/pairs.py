@@ -67,6 +67,7 @@ class PairData(Dataset[dict[str, Tensor]]):
         self._last = self._heads(self.layout.blocks - 1)
         self._maps: dict[int, np.ndarray] = {}
         self._ready: tuple[range, int] | None = None
+        self.kept: np.ndarray | None = None  # ids that training draws from; None: all
         self.cache: Cache | None = None
         if isinstance(self.folder, Bucket):
             place = Path(cache or default_folder()) / manifest.digest(self.folder)[:16]
@@ -115,7 +116,9 @@ class PairData(Dataset[dict[str, Tensor]]):
         return gathered
 
     def order(self, seed: int) -> Order | GroupedOrder:
-        """Make the endless shuffled order in which pairs are trained on."""
+        """Make the endless shuffled order in which pairs are trained on; with `kept`, places in it."""
+        if self.kept is not None:
+            return Order(len(self.kept), seed)
         if not self.group:
             return Order(len(self), seed)
         return GroupedOrder(self.shards, self.layout.shard_size, self.group, seed)
@@ -272,7 +275,8 @@ class Mixture:
                 share = self.shares[number]
                 local = step[here] * share + position[here] - (self.ends[number] - share)
                 data.prepare(order, local)
-                parts.append(data.batch(order(local)))
+                ids = order(local)
+                parts.append(data.batch(ids if data.kept is None else data.kept[ids]))
                 places.append(here)
         back = torch.from_numpy(np.argsort(np.concatenate(places)))
         return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}

@@ -26,6 +26,7 @@ from flowmatch.fit import check, check_net, fit
 from flowmatch.losses import LossConfig
 from flowmatch.state import FitConfig
 from flowmatch.times import TimesConfig
+from flowmatch.truncation import truncate
 
 
 class PairsEntry(Config):
@@ -40,6 +41,13 @@ class PairsEntry(Config):
         "shards that are shuffled together: a pass over the set touches each shard once, and two "
         "groups of a URL must fit into its cache; 0: all of them, at hand all the time",
         ge=0,
+    )
+    truncate: float = option(
+        0.0,
+        "share of the pairs, those with the largest |x1 - x0|^2, that is left out of training; found "
+        "by each process at its start, in one pass over the whole set",
+        ge=0,
+        lt=1,
     )
     cache: str | None = option(
         None, "folder in which tars of a URL are kept (default: ~/.cache/flowmatch/pairs)", run=True
@@ -82,11 +90,12 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
         inputs["start"] = start.digest
         check_net(config.fit, start.net)
     sets: list[tuple[pairs.PairData, float]] = []
-    rounds = []
+    rounds, cuts = [], []
     for number, entry in enumerate(config.pairs):
         with faults:
             key = f"pairs.{number}.path"
             data = pairs.PairData(entry.path, key, entry.group, entry.cache, entry.cache_gb)
+            cuts += [truncate(data, entry.truncate)] if entry.truncate else []
             sets.append((data, entry.weight))
             rounds.append(manifest.read(entry.path, key, ["generate_pairs"])["facts"]["round"])
             inputs[f"pairs.{number}"] = manifest.digest(entry.path)
@@ -105,12 +114,13 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
                 module = features.Perceptual(net).to(stage.worker_device(device))
     faults.check()
 
-    count = sum(len(data) for data, _ in sets)
+    count = sum(len(data) if data.kept is None else len(data.kept) for data, _ in sets)
     seen = config.fit.steps * config.fit.batch_size
     only = ", for one step only: all times are 0" if config.times.zero == 1 else ""
     plan = [
         f"{count:,} pairs of {list(start.shape)} in {len(sets)} set(s), "
         f"{'with labels' if start.classes else 'no labels'}",
+        *cuts,
         f"{type(start.net).__name__} of {start.net.num_parameters():,} parameters, on {device}",
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / count:.1f} epochs{only}",
     ]

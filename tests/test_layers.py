@@ -26,7 +26,7 @@ LAYERS = {
     ],
     "artefacts": [
         *("folders", "stores", "manifest", "shards", "claims", "behind", "progress"),
-        *("cache", "pairs", "audit"),
+        *("cache", "pairs", "truncation", "audit"),
     ],
     "export": ["scheduler", "pipeline", "mlp"],
     "models": [
