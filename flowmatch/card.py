@@ -22,7 +22,7 @@ pipe = DiffusionPipeline.from_pretrained("FOLDER", scheduler=exact)
 image = pipe(num_inference_steps=1).images[0]
 ```
 """
-ONE_STEP = "it samples in one Euler step, and in no other number of them (trained at t = 0 alone)."
+ONE_STEP = "it samples in one Euler step, and in no other number of them."
 ONE_STEP_NOTES = """\
 Always pass `num_inference_steps=1`: the pipeline's own default is 1000. The folder's scheduler, the
 same as in `scheduler_1/`, is exact for that one step.
@@ -72,7 +72,7 @@ with `custom_pipeline="pipeline", trust_remote_code=True`. `scheduler_flowmatch/
 `flowmatch.RectifiedFlowScheduler.from_pretrained("FOLDER", subfolder="scheduler_flowmatch")`, with the
 package installed: the uniform grid for any number of steps, and Heun.
 
-Weights: sha256 {digest}. Provenance: `manifest.json`.
+The student's weights: sha256 {digest}. Provenance: `manifest.json`.
 """
 
 

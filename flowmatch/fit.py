@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flowmatch import config as configs
-from flowmatch import losses, nets, noise, path, times
+from flowmatch import nets, noise, objectives, path, times
 from flowmatch.config import UserError
 from flowmatch.coupling import Batch, Coupling
 from flowmatch.run import Run, start_accelerator
@@ -30,11 +30,12 @@ Stream = Callable[[np.ndarray], Batch]  # global sample counters [B] -> {"x1": .
 
 @dataclass(frozen=True)
 class Drawn:
-    """A micro-batch, all that chance decides included. x0, x1: [B, ...]; t: [B]; label: [B]."""
+    """A micro-batch, all that chance decides included. x0, x1: [B, ...]; t, w: [B]; label: [B]."""
 
     x0: Tensor
     x1: Tensor
     t: Tensor
+    w: Tensor  # uniform in [0, 1), for the objective
     label: Tensor | None
 
     def to(self, device: torch.device) -> "Drawn":
@@ -45,7 +46,7 @@ class Drawn:
                 return x
             return x.pin_memory().to(device, non_blocking=True)
 
-        return Drawn(move(self.x0), move(self.x1), move(self.t), move(self.label))
+        return Drawn(move(self.x0), move(self.x1), move(self.t), move(self.w), move(self.label))
 
 
 def draw(
@@ -60,7 +61,7 @@ def draw(
     """Make the samples of some global counters, step * batch_size + position: a pure function.
 
     Each sample has its own stream of random numbers: two uniforms (its time, its label drop), then
-    its noise. counters: int64 [B].
+    its noise, then a uniform for the objective. counters: int64 [B].
     """
     rngs = [noise.generator(seed, int(counter), noise.TRAINING) for counter in counters]
     u = torch.from_numpy(np.stack([rng.random(2) for rng in rngs]))  # [B, 2], float64
@@ -74,7 +75,8 @@ def draw(
     label = None
     if null_label is not None:
         label = torch.where(u[:, 1] < label_drop, null_label, batch["label"])
-    return Drawn(x0, x1, times.sample(u[:, 0], t_config), label)
+    w = torch.tensor([rng.random(dtype=np.float32) for rng in rngs])
+    return Drawn(x0, x1, times.sample(u[:, 0], t_config), w, label)
 
 
 def split_batch(config: FitConfig, processes: int) -> tuple[int, int]:
@@ -127,15 +129,15 @@ def fit(
     run: Run,
     config: FitConfig,
     t_config: times.TimesConfig,
-    loss: losses.Loss,
+    objective: objectives.Objective,
     *,
     seed: int,
     device: str,
 ) -> list[str]:
     """Train a network's velocity, from the newest checkpoint of the run if it has one.
 
-    net: a diffusers model with its start weights; they give way to a checkpoint's. loss: of
-    `losses.build`; a module in it is on the device already. Returns the files
+    net: a diffusers model with its start weights; they give way to a checkpoint's. objective:
+    of `objectives.build`; a module in it is on the device already. Returns the files
     of the finished EMA network, relative to the run's folder (rank 0). Raises UserError naming the
     step where loss or gradient stopped being finite. Exits 75 after SIGTERM, with a checkpoint.
     """
@@ -151,7 +153,7 @@ def fit(
     rank, world = accelerator.process_index, accelerator.num_processes
     micro, accumulation = split_batch(config, world)
     state = State(net, config, accelerator, run)
-    v = nets.Velocity(state.model)
+    v, plain = nets.Velocity(state.model), nets.Velocity(net)
     null_label = nets.classes_of(net)
     start = state.step
     if leads():
@@ -199,9 +201,8 @@ def fit(
                 ahead = pool.submit(batch_at, state.step + last, 0 if last else index + 1)
                 torch.manual_seed(mask_seed(seed, state.step, index * world + rank))  # dropout
                 with nullcontext() if last else accelerator.no_sync(state.model):
-                    x = path.interpolate(batch.x0, batch.x1, batch.t)  # [B, ...]
                     cond = None if batch.label is None else {"label": batch.label}
-                    error = loss(v(x, batch.t, cond), x, batch.x0, batch.x1, batch.t)
+                    error = objective(v, plain, batch.x0, batch.x1, batch.t, batch.w, cond)
                     accelerator.backward(error.mean() / accumulation)
                 total += error.detach().mean() / accumulation
                 way = path.velocity(batch.x0, batch.x1).square().flatten(1).sum(1)  # |x1 - x0|^2

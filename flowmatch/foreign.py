@@ -116,7 +116,11 @@ class ForeignVelocity(nets.Velocity):
         return out if noise else self.diffusion.data(y, out, sigma)
 
     def __call__(
-        self, x: Tensor, t: Tensor | float, cond: dict[str, Tensor] | None = None, r: None = None
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        cond: dict[str, Tensor] | None = None,
+        r: Tensor | float | None = None,
     ) -> Tensor:
         """Evaluate the velocity. x: [B, ...]; t: [B] or a float, in span -> v: [B, ...]."""
         if r is not None:

@@ -17,7 +17,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from flowmatch import metrics
+from flowmatch import metrics, second_time
 from flowmatch.config import Config, NotReady, UserError, required
 
 LABEL_KEYS = {"num_class_embeds", "num_embeds_ada_norm"}  # how diffusers' models count classes
@@ -55,7 +55,8 @@ def build(config: NetConfig, shape: tuple[int, ...], classes: int | None, seed: 
     """
     model = network_class(config.name)
     given = dict(config.model_extra or {})
-    known = set(inspect.signature(model.__init__).parameters) - {"self"}
+    # the second time is given by reflow, and `class_embed_type` is where it goes
+    known = set(inspect.signature(model.__init__).parameters) - {"self", *second_time.KEYS}
     faults = [
         f"net.{key}: unknown key; {config.name} takes {', '.join(sorted(known))}"
         for key in sorted(given.keys() - known)
@@ -162,52 +163,70 @@ class Velocity:
         self.guidance = guidance
         self.evaluations = 0  # of the network, a sample; guidance counts two
         inner = getattr(net, "module", net)  # DDP hides the config
-        self.classes = classes_of(getattr(inner, "_orig_mod", inner))
+        inner = getattr(inner, "_orig_mod", inner)
+        self.classes = classes_of(inner)
+        self.second = second_time.argument(inner)  # which takes the second time, if there is one
         self.null = self.classes  # the null class is the one after the last
         if guidance != 1 and self.classes is None:
             raise UserError(f"guidance={guidance}: this network takes no labels; use guidance=1")
 
     def __call__(
-        self, x: Tensor, t: Tensor | float, cond: dict[str, Tensor] | None = None, r: None = None
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        cond: dict[str, Tensor] | None = None,
+        r: Tensor | float | None = None,
     ) -> Tensor:
         """Evaluate the velocity. x: [B, ...]; t: [B] or a float, in [0, 1] -> v: [B, ...].
 
         cond["label"]: int64 [B]; K is the null class, and what a conditional network gets without
-        labels. r is for two-time networks, of which there are none yet.
+        labels. r, like t: the time up to which a two-time network averages; None is t, the velocity.
         """
-        if r is not None:
+        if r is not None and self.second is None:
             raise UserError("r is given, but this network takes a single time")
-        if not isinstance(
-            t, Tensor
-        ):  # filled on the device: a copy to it would wait for all its work
-            t = torch.full((), t, dtype=torch.float32, device=x.device)
-        t = t.to(x.device, torch.float32).expand(x.shape[0])
-        return -self.predict(x, 1000 * (1 - t), cond)
+        own = torch.float32 if x.dtype != torch.float64 else next(self.net.parameters()).dtype
+        wide = torch.promote_types(own, torch.float32)
 
-    def predict(self, x: Tensor, timestep: Tensor, cond: dict[str, Tensor] | None) -> Tensor:
+        def timestep(time: Tensor | float) -> Tensor:
+            if not isinstance(time, Tensor):  # a copy to the device would wait for all its work
+                time = torch.full((), time, dtype=wide, device=x.device)
+            return 1000 * (1 - time.to(x.device, wide).expand(x.shape[0]))
+
+        second = None if self.second is None else timestep(t if r is None else r)
+        return -self.predict(x, timestep(t), cond, second)
+
+    def predict(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        cond: dict[str, Tensor] | None,
+        second: Tensor | None = None,
+    ) -> Tensor:
         """Evaluate the network itself, guided. timestep: [B], as it sees it -> [B, ...], as it says it.
 
-        The timestep is a float tensor: UNet2DModel casts a Python number to long.
+        The timestep is a float tensor: UNet2DModel casts a Python number to long. second: like it.
         """
+        more: dict[str, Any] = {} if self.second is None else {self.second: second}
         # a float64 state is the solver's; the network keeps its own dtype
         given = x.to(next(self.net.parameters()).dtype) if x.dtype == torch.float64 else x
         if self.classes is None:
             if cond:
                 raise UserError(f"conditions {sorted(cond)} are given; this network takes none")
             self.evaluations += 1
-            return self.net(given, timestep).sample.to(x.dtype)
+            return self.net(given, timestep, **more).sample.to(x.dtype)
         if self.null is None and cond is None:
             raise UserError("this network has no null class; give it labels")
         null = torch.full((x.shape[0],), self.null or 0, dtype=torch.long, device=x.device)
         label = null if cond is None else cond["label"]
         if self.guidance == 1:
             self.evaluations += 1
-            return self.net(given, timestep, class_labels=label).sample.to(x.dtype)
+            return self.net(given, timestep, class_labels=label, **more).sample.to(x.dtype)
         self.evaluations += 2
         both = self.net(
             torch.cat([given, given]),
             torch.cat([timestep, timestep]),
             class_labels=torch.cat([null, label]),
+            **{name: torch.cat([value, value]) for name, value in more.items()},
         )
         out_null, out_cond = both.sample.to(x.dtype).chunk(2)
         return out_null + self.guidance * (out_cond - out_null)
@@ -215,8 +234,11 @@ class Velocity:
     def carry(
         self, x0: Tensor, solve: Callable[..., Tensor], cond: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """Carry noise to data: solve(v, x, span) integrates v(x, t) from span[0] to span[1]."""
-        return solve(lambda x, t: self(x, t, cond), x0, self.span)
+        """Carry noise to data: solve(v, x, span) integrates v(x, t) from span[0] to span[1].
+
+        Of a two-time network, v(x, t, r) is the average velocity up to r.
+        """
+        return solve(lambda x, t, r=None: self(x, t, cond, r), x0, self.span)
 
     def invert(
         self, x1: Tensor, solve: Callable[..., Tensor], cond: dict[str, Tensor] | None = None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowmatch import metrics, noise, samplers, solvers, teachers
+from flowmatch import grids, metrics, noise, samplers, solvers, teachers
 from flowmatch.samplers import SamplerConfig
 from flowmatch.solvers import SolverConfig, VelocityField
 
@@ -68,7 +68,12 @@ class Sampler:
         solver: SamplerConfig,
         steps: int,
     ) -> Tensor:
-        """Carry the noise of some samples to data in a number of steps."""
+        """Carry the noise of some samples to data in a number of steps.
+
+        A two-time network is not integrated by Euler: it says where each step ends.
+        """
+        if self.model.two_times and solver.name == "euler":
+            return solvers.jumps(v, x0, grids.make(solver, steps))
         return samplers.sample(v, x0, solver, steps, span, seed=self.seed, ids=ids)
 
     @torch.inference_mode()

@@ -157,6 +157,17 @@ def integrate(v: VelocityField, x: Tensor, grid: Tensor, solver: str = "euler") 
     return x
 
 
+def jumps(u: Callable[..., Tensor], x: Tensor, grid: Tensor) -> Tensor:
+    """Carry x through the points of a grid by average velocities: x_s = x_t + (s - t) u(x_t, t, s).
+
+    u(x, t, s): the average velocity [B, ...] from t to s, floats. (MeanFlow, arXiv 2505.13447, eq. 12.)
+    """
+    check_state(x)
+    for t, s in pairwise(grid.tolist()):
+        x = x + (s - t) * u(x, t, s)
+    return x
+
+
 def dopri5(
     v: VelocityField,
     x: Tensor,

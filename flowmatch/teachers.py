@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flowmatch import foreign, manifest, nets
+from flowmatch import foreign, manifest, nets, second_time
 from flowmatch.config import NotReady, UserError
 
 TRAINED = ("train_flow", "reflow")
@@ -42,6 +42,11 @@ class Teacher:
         if self.diffusion is None:
             return {}
         return {"diffusion": self.diffusion.facts, "span": list(self.velocity().span)}
+
+    @property
+    def two_times(self) -> bool:
+        """Tell whether it gives average velocities, from one time to another (MeanFlow)."""
+        return self.diffusion is None and second_time.argument(self.net) is not None
 
     def check_teaches(self, key: str) -> None:
         """Raise UserError where it has no flow to follow."""

@@ -4,6 +4,7 @@ A fresh process without flowmatch loads the folder and samples; its pictures mus
 own solver. model_index.json names stock classes wherever diffusers has a pipeline for the network.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowmatch import card, manifest, nets, run, solvers, stage, teachers
+from flowmatch import card, manifest, nets, run, second_time, solvers, stage, teachers
 from flowmatch import config as configs
 from flowmatch.config import UserError, option, required
 
@@ -44,6 +45,9 @@ def main(config: ExportConfig, dry_run: bool) -> None:
     with faults:
         student = teachers.load(config.student, "student")
         inputs["student"] = student.digest
+        if student.two_times:  # stock networks take one time: r = 1 goes into a bias
+            folded = second_time.fold(student.net)
+            student = dataclasses.replace(student, net=folded, one_step=True)
         if student.one_step and config.steps != [1]:
             raise UserError(
                 f"steps={config.steps}: the student is for one step only; use steps=[1]"

@@ -2,7 +2,8 @@
 
 Same loop, same path, same target x1 - x0; but x0 and x1 now belong together, so the lines that the
 network learns do not cross, and few Euler steps follow them. With `times.zero=1`, from a reflowed start:
-distillation to one step, which is all that the student is then good for.
+distillation to one step, which is all that the student is then good for. With `objective.name=meanflow`:
+the average velocity between any two times, by a second time in the network.
 """
 
 from typing import Any
@@ -12,18 +13,20 @@ from flowmatch import (
     coupling,
     features,
     foreign,
-    losses,
     manifest,
     metrics,
     nets,
+    objectives,
     pairs,
     run,
+    second_time,
     stage,
     teachers,
 )
 from flowmatch.config import Config, UserError, option, required
 from flowmatch.fit import check, check_net, fit
 from flowmatch.losses import LossConfig
+from flowmatch.objectives import ObjectiveConfig
 from flowmatch.state import FitConfig
 from flowmatch.times import TimesConfig
 from flowmatch.truncation import truncate
@@ -71,6 +74,7 @@ class ReflowConfig(stage.StageConfig):
         run=True,
     )
     fit: FitConfig = required("the training loop")
+    objective: ObjectiveConfig = option(ObjectiveConfig(), "what is learnt on the pairs")
     times: TimesConfig = option(
         TimesConfig(name="u_shape", zero=0.5),
         "which times it sees: half at exactly 0, where one-step sampling looks",
@@ -84,6 +88,8 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
     with faults:
         device = stage.pick_device(config.device)
         check(config.fit, device, stage.world_size())
+        if wrong := objectives.faults(config.objective, config.loss, config.fit):
+            raise UserError(wrong)
     inputs: dict[str, str] = {}
     with faults:
         start = teachers.load(config.start, "start")
@@ -103,47 +109,66 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
         with faults:
             check_match(start, [data for data, _ in sets])
             stream = pairs.Mixture(sets, config.fit.batch_size, config.seed)
+        with faults:
+            net = network(start, config)
     module, looked = None, set()
     if not faults.errors:
         looked.update(start.features)
         if config.loss.features is not None:
             with faults:
-                net, _ = features.load(config.loss.features, "loss.features", start.shape)
+                eyes, _ = features.load(config.loss.features, "loss.features", start.shape)
                 inputs["features"] = manifest.digest(config.loss.features)
-                looked.add(metrics.module_digest(net))
-                module = features.Perceptual(net).to(stage.worker_device(device))
+                looked.add(metrics.module_digest(eyes))
+                module = features.Perceptual(eyes).to(stage.worker_device(device))
     faults.check()
 
     count = sum(len(data) if data.kept is None else len(data.kept) for data, _ in sets)
     seen = config.fit.steps * config.fit.batch_size
-    only = ", for one step only: all times are 0" if config.times.zero == 1 else ""
+    one_step = config.times.zero == 1 and config.objective.name == "velocity"
+    only = ", for one step only: all times are 0" if one_step else ""
     plan = [
         f"{count:,} pairs of {list(start.shape)} in {len(sets)} set(s), "
         f"{'with labels' if start.classes else 'no labels'}",
         *cuts,
-        f"{type(start.net).__name__} of {start.net.num_parameters():,} parameters, on {device}",
+        f"{type(net).__name__} of {net.num_parameters():,} parameters, on {device}",
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / count:.1f} epochs{only}",
     ]
     if not stage.begin("reflow", config, inputs, plan, dry_run):
         return
     with run.Run("reflow", config, inputs) as folder:
         files = fit(
-            start.net,
+            net,
             stream,
             coupling.stored,
             folder,
             config.fit,
             config.times,
-            losses.build(config.loss, module),
+            objectives.build(config.objective, config.loss, module),
             seed=config.seed,
             device=config.device,
         )
         if stage.leads():
             facts: dict[str, Any] = {"features": sorted(looked)} if looked else {}
-            if config.times.zero == 1:
+            if one_step:
                 facts["one_step"] = True
             net = nets.load(folder.folder / "net", "net")
             folder.seal(files, round=max(rounds) + 1, net=nets.digest(net), **facts)
+
+
+def network(start: teachers.Teacher, config: ReflowConfig) -> Any:
+    """Give the network that is trained: the start's, with a second time where the objective asks for it.
+
+    Raises UserError where the network has no place for one, or has one that would be left untrained.
+    """
+    has = second_time.argument(start.net) is not None
+    if config.objective.name == "meanflow":
+        return start.net if has else second_time.add(start.net, config.seed)
+    if has:
+        raise UserError(
+            f"start={config.start} takes a second time (MeanFlow), which objective.name=velocity would "
+            "leave untrained; use objective.name=meanflow, or start from the flow before it"
+        )
+    return start.net
 
 
 def check_match(start: teachers.Teacher, sets: list[pairs.PairData]) -> None:

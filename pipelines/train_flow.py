@@ -5,7 +5,7 @@ weights, in `run_dir/net`, are the teacher of the next stages.
 """
 
 from flowmatch import config as configs
-from flowmatch import coupling, data, losses, nets, run, stage
+from flowmatch import coupling, data, nets, objectives, run, stage
 from flowmatch.config import UserError, option, required
 from flowmatch.coupling import CouplingConfig
 from flowmatch.data import DataConfig
@@ -13,6 +13,7 @@ from flowmatch.fit import check, check_net, fit, split_batch
 from flowmatch.losses import LossConfig
 from flowmatch.nets import NetConfig
 from flowmatch.noise import Order
+from flowmatch.objectives import ObjectiveConfig
 from flowmatch.state import FitConfig
 from flowmatch.times import TimesConfig
 
@@ -69,7 +70,7 @@ def main(config: FlowConfig, dry_run: bool) -> None:
             folder,
             config.fit,
             config.times,
-            losses.build(config.loss),
+            objectives.build(ObjectiveConfig(), config.loss),
             seed=config.seed,
             device=config.device,
         )

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from flowmatch import coupling, losses, nets, noise, run, toy
+from flowmatch import coupling, nets, noise, objectives, run, toy
 from flowmatch.config import UserError
 from flowmatch.coupling import CouplingConfig
 from flowmatch.fit import draw, fit
 from flowmatch.losses import LossConfig
+from flowmatch.objectives import ObjectiveConfig
 from flowmatch.stage import StageConfig
 from flowmatch.state import FitConfig
 from flowmatch.times import TimesConfig
@@ -112,7 +113,7 @@ def test_training_logs_the_cost_of_its_coupling(tmp_path):
                 opened,
                 FitConfig(steps=20, batch_size=128, micro_batch=64, log_every=10),
                 TimesConfig(),
-                losses.build(LossConfig()),
+                objectives.build(ObjectiveConfig(), LossConfig()),
                 seed=7,
                 device="cpu",
             )

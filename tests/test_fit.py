@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from flowmatch import coupling, losses, nets, run
+from flowmatch import coupling, nets, objectives, run
 from flowmatch.config import UserError
 from flowmatch.fit import check, draw, fit, split_batch
 from flowmatch.losses import LossConfig
 from flowmatch.nets import NetConfig
 from flowmatch.noise import Order
+from flowmatch.objectives import ObjectiveConfig
 from flowmatch.stage import StageConfig
 from flowmatch.state import FitConfig
 from flowmatch.times import TimesConfig
@@ -40,7 +41,7 @@ def train(folder, stream=stream, network=None, **values):
             opened,
             FitConfig(**values),
             TimesConfig(),
-            losses.build(LossConfig()),
+            objectives.build(ObjectiveConfig(), LossConfig()),
             seed=3,
             device="cpu",
         )

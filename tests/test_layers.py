@@ -21,6 +21,7 @@ LAYERS = {
             "samplers",
             "noise",
             "losses",
+            "objectives",
         ),
         *("metrics", "toy"),
     ],
@@ -30,7 +31,8 @@ LAYERS = {
     ],
     "export": ["scheduler", "pipeline", "mlp"],
     "models": [
-        *("nets", "foreign", "images", "sources", "tables", "data", "teachers", "batches"),
+        *("second_time", "nets", "foreign", "images", "sources", "tables", "data", "teachers"),
+        "batches",
         *("features", "scores", "rows"),
     ],
     "loop": ["stage", "run", "sharding", "state", "fit"],

@@ -58,7 +58,7 @@ def test_wrong_configs_are_refused(arguments):
 
 def test_it_survives_the_disk(tmp_path):
     arguments = {"in_channels": 3, "hidden": 8, "layers": 4, "time_frequencies": 1}
-    net = VelocityMLP(**arguments, num_class_embeds=3)
+    net = VelocityMLP(**arguments, num_class_embeds=3, second_time=True)
     net.save_pretrained(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         "config.json",
@@ -67,7 +67,10 @@ def test_it_survives_the_disk(tmp_path):
     loaded = flowmatch.VelocityMLP.from_pretrained(tmp_path)
     assert dict(net.config) == {key: loaded.config[key] for key in net.config}
     x, label = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
-    assert torch.equal(loaded(x, 7.0, label).sample, net(x, 7.0, label).sample)
+    second = {"target_timestep": torch.tensor(3.0)}
+    assert torch.equal(loaded(x, 7.0, label, **second).sample, net(x, 7.0, label, **second).sample)
+    with pytest.raises(ValueError, match="target_timestep is missing, but second_time=True"):
+        net(x, 7.0, label)
     assert VelocityMLP.__module__ == "flowmatch"
     assert issubclass(VelocityMLP, flowmatch.ModelMixin)
 

@@ -15,9 +15,10 @@ from unittest.mock import patch
 
 import torch
 
-from flowmatch import coupling, losses, nets, pairs, run, stage
+from flowmatch import coupling, nets, objectives, pairs, run, stage
 from flowmatch import fit as loop
 from flowmatch.losses import LossConfig
+from flowmatch.objectives import ObjectiveConfig
 from flowmatch.state import FitConfig
 from flowmatch.times import TimesConfig
 from scripts.bench.yardsticks import (
@@ -90,8 +91,8 @@ def fit(folder: Path, load: Load, net: Any, device: str, segments: int) -> None:
     name = "fit" if stage.world_size() > 1 else f"fit{os.getpid()}"
     place = stage.StageConfig(run_dir=str(folder / name))
     with run.Run("reflow", place, {}) as opened:
-        times, loss = TimesConfig(), losses.build(LossConfig())
-        loop.fit(net, stream, coupling.stored, opened, config, times, loss, seed=0, device=device)
+        times, goal = TimesConfig(), objectives.build(ObjectiveConfig(), LossConfig())
+        loop.fit(net, stream, coupling.stored, opened, config, times, goal, seed=0, device=device)
 
 
 def turns(folder: Path, load: Load, device: str) -> Turns:

@@ -1,0 +1,110 @@
+"""What the loop asks of a network: the velocity of a line, or its average up to a later time (MeanFlow).
+
+u(x, t, r) = 1/(r - t) int_t^r v(x_s, s) ds is the velocity that leads from x_t to x_r in one step. It
+solves u = v + (r - t) (d_t u + J_x u v) (Geng et al. 2025, arXiv 2505.13447, eq. 6, with noise at
+t = 0), so the right side, held constant, is its target: v from the pair, the rest by forward-mode
+differentiation.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flowmatch import losses, path
+from flowmatch.config import Config, option
+
+Field = Callable[..., Tensor]  # (x, t, cond, r) -> velocity
+Cond = dict[str, Tensor] | None
+# (v, the same past the wrappers of the loop, x0, x1, t, w uniform in [0, 1), cond) -> [B]
+Objective = Callable[[Field, Field, Tensor, Tensor, Tensor, Tensor, Cond], Tensor]
+
+
+class ObjectiveConfig(Config):
+    """What is learnt."""
+
+    name: Literal["velocity", "meanflow"] = option(
+        "velocity",
+        "velocity; or meanflow, the average velocity u(x, t, r) from t to r, by a second time in the "
+        "network: one step is x1 = x0 + u(x0, 0, 1)",
+    )
+    equal: float = option(0.25, "meanflow: share of samples with r = t, the velocity", ge=0, le=1)
+    end: float = option(
+        0.5,
+        "meanflow: share of samples with r = 1; the rest lies between t and 1, uniform",
+        ge=0,
+        le=1,
+    )
+
+
+def later(t: Tensor, w: Tensor, c: ObjectiveConfig) -> Tensor:
+    """Turn uniform numbers into second times r, from t to 1. t, w: [B] -> [B]."""
+    rest = max(1 - c.equal - c.end, 1e-12)
+    between = t + (1 - t) * ((w - c.equal - c.end) / rest).clamp(0, 1)
+    r = torch.where(w < c.equal + c.end, torch.ones_like(t), between)
+    return torch.where(w < c.equal, t, r)
+
+
+def average_target(u: Field, x: Tensor, t: Tensor, r: Tensor, v: Tensor) -> Tensor:
+    """Give v + (r - t) (d_t u + J_x u v), without gradient. u(x, t, r); x, v: [B, ...]; t, r: [B]."""
+    along = (v, torch.ones_like(t), torch.zeros_like(r))
+    with torch.no_grad():
+        slope = torch.func.jvp(u, (x, t, r), along)[1]
+    return v + path.expand(r - t, x) * slope
+
+
+def build(
+    config: ObjectiveConfig, loss: losses.LossConfig, module: nn.Module | None = None
+) -> Objective:
+    """Make the objective; module: of the feature loss."""
+    if config.name == "velocity":
+        measure = losses.build(loss, module)
+
+        def velocity(
+            v: Field, plain: Field, x0: Tensor, x1: Tensor, t: Tensor, w: Tensor, cond: Cond
+        ) -> Tensor:
+            x = path.interpolate(x0, x1, t)
+            return measure(v(x, t, cond), x, x0, x1, t)
+
+        return velocity
+    distance = losses.LOSSES[loss.name]
+
+    def average(
+        v: Field, plain: Field, x0: Tensor, x1: Tensor, t: Tensor, w: Tensor, cond: Cond
+    ) -> Tensor:
+        x, r = path.interpolate(x0, x1, t), later(t, w, config)
+
+        def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            return plain(x, t, cond, r)
+
+        # the derivative is no part of the gradient, so it may pass DDP's hooks by
+        target = average_target(u, x, t, r, path.velocity(x0, x1))
+        return distance(v(x, t, cond, r), target, loss)
+
+    return average
+
+
+def faults(config: ObjectiveConfig, loss: losses.LossConfig, fit: Any) -> list[str]:
+    """List what does not go with the objective. fit: a FitConfig."""
+    found = []
+    if config.equal + config.end > 1:
+        found.append(
+            f"objective.equal={config.equal} and objective.end={config.end} are shares; they exceed 1"
+        )
+    if config.name != "meanflow":
+        return found
+    why = "objective.name=meanflow differentiates the network forward, "
+    if fit.precision != "fp32":
+        found.append(f"fit.precision={fit.precision!r}: {why}in float32 alone; use fp32")
+    if fit.shard:
+        found.append(f"fit.shard=true: {why}which needs whole weights; leave it out")
+    if fit.compile:
+        found.append(f"fit.compile=true: {why}which needs it as it is; leave it out")
+    if fit.channels_last:
+        found.append(f"fit.channels_last=true: {why}which its norms refuse so; leave it out")
+    if loss.name == "feature":
+        found.append(
+            "loss.name=feature compares data, and objective.name=meanflow velocities; use another loss"
+        )
+    return found
