@@ -295,7 +295,7 @@ def test_several_sets_of_pairs_mix_by_weight(tmp_path):
     words = [f"start={tmp_path}/flow", f"pairs={json.dumps(sets)}", *small]
     run(reflow, f"run_dir={tmp_path}/reflow", *words)
     seal = manifest.read(tmp_path / "reflow", "student")
-    assert seal["config"]["pairs"] == [{"weight": 4.0}, {"weight": 1.0}]
+    assert [entry["weight"] for entry in seal["config"]["pairs"]] == [4.0, 1.0]
     assert set(seal["inputs"]) == {"start", "pairs.0", "pairs.1"}
     sets[1]["weight"] = 0.01
     words = [f"start={tmp_path}/flow", f"pairs={json.dumps(sets)}", *small]
