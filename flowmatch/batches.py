@@ -42,12 +42,14 @@ class Maker:
         compute_batch: int,
         solver: SolverConfig,
         compile: bool,
+        look: Callable[[], None] = lambda: None,
     ):
+        """Put the network on the device. look: called before each evaluation; it may raise."""
         velocity.net.to(device)
         if compile:  # every batch is a whole one: a single graph
             velocity.net.compile(fullgraph=True, dynamic=False)
         self.layout, self.velocity, self.device, self.data = layout, velocity, device, data
-        self.seed, self.compute_batch, self.solver = seed, compute_batch, solver
+        self.seed, self.compute_batch, self.solver, self.look = seed, compute_batch, solver, look
         self.environment: dict[str, Any] = {
             "torch": torch.__version__,
             "numpy": np.__version__,
@@ -71,7 +73,9 @@ class Maker:
             before = self.velocity.evaluations
             found = carry(
                 self._to_device(x.astype(np.float32)),
-                lambda v, x, span: solvers.solve(v, x, self.solver, span, backward=backward),
+                lambda v, x, span: solvers.solve(
+                    self._looking(v), x, self.solver, span, backward=backward
+                ),
                 cond,
             )
             keep = min(step, size - start)
@@ -79,6 +83,13 @@ class Maker:
             x0, x1 = reversed(ends) if backward else ends
             evaluations = self.velocity.evaluations - before
             yield Batch(x0, x1, None if label is None else label[:keep], evaluations)
+
+    def _looking(self, v: solvers.VelocityField) -> solvers.VelocityField:
+        def field(x: Tensor, t: Any) -> Tensor:
+            self.look()
+            return v(x, t)
+
+        return field
 
     def _given(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Draw noise and labels, or read data; the data begins anew where padding goes past its end."""

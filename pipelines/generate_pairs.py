@@ -118,7 +118,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         plan.append(teachers.measure_batch(velocity, layout.shape, stage.worker_device(device)))
     if not stage.begin("generate_pairs", config, inputs, plan, dry_run, unfinished):
         return
-    stage.exit_on_sigterm()
+    look = stage.heed_sigterm()
     folder.make()
     stage.write_config(config, inputs)
     make = batches.Maker(
@@ -126,6 +126,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         velocity,
         stage.worker_device(device),
         data=source,
+        look=look,
         **{name: getattr(config, name) for name in ("seed", "compute_batch", "solver", "compile")},
     )
     card = CARD.format(
@@ -146,7 +147,12 @@ def main(config: PairsConfig, dry_run: bool) -> None:
 
     shown = Progress(folder, every, fingerprint, config.shard_size, shown=stage.has_log())
     behind = Behind(write)
-    todo = claims.claim(folder, own, every, fingerprint, config.lease_seconds, behind.settle)
+
+    def settle() -> None:
+        behind.settle()
+        look()
+
+    todo = claims.claim(folder, own, every, fingerprint, config.lease_seconds, settle)
     with shown, closing(todo), behind:  # left the other way round: leases outlast the writer
         for k in todo:
             behind.shard(k, make.batches(k))
