@@ -6,17 +6,27 @@
 # NAME is a folder of configs/; STAGE is one of flow pairs reflow classifier evaluate export (classifier
 # where NAME has a config for it). --dry-run prints the plan of every stage and stops. Read from the
 # environment: PYTHON (default python), ACCELERATE_CONFIG (default: two CPU processes, or one GPU where
-# there is one), STAGES (default: all, in order), and LAUNCHER (default: accelerate launch with that
-# config).
+# there is one), STAGES (default: all, in order), LAUNCHER (default: accelerate launch with that config),
+# and ROUNDS (default 1): round k > 1 follows the student of the round before to new pairs, from noise of
+# its own, in runs/NAME/pairs_k, and reflows again in reflow_k; evaluate_k and export_k are of the last
+# round. A key of pairs or reflow holds for every round, one of pairs_2 for that round alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-read -ra stages <<<"${STAGES:-flow pairs reflow classifier evaluate export}"
-declare -A module=([flow]=train_flow [pairs]=generate_pairs [reflow]=reflow
-                   [classifier]=train_classifier [evaluate]=evaluate [export]=export)
 usage="usage: scripts/reflow.sh [--dry-run] NAME [STAGE.key=value ...]; STAGE is one of"
 usage+=" flow pairs reflow classifier evaluate export"
 fail() { echo "reflow.sh: $1; $usage" >&2; exit 2; }
+rounds=${ROUNDS:-1}
+[[ $rounds =~ ^[1-9][0-9]?$ ]] || fail "ROUNDS=$rounds is no number of rounds"
+again=
+for ((k = 2; k <= rounds; k++)); do again+=" pairs_$k reflow_$k"; done
+read -ra stages <<<"${STAGES:-flow pairs reflow$again classifier evaluate export}"
+declare -A module=([flow]=train_flow [pairs]=generate_pairs [reflow]=reflow
+                   [classifier]=train_classifier [evaluate]=evaluate [export]=export)
+for ((k = 2; k <= rounds; k++)); do
+  module[pairs_$k]=generate_pairs
+  module[reflow_$k]=reflow
+done
 
 for stage in "${stages[@]}"; do
   [ -n "${module[$stage]:-}" ] || fail "STAGES=${stages[*]}: there is no stage $stage"
@@ -41,6 +51,34 @@ for word in "$@"; do
   keys[$stage]+="${word#*.}"$'\n'
 done
 
+# What the later rounds put between a stage's keys and their own.
+declare -A between=()
+read -r _ seed _ < <(grep '^seed:' "configs/$name/pairs.yaml") || seed=0
+seed=$(grep '^seed=' <<<"${keys[pairs]:-}" | tail -n 1 | cut -d= -f2 | grep . || echo "$seed")
+teacher=runs/$name/reflow
+for ((k = 2; k <= rounds; k++)); do
+  root=runs/$name
+  between[pairs_$k]="run_dir=$root/pairs_$k"$'\n'"teacher=$teacher"$'\n'"seed=$((seed + k - 1))"$'\n'
+  between[reflow_$k]="run_dir=$root/reflow_$k"$'\n'"start=$teacher"$'\n'"pairs=[{path: $root/pairs_$k}]"$'\n'
+  teacher=$root/reflow_$k
+done
+if [ "$rounds" -gt 1 ]; then
+  between[evaluate]="run_dir=$root/evaluate_$rounds"$'\n'"student=$teacher"$'\n'
+  between[export]="run_dir=$root/export_$rounds"$'\n'"student=$teacher"$'\n'
+  between[export]+="evaluation=$root/evaluate_$rounds"$'\n'
+fi
+words_of() { # STAGE: its config and its keys, into `words`
+  local first=${1%_*}
+  mapfile -t words < <(
+    echo "configs/$name/$first.yaml"
+    if [ "$first" = "$1" ]; then
+      printf '%s' "${between[$1]:-}" "${keys[$1]:-}"
+    else
+      printf '%s' "${keys[$first]:-}" "${between[$1]}" "${keys[$1]:-}"
+    fi
+  )
+}
+
 python=${PYTHON:-python}
 if [ -z "${ACCELERATE_CONFIG:-}" ]; then
   if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
@@ -56,7 +94,7 @@ plans=$(mktemp -d)
 trap 'rm -rf "$plans"' EXIT
 declare -A process=()
 for stage in "${stages[@]}"; do
-  mapfile -t words < <(echo "configs/$name/$stage.yaml"; printf '%s' "${keys[$stage]:-}")
+  words_of "$stage"
   "$python" -m "pipelines.${module[$stage]}" "${words[@]}" --dry-run >"$plans/$stage" &
   process[$stage]=$!
 done
@@ -77,6 +115,6 @@ for stage in "${stages[@]}"; do
     cat "$plans/$stage"
     continue
   fi
-  mapfile -t words < <(echo "configs/$name/$stage.yaml"; printf '%s' "${keys[$stage]:-}")
+  words_of "$stage"
   "${launcher[@]}" -m "pipelines.${module[$stage]}" "${words[@]}"
 done

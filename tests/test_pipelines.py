@@ -1,6 +1,7 @@
 """Stages in this process, on small networks of every kind: labels, guidance, and what is exported."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -315,7 +316,44 @@ def test_reflow_sh_names_what_it_does_not_know():
         (["ring", "flw.fit.steps=3"], "flw.fit.steps=3 is not STAGE.key=value"),
         (["ring", "flow"], "flow is not STAGE.key=value"),
         (["ring", "classifier.steps=3"], "classifier.steps=3 is not STAGE.key=value"),
+        (["ring", "pairs_2.shards=3"], "pairs_2.shards=3 is not STAGE.key=value"),
     ):
         code, err = call(*words)
         assert code == 2
         assert expected in err
+
+
+@pytest.mark.slow
+def test_a_second_round_follows_the_student_of_the_first(tmp_path):
+    """By the script itself, in a tree of its own: other noise, and the round stands everywhere."""
+    for name in ("flowmatch", "pipelines"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("configs", "scripts"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    words = ["flow.data.samples=200", "flow.net.hidden=8", "flow.fit.steps=4", "pairs.shards=1"]
+    words += ["pairs.shard_size=40", "pairs.solver.steps=2", "pairs.seed=5", "reflow.fit.steps=4"]
+    words += ["reflow_2.fit.steps=3", "evaluate.samples=60", "evaluate.data.samples=60"]
+    words += ["evaluate.converged_steps=2", "evaluate.steps=[1]"]
+    environment = os.environ | {"ROUNDS": "2", "LAUNCHER": sys.executable, "PYTHON": sys.executable}
+    script = ["bash", str(tmp_path / "scripts/reflow.sh"), "ring", *words]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = tmp_path / "runs/ring"
+    seals = {p.parent.name: manifest.read(p.parent, "x") for p in runs.glob("*/manifest.json")}
+    rounds = {name: seal["facts"].get("round") for name, seal in seals.items()}
+    assert rounds == {
+        **{"flow": 0, "pairs": 0, "reflow": 1, "pairs_2": 1, "reflow_2": 2},
+        **{"evaluate_2": None, "export_2": 2},
+    }
+    student = seals["reflow"]["facts"]["net"]
+    assert seals["pairs_2"]["inputs"]["teacher"] == seals["reflow_2"]["inputs"]["start"] == student
+    assert seals["reflow_2"]["inputs"]["pairs.0"] == manifest.digest(runs / "pairs_2")
+    assert seals["evaluate_2"]["inputs"]["student"] == seals["reflow_2"]["facts"]["net"]
+    assert [seals[name]["config"]["seed"] for name in ("pairs", "pairs_2")] == [5, 6]
+    assert [seals[name]["config"]["fit"]["steps"] for name in ("reflow", "reflow_2")] == [4, 3]
+    noises = [
+        pairs.PairData(runs / name).batch(np.arange(40))["x0"] for name in ("pairs", "pairs_2")
+    ]
+    assert not (noises[0][:, None] == noises[1]).all(2).any()
+    again = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert again.stdout.count("is sealed: nothing to do") == 7, again.stdout + again.stderr
