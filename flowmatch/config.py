@@ -92,6 +92,25 @@ def content(config: Config) -> dict[str, Any]:
     return values | {name: _plain(value) for name, value in (config.model_extra or {}).items()}
 
 
+def complete(values: dict[str, Any], model: type[Config], like: Any = None) -> dict[str, Any]:
+    """Fill in the content fields that are newer than some stored content, with their defaults.
+
+    A new field's default is what was done before there was one. like: an instance whose values are the
+    defaults, where a stage has its own.
+    """
+    filled = dict(values)
+    for name, field in model.model_fields.items():
+        default = getattr(like, name) if like else field.get_default()
+        kind, value = _config_type(field.annotation), values.get(name)
+        if name not in values and not is_run(field) and default is not PydanticUndefined:
+            filled[name] = _plain(default)
+        elif kind and isinstance(value, dict):
+            filled[name] = complete(value, kind, default if isinstance(default, Config) else None)
+        elif kind and isinstance(value, list):
+            filled[name] = [complete(v, kind) if isinstance(v, dict) else v for v in value]
+    return filled
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Config):
         return content(value)

@@ -155,7 +155,8 @@ def begin(
         raise UserError(f"run_dir={folder}: only pairs go into a store; use a local folder")
     if manifest.sealed(folder):
         sealed = manifest.read(folder, "run_dir", (name,))
-        _refuse_other(folder, sealed["config"], sealed["inputs"], config, inputs)
+        before = configs.complete(sealed["config"], type(config))
+        _refuse_other(folder, before, sealed["inputs"], config, inputs)
         if unfinished is None:
             manifest.verify(folder, "run_dir", sealed)
         if unfinished is None or not unfinished():
@@ -165,8 +166,8 @@ def begin(
             folder.remove(manifest.NAME)
     early = folder.read_all(["config.yaml"])[0]
     if early is not None:
-        before, before_inputs = read_config(folder, early, type(config))
-        _refuse_other(folder, configs.content(before), before_inputs, config, inputs)
+        written, before_inputs = read_config(folder, early, type(config))
+        _refuse_other(folder, configs.content(written), before_inputs, config, inputs)
     if dry_run:
         say(configs.dump(config))
     for line in plan:

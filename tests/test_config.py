@@ -125,3 +125,19 @@ def test_faults_are_collected_over_blocks():
 def test_other_errors_pass_through_faults():
     with pytest.raises(ZeroDivisionError), configs.Faults():
         raise ZeroDivisionError
+
+
+def test_content_of_before_a_field_is_completed_with_its_default():
+    from pipelines.reflow import ReflowConfig
+
+    written = {"pairs": [{"path": "a"}], "start": "b", "fit": {"steps": 1, "batch_size": 2}}
+    whole = configs.content(configs.validate(ReflowConfig, {"run_dir": "c", **written}))
+    old = {name: value for name, value in whole.items() if name != "seed"}
+    old["fit"] = {name: value for name, value in whole["fit"].items() if name != "lr"}
+    old["times"] = {name: value for name, value in whole["times"].items() if name != "zero"}
+    old["pairs"] = [{name: value for name, value in whole["pairs"][0].items() if name != "weight"}]
+    assert old != whole
+    assert configs.complete(old, ReflowConfig) == whole
+    assert whole["times"]["zero"] == 0.5  # this stage's default, not that of TimesConfig
+    del old["fit"]["steps"]  # has no default
+    assert "steps" not in configs.complete(old, ReflowConfig)["fit"]

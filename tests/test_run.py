@@ -44,6 +44,18 @@ def test_a_sealed_folder_is_left_alone_and_says_so(tmp_path, capsys):
     assert "is sealed: nothing to do" in capsys.readouterr().out
 
 
+def test_a_folder_sealed_before_a_field_was_there_is_left_alone(tmp_path, capsys):
+    work(config(tmp_path))
+    path = tmp_path / "stage" / "manifest.json"
+    sealed = json.loads(path.read_text())
+    del sealed["config"]["lr"]
+    path.write_text(json.dumps(sealed))
+    assert not work(config(tmp_path))
+    assert "is sealed: nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="lr: 0.1 -> 0.2"):
+        work(config(tmp_path, lr=0.2))
+
+
 @pytest.mark.parametrize("seal", [True, False])
 def test_another_config_is_refused_with_its_keys(tmp_path, seal):
     work(config(tmp_path))
