@@ -13,7 +13,6 @@ from typing import Any
 
 from flowmatch import stores
 from flowmatch.config import NotReady, UserError
-from flowmatch.folders import sync_folder, worker, write_atomic  # noqa: F401
 from flowmatch.stores import Place
 
 FORMAT = 1  # raised when a manifest of an older format no longer means the same

@@ -15,6 +15,7 @@ from torch import Tensor
 from flowmatch import config as configs
 from flowmatch import manifest
 from flowmatch.config import UserError
+from flowmatch.folders import sync_folder, worker, write_atomic
 from flowmatch.stage import (
     PREEMPTED,
     StageConfig,
@@ -88,7 +89,7 @@ class Run:
                 f"run_dir={self.folder} is held by {holder}; wait for it or use another run_dir"
             ) from None
         self._lock.truncate(0)
-        host, _, number = manifest.worker().rpartition(".")
+        host, _, number = worker().rpartition(".")
         self._lock.write(f"process {number} on {host}\n")
         self._lock.flush()
 
@@ -117,9 +118,9 @@ class Run:
             save_file({name: t.detach().contiguous() for name, t in group.items()}, file)
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-        manifest.sync_folder(temporary)
+        sync_folder(temporary)
         os.rename(temporary, final)
-        manifest.sync_folder(parent)
+        sync_folder(parent)
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old)
 
@@ -145,7 +146,7 @@ class Run:
         if path.is_file():
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
-            manifest.write_atomic(path, "".join(kept))
+            write_atomic(path, "".join(kept))
 
     def log(self, step: int, **values: float) -> None:
         """Append one line to metrics.jsonl (rank 0)."""

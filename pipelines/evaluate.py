@@ -28,6 +28,7 @@ from flowmatch import (
 )
 from flowmatch.config import UserError, option, required
 from flowmatch.data import DataConfig
+from flowmatch.folders import write_atomic
 from flowmatch.rows import Row, Sampler
 from flowmatch.samplers import SamplerConfig
 from flowmatch.solvers import SolverConfig
@@ -295,8 +296,8 @@ def write(
     """Write metrics.json, the table, the pictures and the report, and seal."""
     place = Path(folder.folder)
     samples = {name: {r.steps: r.x for r in found} for name, found in rows.items()}
-    manifest.write_atomic(place / "metrics.json", json.dumps(result, indent=1) + "\n")
-    manifest.write_atomic(place / "table.md", draw.table(result))
+    write_atomic(place / "metrics.json", json.dumps(result, indent=1) + "\n")
+    write_atomic(place / "table.md", draw.table(result))
     draw.curve(place / "curve.png", result)
     draw.grid(place / "grid.png", samples)
     accelerator = sampled["student"].accelerator
@@ -314,7 +315,7 @@ def write(
         }
         | report.machine(accelerator.device, accelerator.num_processes),
     )
-    manifest.write_atomic(place / "report.html", page)
+    write_atomic(place / "report.html", page)
     folder.seal(["metrics.json"])
     stage.say(f"\n{draw.table(result)}\nreport: {place / 'report.html'}")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from flowmatch import card, manifest, nets, run, second_time, solvers, stage, teachers
 from flowmatch import config as configs
 from flowmatch.config import UserError, option, required
+from flowmatch.folders import write_atomic
 
 TOLERANCE = 1e-6  # largest difference of a pixel in [0, 1] to our own solver, exact schedulers
 WARNING = 0.01  # the same with the folder's own scheduler, above which the stage warns
@@ -86,7 +87,7 @@ def main(config: ExportConfig, dry_run: bool) -> None:
         written = write(folder.folder, student, kind, config.steps)
         differences = check(folder.folder, student, kind, config.steps)
         text = card.text(student, kind, table, differences)
-        manifest.write_atomic(folder.folder / "README.md", text)
+        write_atomic(folder.folder / "README.md", text)
         for steps, found in differences.items():
             stage.say(
                 f"export: {steps} steps: " + ", ".join(f"{k} {d:.2g}" for k, d in found.items())
@@ -140,7 +141,7 @@ def write(folder: Path, student: teachers.Teacher, kind: card.Kind, steps: list[
         shutil.copyfile(mlp.__file__, folder / "unet" / "mlp.py")
         index = json.loads((folder / "model_index.json").read_text())
         index["unet"] = ["mlp", "VelocityMLP"]
-        manifest.write_atomic(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+        write_atomic(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
     names = ["model_index.json", "pipeline.py"]
     for part in ("unet", "scheduler", "scheduler_flowmatch", *(f"scheduler_{n}" for n in steps)):
         names += [f"{part}/{p.name}" for p in (folder / part).iterdir() if p.is_file()]

@@ -22,6 +22,7 @@ from typing import Any
 
 from flowmatch import manifest
 from flowmatch.config import Config, UserError, load, option, required
+from flowmatch.folders import write_atomic
 from pipelines.reflow import ReflowConfig
 
 MODULES = {"flow": "train_flow", "pairs": "generate_pairs", "reflow": "reflow"}
@@ -166,7 +167,7 @@ class Ablation:
             "updates a recipe, on the same pairs; the seconds are those of training alone, as logged.\n"
         )
         with self.writing:  # recipes end at the same time
-            manifest.write_atomic(self.root / "table.md", text)
+            write_atomic(self.root / "table.md", text)
         return text
 
 

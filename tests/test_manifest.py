@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from flowmatch import manifest
+from flowmatch import folders, manifest
 from flowmatch.config import NotReady, UserError
+from flowmatch.folders import write_atomic
 
 
 def make(folder, **facts):
@@ -69,13 +70,13 @@ def test_another_format_is_refused(tmp_path):
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "f"
-    manifest.write_atomic(path, "old")
+    write_atomic(path, "old")
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(manifest.os, "fsync", full)
+    monkeypatch.setattr(folders.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        manifest.write_atomic(path, "new")
+        write_atomic(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
     assert path.read_text() == "old"
