@@ -10,7 +10,7 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +33,7 @@ def default_folder() -> Path:
 def room(folder: Path) -> int:
     """Count the bytes that the folder may hold by default: nine tenths of what is free or its own."""
     there = next(place for place in (folder, *folder.parents) if place.is_dir())
-    own = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    own = sum(facts.st_size for facts, _ in _tars(folder))
     return (shutil.disk_usage(there).free + own) * 9 // 10
 
 
@@ -154,7 +154,7 @@ class Cache:
     def _evict(self) -> None:
         """Make room for what is being fetched."""
         with self._evicting:
-            here = sorted((path.stat().st_mtime_ns, path) for path in self.folder.glob("*.tar"))
+            here = sorted((facts.st_mtime_ns, path) for facts, path in _tars(self.folder))
             surplus = len(here) + len(list(self.folder.glob("*.part"))) - self.capacity
             for _, path in here:
                 if surplus > 0 and path.name not in self.keep:
@@ -168,6 +168,13 @@ class Cache:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is(part, file):
                     part.unlink()
+
+
+def _tars(folder: Path) -> Iterator[tuple[os.stat_result, Path]]:
+    """Look at the tars of a folder; one that another process evicts this moment is none of them."""
+    for path in folder.glob("*.tar"):
+        with suppress(FileNotFoundError):
+            yield path.stat(), path
 
 
 def _is(path: Path, file: BinaryIO) -> bool:

@@ -69,6 +69,7 @@ class PairData(Dataset[dict[str, Tensor]]):
         self._ready: tuple[range, int] | None = None
         self.kept: np.ndarray | None = None  # ids that training draws from; None: all
         self.cache: Cache | None = None
+        self.takes_what_is_free = cache_gb is None
         if isinstance(self.folder, Bucket):
             place = Path(cache or default_folder()) / manifest.digest(self.folder)[:16]
             limit = room(place) if cache_gb is None else int(cache_gb * 1e9)
@@ -259,6 +260,9 @@ class Mixture:
                 "use a larger weight or fit.batch_size"
             )
         self.sets, self.shares, self.batch_size = [data for data, _ in sets], shares, batch_size
+        free = [data.cache for data in self.sets if data.cache and data.takes_what_is_free]
+        for cache in free:
+            cache.capacity //= len(free)
         for data, share in zip(self.sets, shares.tolist(), strict=True):
             data.check_room(share)
         self.orders = [data.order(seed) for data in self.sets]

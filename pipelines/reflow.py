@@ -58,7 +58,7 @@ class PairsEntry(Config):
     cache_gb: float | None = option(
         None,
         "what they may take there, in 10^9 bytes; the least recently used go first (default: nine "
-        "tenths of what is free)",
+        "tenths of what is free, in equal parts for all sets that leave it out)",
         run=True,
         gt=0,
     )

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from flowmatch import stores
-from flowmatch.cache import Cache
+from flowmatch import config as configs
+from flowmatch import pairs, stores
+from flowmatch.cache import Cache, room
 from flowmatch.config import UserError
 from flowmatch.pairs import Mixture, PairData
 from flowmatch.shards import Layout, sidecar, tar_name
 from flowmatch.stores import Bucket
+from pipelines.reflow import PairsEntry
 from tests.store import finish, write
 
 LAYOUT = Layout((2, 3), "float16", True, 10, 4)
@@ -213,6 +215,48 @@ def test_a_tar_that_another_process_evicts_stays_readable(tmp_path, place):
         path.unlink()
     next(stream)
     assert same(first, next(walk(PairData(tmp_path / "local", "l", 2), 1)))
+
+
+def test_a_tar_that_another_process_evicts_this_moment_is_no_fault(tmp_path, place):
+    """It is listed, and gone when it is looked at: as a link that leads nowhere."""
+    data = remote(place, tmp_path, 2, 4)
+    data.cache.folder.mkdir(parents=True)
+    (data.cache.folder / "pairs-000099.tar").symlink_to("nowhere")
+    assert room(data.cache.folder) > 0
+    assert same(next(walk(data, 1)), next(walk(PairData(tmp_path / "local", "l", 2), 1)))
+
+
+def test_sets_share_what_is_free(tmp_path, place, monkeypatch):
+    """Each may take nine tenths of the disk by default, and two of them no more together."""
+    monkeypatch.setattr(pairs, "room", lambda folder: 8 * SIZE)
+    one, two = (PairData(place, f"{n}", 1, tmp_path / n) for n in ("one", "two"))
+    given = PairData(place, "given", 1, tmp_path / "given", gb(5))
+    Mixture([(one, 1), (two, 1), (given, 1)], 6, 0)
+    assert [data.cache.capacity for data in (one, two, given)] == [4, 4, 5]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_any_number_of_ranks_draws_the_same_mixture(tmp_path, place, world):
+    """Of a set group by group through one cache, and of one all at once; in micro-batches of 2."""
+    step, steps = 12, 15  # more than an epoch of the first set
+    near = tmp_path / "local"
+    alone = Mixture([(PairData(near, "a", 2), 2.0), (PairData(near, "b"), 1.0)], step, 3)
+    ranks = [
+        Mixture([(remote(place, tmp_path, 2, 4), 2.0), (PairData(near, "b"), 1.0)], step, 3)
+        for _ in range(world)
+    ]
+    for number in range(steps):
+        counters = number * step + np.arange(step)
+        micros = counters.reshape(-1, world, 2)  # [accumulation, rank, micro-batch]
+        parts = [stream(row[r]) for row in micros for r, stream in enumerate(ranks)]
+        drawn = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        assert same(drawn, alone(counters))
+    assert len(cached(tmp_path)) <= 4
+
+
+def test_where_tars_are_kept_is_no_content():
+    entry = PairsEntry(path="s3://bucket/pairs", cache="/scratch", cache_gb=2)
+    assert configs.content(entry) == {"weight": 1.0, "group": 0, "truncate": 0.0}
 
 
 def test_the_reader_reaches_another_process(tmp_path, place):
