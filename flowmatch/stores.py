@@ -20,6 +20,7 @@ from flowmatch.config import UserError
 from flowmatch.folders import Folder, worker
 
 EXCLUSIVE = {"s3", "s3a", "memory"}  # whose client creates an object only where there is none
+CONFLICT = "ConditionalRequestConflict"
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,18 @@ class Bucket:
             except FileNotFoundError:
                 return [None]
         stamps = {name: str(sorted(info.items())) for name, info in self._infos(names).items()}
-        stale = [n for n, stamp in stamps.items() if self.kept.get(n, ("",))[0] != stamp]
+        kept = {n: self.kept[n] for n in stamps if self.kept.get(n, ("",))[0] == stamps[n]}
+        stale = [n for n in stamps if n not in kept]
         with self._asking(f"{len(stale)} objects"):
             found = self.fs.cat([self._path(n) for n in stale], on_error="return") if stale else {}
         for name in stale:
             data = found.get(self._path(name))
-            self.kept.pop(name, None)
             if isinstance(data, bytes):
-                self.kept[name] = (stamps[name], data)
+                kept[name] = (stamps[name], data)
             elif not isinstance(data, FileNotFoundError):
                 raise self._error(name, data)
-        return [self.kept[n][1] if n in stamps and n in self.kept else None for n in names]
+        self.kept.update(kept)  # other threads read as well
+        return [kept[n][1] if n in kept else None for n in names]
 
     @contextmanager
     def opened(self, name: str) -> Iterator[BinaryIO]:
@@ -137,6 +139,10 @@ class Bucket:
             try:
                 self.fs.pipe_file(self._path(name), content, mode="create")
             except FileExistsError:
+                return False
+            except OSError as error:  # S3 where another creates or removes it at the same time
+                if CONFLICT not in str(error.__cause__):
+                    raise
                 return False
         return True
 

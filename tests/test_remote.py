@@ -180,6 +180,22 @@ def test_a_store_without_exclusive_creation_has_no_leases(monkeypatch):
     assert stores.at(place).names(".meta") == ["pairs-000000.json", "pairs-000001.json"]
 
 
+def test_a_lease_that_another_is_just_taking_is_not_ours(monkeypatch):
+    """S3 answers 409 where two conditional writes, or one and a removal, meet."""
+    botocore = pytest.importorskip("botocore.exceptions")
+    s3fs = pytest.importorskip("s3fs.errors")
+    store = stores.at("memory://conflict/set")
+    answer = {"Error": {"Code": "ConditionalRequestConflict", "Message": "in conflict"}}
+
+    def conflict(*words, **options):
+        raise s3fs.translate_boto_error(botocore.ClientError(answer, "PutObject"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store.fs), "pipe_file", conflict)
+        assert claims._hold(store, ".meta/000000.lease", 60, {}) is None
+    claims._hold(store, ".meta/000000.lease", 60, {}).release()
+
+
 def reflow_run(*words):
     config, call = load(reflow.ReflowConfig, ["configs/ring/reflow.yaml", *map(str, words)])
     reflow.main(config, call.dry_run)
