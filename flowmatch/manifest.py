@@ -75,10 +75,13 @@ def read(folder: Place, key: str, stages: Iterable[str] = ()) -> dict[str, Any]:
     folder = stores.at(folder)
     if not folder.exists():
         raise NotReady(f"{key}={folder} does not exist; run the stage that makes it first")
-    if not sealed(folder):
-        raise NotReady(f"{key}={folder} has no {NAME}: its stage has not finished; repeat it first")
     try:
-        manifest = json.loads(folder.read(NAME))
+        text = folder.read(NAME)
+    except FileNotFoundError:
+        unfinished = f"{key}={folder} has no {NAME}: its stage has not finished; repeat it first"
+        raise NotReady(unfinished) from None
+    try:
+        manifest = json.loads(text)
         known, stage = manifest["format"], manifest["stage"]
         for part in ("facts", "outputs", "inputs", "config"):
             if not isinstance(manifest[part], dict):
@@ -93,6 +96,14 @@ def read(folder: Place, key: str, stages: Iterable[str] = ()) -> dict[str, Any]:
         wanted = " or ".join(stages)
         raise UserError(f"{key}={folder} holds the result of {stage}; expected one of {wanted}")
     return manifest
+
+
+def find(folder: Place, key: str, stages: Iterable[str] = ()) -> dict[str, Any] | None:
+    """Read a manifest like `read`; None where there is none, or another worker takes it away."""
+    try:
+        return read(folder, key, stages)
+    except NotReady:
+        return None
 
 
 def verify(folder: Place, key: str, manifest: Mapping[str, Any]) -> None:

@@ -153,8 +153,8 @@ def begin(
     folder = stores.at(config.run_dir)
     if unfinished is None and stores.is_url(folder):
         raise UserError(f"run_dir={folder}: only pairs go into a store; use a local folder")
-    if manifest.sealed(folder):
-        sealed = manifest.read(folder, "run_dir", (name,))
+    sealed = manifest.find(folder, "run_dir", (name,))
+    if sealed is not None:
         before = configs.complete(sealed["config"], type(config))
         _refuse_other(folder, before, sealed["inputs"], config, inputs)
         if unfinished is None:
@@ -162,8 +162,6 @@ def begin(
         if unfinished is None or not unfinished():
             say(f"{name}: {folder} is sealed: nothing to do")
             return False
-        if not dry_run:
-            folder.remove(manifest.NAME)
     early = folder.read_all(["config.yaml"])[0]
     if early is not None:
         written, before_inputs = read_config(folder, early, type(config))
@@ -172,6 +170,8 @@ def begin(
         say(configs.dump(config))
     for line in plan:
         say(f"{name}: {line}")
+    if sealed is not None and not dry_run:
+        folder.remove(manifest.NAME)
     return not dry_run
 
 

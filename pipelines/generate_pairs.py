@@ -156,6 +156,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     with shown, closing(todo), behind:  # left the other way round: leases outlast the writer
         for k in todo:
             behind.shard(k, make.batches(k))
+    refuse_fewer(folder, config.shards)  # others may have made it grow meanwhile
     sidecars = dict(zip(every, shards.sidecars(folder, every), strict=True))
     if evaluations is None:  # a pair, as counted; the mean over all batches
         counts = [side["environment"]["evaluations"] for side in sidecars.values()]
@@ -206,9 +207,9 @@ def check_data(source: data.Data, teacher: teachers.Teacher, config: PairsConfig
 def refuse_fewer(folder: stores.Store, number: int) -> None:
     """Raise UserError where a set has more shards than are asked for: stock readers take every tar."""
     there = max(shards.committed(folder), default=-1) + 1
-    if manifest.sealed(folder):
-        sealed = manifest.read(folder, "run_dir")["facts"].get("shards")
-        there = max(there, sealed if isinstance(sealed, int) else 0)  # what is damaged is no number
+    if (sealed := manifest.find(folder, "run_dir")) is not None:
+        number_then = sealed["facts"].get("shards")  # what is damaged is no number
+        there = max(there, number_then if isinstance(number_then, int) else 0)
     if there > number:
         raise UserError(
             f"shards={number}: run_dir={folder} has {there} already, and a set never shrinks; give "

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flowmatch import shards
+from flowmatch import claims, manifest, shards
 from flowmatch.config import NotReady, UserError
+from flowmatch.folders import Folder
 from flowmatch.pairs import PairData
 from pipelines import verify_pairs
 from tests import pairset
@@ -207,6 +208,48 @@ def test_a_set_never_shrinks(whole, tmp_path):
     (folder / "manifest.json").unlink()
     with pytest.raises(UserError, match=refusal):
         generate(*words(tmp_path, "shards=2"), "--dry-run")
+
+
+def test_a_worker_does_not_seal_what_others_made_grow(whole, tmp_path, monkeypatch):
+    """It was told of 3 shards; while it worked, others came, told of 4, and sealed those."""
+
+    def claim(*words, inner=claims.claim, **options):
+        yield from inner(*words, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(claims, "claim", inner)
+            generate(*pairset.words(tmp_path, "shards=4"))
+
+    folder = copy(whole, tmp_path)
+    for name in ("manifest.json", ".meta/pairs-000002.json"):
+        (folder / name).unlink()
+    monkeypatch.setattr(claims, "claim", claim)
+    with pytest.raises(UserError, match="shards=3: run_dir=.* has 4 already"):
+        generate(*words(tmp_path))
+    assert manifest.read(folder, "pairs")["facts"]["shards"] == 4
+
+
+def test_a_seal_that_another_worker_takes_away_is_no_fault(whole, tmp_path, monkeypatch):
+    """Two begin to make a set grow: one unseals it when the other is about to read the seal."""
+
+    def read(self, name, inner=Folder.read):
+        if name == manifest.NAME and self.path == folder:
+            (folder / name).unlink(missing_ok=True)
+        return inner(self, name)
+
+    folder = copy(whole, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "read", read)
+        generate(*words(tmp_path, "shards=4"))
+    assert manifest.read(folder, "pairs")["facts"]["shards"] == 4
+
+
+def test_a_refusal_leaves_the_seal(whole, tmp_path):
+    folder = copy(whole, tmp_path)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("seed: 0", "seed: 9"))
+    with pytest.raises(UserError, match="seed: 9 -> 0"):
+        generate(*words(tmp_path, "shards=4"))
+    assert (folder / "manifest.json").is_file()
 
 
 def test_a_worker_that_is_told_to_stop_leaves_no_half_shard(whole, tmp_path):
