@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flowmatch import config as configs
-from flowmatch import nets, noise, objectives, path, times
+from flowmatch import ema, nets, noise, objectives, path, times
 from flowmatch.config import UserError
 from flowmatch.coupling import Batch, Coupling
 from flowmatch.run import Run, start_accelerator
@@ -106,6 +106,8 @@ def check(config: FitConfig, device: str, processes: int) -> None:
         )
     if config.shard and config.channels_last:
         raise UserError("fit.shard=true cuts contiguous weights alone; leave fit.channels_last out")
+    for width in config.ema:
+        ema.gamma(width)
     if config.shard and processes == 1:
         raise UserError("fit.shard=true shares out over processes, and there is one; leave it out")
     if config.shard and config.precision == "fp16":

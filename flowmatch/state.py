@@ -6,12 +6,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flowmatch import nets, sharding
+from flowmatch import ema, nets, sharding
 from flowmatch.config import Config, UserError, option, required
 from flowmatch.run import Run
 from flowmatch.stage import leads
+from flowmatch.teachers import NETS
 
 ADAMW = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of a parameter
+EMA = dict(zip(NETS, ("ema", "ema_2"), strict=True))  # what a checkpoint calls them
 MAX_SKIPPED = 40  # fp16 updates skipped in a row: the scale has fallen by 2^40, it is not the scale
 
 
@@ -37,6 +39,12 @@ class FitConfig(Config):
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", gt=0)
     ema_decay: float = option(
         0.999, "EMA of the weights after n updates: min(ema_decay, (1 + n) / (10 + n))", ge=0, lt=1
+    )
+    ema: list[float] = option(
+        [],
+        "widths of power-function EMAs instead (EDM2's sigma_rel, such as [0.05, 0.1]): the first is "
+        "saved as net, a second as net_2, to choose between by evaluation",
+        max_length=2,
     )
     label_drop: float = option(0.1, "share of labels replaced by the null class", ge=0, le=1)
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = option(
@@ -109,8 +117,13 @@ class State:
             num_warmup_steps=config.warmup,
             num_training_steps=max(config.steps, config.warmup + 1),
         ).lr_lambdas[0]
-        self.ema = EMAModel(net.parameters(), decay=config.ema_decay, foreach=True)
-        self.ema.to(device=device, dtype=torch.float32)
+        self.gammas = [ema.gamma(width) for width in config.ema]
+        self.emas = {
+            name: EMAModel(net.parameters(), decay=config.ema_decay, foreach=True)
+            for name in NETS[: max(1, len(self.gammas))]
+        }
+        for average in self.emas.values():
+            average.to(device=device, dtype=torch.float32)
         # sums of losses and of the coupling's costs, updates
         self.window = torch.zeros(3, dtype=torch.float64, device=device)
         self.bad_step = torch.zeros((), device=device)  # the first update that was not finite
@@ -122,10 +135,11 @@ class State:
                 self.adamw.state[parameter] = {
                     key: sharding.lay_out(old[key], like.get(key, parameter)) for key in ADAMW
                 }
-            self.ema.shadow_params = [
-                sharding.lay_out(saved["ema"][name], parameter)
-                for name, parameter in zip(self.names, self.parameters, strict=True)
-            ]
+            for folder, average in self.emas.items():
+                average.shadow_params = [
+                    sharding.lay_out(saved[EMA[folder]][name], parameter)
+                    for name, parameter in zip(self.names, self.parameters, strict=True)
+                ]
             self.window.copy_(saved["progress"]["window"])
         # sharded, a network needs no wrapper: no more than autocast is prepared
         self.model = accelerator.prepare_model(net, evaluation_mode=config.shard)
@@ -164,8 +178,12 @@ class State:
         self.skipped = 0
         self.step += 1
         self.window += torch.stack([loss.double(), cost.double(), torch.ones_like(loss.double())])
-        self.ema.optimization_step = self.step - 1  # its decay is a function of the step, too
-        self.ema.step(self.parameters)
+        for number, average in enumerate(self.emas.values()):
+            average.optimization_step = self.step - 1  # its decay is a function of the step, too
+            if self.gammas:
+                decay = ema.power_decay(self.step, self.gammas[number])
+                average.decay = average.min_decay = decay
+            average.step(self.parameters)
         return True
 
     def read(self) -> dict[str, float]:  # collective: every rank
@@ -194,29 +212,38 @@ class State:
         }
         tensors = {
             "net": self.net.state_dict(),
-            "ema": dict(zip(self.names, self.ema.shadow_params, strict=True)),
             "optimizer": optimizer,
             "progress": {"window": window},
         }
+        for folder in self.emas:
+            tensors[EMA[folder]] = self.averaged(folder)
         whole = {stem: sharding.gather(group) for stem, group in tensors.items()}
         if leads():
             self.run.save(self.step, whole, self.config.keep)
         self.accelerator.wait_for_everyone()
 
+    def averaged(self, folder: str) -> dict[str, Tensor]:
+        """Give the averaged parameters that are saved in a folder."""
+        return dict(zip(self.names, self.emas[folder].shadow_params, strict=True))
+
     def finish(self) -> list[str]:  # collective: every rank
-        """Write the EMA network to `net/`; return its files, relative to the run (rank 0)."""
-        ema = dict(zip(self.names, self.ema.shadow_params, strict=True))
-        whole = sharding.gather(self.net.state_dict() | ema)
-        if not leads():
-            return []
-        net = self.kind.from_config(self.net.config)
-        net.load_state_dict(whole)
-        temporary, final = self.run.folder / "net.tmp", self.run.folder / "net"
-        for folder in (temporary, final):
-            shutil.rmtree(folder, ignore_errors=True)
-        names = nets.save(net, temporary)
-        temporary.rename(final)
-        return [f"net/{name}" for name in names]
+        """Write the EMA networks, to `net/` and perhaps `net_2/`.
+
+        Returns their files, relative to the run (rank 0).
+        """
+        files = []
+        for folder in self.emas:
+            whole = sharding.gather(self.net.state_dict() | self.averaged(folder))
+            if not leads():
+                continue
+            net = self.kind.from_config(self.net.config)
+            net.load_state_dict(whole)
+            temporary, final = self.run.folder / f"{folder}.tmp", self.run.folder / folder
+            for path in (temporary, final):
+                shutil.rmtree(path, ignore_errors=True)
+            files += [f"{folder}/{name}" for name in nets.save(net, temporary)]
+            temporary.rename(final)
+        return files
 
     def close(self) -> None:
         """Let go of what `prepare` wrapped, before the process group ends.

@@ -13,6 +13,7 @@ from flowmatch import foreign, manifest, nets, second_time
 from flowmatch.config import NotReady, UserError
 
 TRAINED = ("train_flow", "reflow")
+NETS = ("net", "net_2")  # folders of a training stage: the EMA weights, and those of a second width
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Teacher:
 def load(path: str | os.PathLike[str], key: str) -> Teacher:
     """Load a teacher from the run folder of a training stage, or from what diffusers saved.
 
-    A run folder must be sealed, and gives its EMA weights (`net/`), whose hashes are checked. A
+    A run folder must be sealed, and gives its EMA weights (`net/`), whose hashes are checked; where it
+    keeps a second width, its folder `net_2` is named itself. A
     diffusers pipeline (folder or hub name) is a flow model or a diffusion model as its scheduler
     says; a lone diffusers model is taken as a flow model of diffusers' convention: timestep
     1000 sigma, output noise - data. Raises UserError naming `key`; NotReady for a folder that is not
@@ -78,13 +80,15 @@ def load(path: str | os.PathLike[str], key: str) -> Teacher:
             return _pipeline(path, key)
         except NotReady:
             return _flow(nets.load(path, key))
-    if (folder / "config.json").is_file():
+    of_run = folder.name in NETS and manifest.sealed(folder.parent)
+    if (folder / "config.json").is_file() and not of_run:
         return _flow(nets.load(path, key))
     if (folder / "model_index.json").is_file() and not manifest.sealed(folder):
         return _pipeline(path, key)
-    sealed = manifest.read(folder, key, TRAINED)
-    manifest.verify(folder, key, sealed)
-    facts, net = sealed["facts"], nets.load(folder / "net", key)
+    run, name = (folder.parent, folder.name) if of_run else (folder, NETS[0])
+    sealed = manifest.read(run, key, TRAINED)
+    manifest.verify(run, key, sealed)
+    facts, net = sealed["facts"], nets.load(run / name, key)
     return Teacher(
         net,
         nets.digest(net),

@@ -45,7 +45,7 @@ def opened(self, *words, inner=state.State.__init__):
             gradient = self.parameters[0].grad
             getattr(gradient, "to_local", lambda: gradient)()[0].fill_(float("nan"))
             counted = update(*words)
-            for tensor in [*self.net.state_dict().values(), *self.ema.shadow_params]:
+            for tensor in [*self.net.state_dict().values(), *self.averaged("net").values()]:
                 assert getattr(tensor, "to_local", lambda t=tensor: t)().isfinite().all()
             return counted
         return update(*words)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowmatch import coupling, nets, objectives, run
+from flowmatch import coupling, ema, nets, objectives, run
 from flowmatch.config import UserError
 from flowmatch.fit import check, draw, fit, split_batch
 from flowmatch.losses import LossConfig
@@ -15,7 +15,7 @@ from flowmatch.nets import NetConfig
 from flowmatch.noise import Order
 from flowmatch.objectives import ObjectiveConfig
 from flowmatch.stage import StageConfig
-from flowmatch.state import FitConfig
+from flowmatch.state import FitConfig, State
 from flowmatch.times import TimesConfig
 
 POINTS = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
@@ -155,6 +155,58 @@ def test_the_first_updates_are_adamw_and_ema_of_the_formulas(tmp_path):
     )
     for mine, expected in zip(weights(tmp_path).values(), ema, strict=True):
         torch.testing.assert_close(mine, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "exponent"), [(0.05, 16.97), (0.1, 6.94), (12**-0.5, 0.0)])
+def test_a_power_ema_is_as_wide_as_asked(width, exponent):
+    """arXiv 2312.02696: the weights of n updates are ~ k^gamma, their deviation sigma_rel of n."""
+    assert ema.gamma(width) == pytest.approx(exponent, abs=5e-3)
+    n, weights = 4000, np.zeros(4000)
+    for k in range(1, n + 1):
+        decay = ema.power_decay(k, ema.gamma(width))
+        weights *= decay
+        weights[k - 1] = 1 - decay
+    at = np.arange(1, n + 1) / n
+    assert weights.sum() == pytest.approx(1)
+    mean = (weights * at).sum()
+    assert np.sqrt((weights * (at - mean) ** 2).sum()) == pytest.approx(width, rel=2e-3)
+    assert weights[n // 2] / weights[-1] == pytest.approx(0.5**exponent, rel=0.01)
+
+
+def test_two_widths_are_kept_through_a_stop(tmp_path, monkeypatch):
+    """Each is the average of the formula over the weights of every update; resumed, the same bytes."""
+    seen, widths = [], [0.05, 0.2]
+    honest = State.update
+
+    def watched(state, *words):
+        counted = honest(state, *words)
+        seen.append([p.detach().clone() for p in state.parameters])
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "update", watched)
+        whole, _ = train(tmp_path / "whole", steps=20, ema=widths)
+    for folder, width in zip(("net", "net_2"), widths, strict=True):
+        average = [torch.zeros_like(p) for p in seen[0]]
+        for n, parameters in enumerate(seen, 1):
+            decay = ema.power_decay(n, ema.gamma(width))
+            average = [
+                decay * a + (1 - decay) * p for a, p in zip(average, parameters, strict=True)
+            ]
+        found = nets.load(tmp_path / "whole" / folder, "net").parameters()
+        for one, other in zip(found, average, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+    def stopping(counters):
+        if counters[0] // 32 >= 18:
+            raise InterruptedError
+        return stream(counters)
+
+    with pytest.raises(InterruptedError):
+        train(tmp_path / "cut", stream=stopping, steps=20, ema=widths)
+    cut, _ = train(tmp_path / "cut", steps=20, ema=widths)
+    assert cut == whole
+    assert any(name.startswith("net_2/") for name in whole)
 
 
 @pytest.mark.parametrize("stop_at", [1, 17, 31, 33])

@@ -22,6 +22,7 @@ LAYERS = {
             "noise",
             "losses",
             "objectives",
+            "ema",
         ),
         *("metrics", "toy"),
     ],

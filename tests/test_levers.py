@@ -6,7 +6,7 @@ import pytest
 import torch
 from pairset import make_teacher
 
-from flowmatch import features, manifest, nets, pairs, path
+from flowmatch import features, manifest, nets, pairs, path, teachers
 from flowmatch.config import UserError, load
 from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
 
@@ -144,3 +144,18 @@ def test_stage_one_refuses_the_time_of_distillation(tmp_path):
         UserError, match="times.zero=1: without pairs the network predicts the mean"
     ):
         run(train_flow, *words, "times.zero=1.0")
+
+
+def test_a_second_width_is_named_by_its_folder(base, tmp_path):
+    run(reflow, *reflow_words(base, tmp_path / "reflow", "fit.ema=[0.05, 0.2]"))
+    first, second = (
+        teachers.load(tmp_path / "reflow" / name, "student") for name in ("net", "net_2")
+    )
+    assert first.digest == teachers.load(tmp_path / "reflow", "student").digest != second.digest
+    assert first.round == second.round == 1
+    models = [f"teacher={base}/flow", f"student={tmp_path}/reflow/net_2"]
+    run(evaluate, f"run_dir={tmp_path}/evaluate", *models, *SCORED, "steps=[1]")
+    inputs = manifest.read(tmp_path / "evaluate", "x")["inputs"]
+    assert inputs["student"] == second.digest
+    with pytest.raises(UserError, match=r"fit.ema: width 0.4; expected more than 0, at most 0.289"):
+        run(reflow, *reflow_words(base, tmp_path / "no", "fit.ema=[0.4]"))
