@@ -1,8 +1,8 @@
 """The power-function average of weights, whose width is a share of the training done so far (EDM2).
 
-The weights after update k count ~ k^gamma (Karras et al. 2023, arXiv 2312.02696, section 3.1): what early
-training leaves behind fades, however long a run is. sigma_rel is the standard deviation of
-that profile over n; the widths that the paper keeps are .05 and .10.
+The weights after update k count ~ k^gamma (Karras et al. 2023, arXiv 2312.02696, section 3.1): what
+early training leaves behind fades, however long a run is. sigma_rel is the standard deviation of that
+profile, as a share of the run; the widths that the paper keeps are .05 and .10.
 """
 
 import numpy as np
