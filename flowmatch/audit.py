@@ -161,8 +161,11 @@ def read_manifest(folder: Store, found: Findings, pairs_here: bool) -> Promise:
         layout = read_layout(facts["layout"])
         number, count = facts["shards"], facts["count"]
         classes, fingerprint = facts["classes"], facts["fingerprint"]
-        settings = {"config": dict(sealed["config"]), "inputs": dict(sealed["inputs"])}
-    except (manifest.Damaged, KeyError, TypeError, AttributeError) as error:
+        given = (sealed["config"], sealed["inputs"], facts["round"])
+        prints = [manifest.pair_fingerprint(*given, n) for n in range(1, manifest.PAIR_FORMAT + 1)]
+    except (manifest.Damaged, KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError) and not isinstance(error, manifest.Damaged):
+            raise
         found.faults.append(Fault(f"{name} is damaged: {error!r}", (manifest.NAME,)))
         return Promise()
     wrong = []
@@ -172,15 +175,16 @@ def read_manifest(folder: Store, found: Findings, pairs_here: bool) -> Promise:
         wrong.append(f"its tars are not {tar_name(0)} to {tar_name(number - 1)}")
     elif count != number * layout.shard_size:
         wrong.append(f"count={count!r}, expected {number * layout.shard_size}")
-    if not isinstance(fingerprint, str) or not SHA256.fullmatch(fingerprint):
-        wrong.append(f"fingerprint={fingerprint!r}")
+    if fingerprint not in prints:
+        wrong.append(f"fingerprint={fingerprint!r} is not that of its config, inputs and round")
     if not (classes is None or type(classes) is int) or (classes is None) == layout.labels:
         wrong.append(f"classes={classes!r}, and labels={layout.labels}")
     if wrong:
         found.faults.append(Fault(f"{name} is damaged: {'; '.join(wrong)}", (manifest.NAME,)))
         return Promise()
     return Promise(
-        **settings,
+        config=sealed["config"],
+        inputs=sealed["inputs"],
         shards=number,
         layout=layout,
         fingerprint=fingerprint,

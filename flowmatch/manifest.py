@@ -16,6 +16,7 @@ from flowmatch.config import NotReady, UserError
 from flowmatch.stores import Place
 
 FORMAT = 1  # raised when a manifest of an older format no longer means the same
+PAIR_FORMAT = 1  # raised when the same config would make other pairs
 NAME = "manifest.json"
 
 
@@ -37,6 +38,14 @@ def canonical(value: Any) -> str:
 def fingerprint(value: Any) -> str:
     """Hash a JSON value; hexadecimal sha256 of its canonical text."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def pair_fingerprint(
+    config: Mapping[str, Any], inputs: Mapping[str, str], round: int, pair_format: int = PAIR_FORMAT
+) -> str:
+    """Hash all that the bytes of a set of pairs come from. config: content fields only."""
+    value = {"format": pair_format, "config": config, "inputs": inputs, "round": round}
+    return fingerprint(value)
 
 
 def seal(

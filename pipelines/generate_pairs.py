@@ -21,8 +21,6 @@ from flowmatch.data import DataConfig
 from flowmatch.progress import Progress
 from flowmatch.solvers import SolverConfig
 
-PAIR_FORMAT = 1  # raised when the same config would make other bytes
-
 
 class PairsConfig(stage.StageConfig):
     """Config of stage two."""
@@ -90,10 +88,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         refuse_fewer(folder, config.shards)
     faults.check()
     inputs = {"teacher": teacher.digest} | ({"data": source.digest} if source else {})
-    content = configs.content(config)
-    fingerprint = manifest.fingerprint(
-        {"format": PAIR_FORMAT, "config": content, "inputs": inputs, "round": teacher.round}
-    )
+    fingerprint = manifest.pair_fingerprint(configs.content(config), inputs, teacher.round)
     pairs = config.shards * config.shard_size
     evaluations: float | None = config.solver.evaluations  # a pair
     cost = "dopri5 chooses its evaluations"

@@ -178,6 +178,13 @@ SET = {
         lambda f: edit(f / "manifest.json", outputs=outputs(f) | {TAR: "0" * 64}),
         f"manifest.json names another sha256 for {TAR}",
     ),
+    "manifest of another config": (lambda f: reseed(f), "manifest.json is damaged: fingerprint="),
+    "manifest of another config, alone": (
+        lambda f: [reseed(f), (f / "config.yaml").unlink()],
+        "manifest.json is damaged: fingerprint=",
+    ),
+    "manifest of another round": (lambda f: facts(f, round=5), "is damaged: fingerprint="),
+    "manifest of no number": (lambda f: reseed(f, float("nan")), "manifest.json is damaged"),
     "manifest gone": (lambda f: (f / "manifest.json").unlink(), "is not sealed"),
     "config of another seed": (
         lambda f: (f / "config.yaml").write_text(
@@ -202,6 +209,11 @@ SET = {
 def facts(folder, **values):
     path = folder / "manifest.json"
     edit(path, facts=json.loads(path.read_text())["facts"] | values)
+
+
+def reseed(folder, seed=9):
+    path = folder / "manifest.json"
+    edit(path, config=json.loads(path.read_text())["config"] | {"seed": seed})
 
 
 def outputs(folder):
