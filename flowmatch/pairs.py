@@ -6,6 +6,7 @@ batch of any order is one gather. Of a set in an object store, whole tars are fe
 """
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowmatch import manifest, stores
-from flowmatch.cache import Cache, default_folder, room
+from flowmatch.cache import REPAIR, Cache, default_folder, room
 from flowmatch.config import UserError
 from flowmatch.noise import GroupedOrder, Order
 from flowmatch.shards import HEAD, Layout, npy_header, tar_name
 from flowmatch.stores import Bucket, Place
 
-REPAIR = "repeat python -m pipelines.generate_pairs with the same config"
 SHOWN = 8  # damaged shards that an error names one by one
 
 
@@ -59,7 +59,7 @@ class PairData(Dataset[dict[str, Tensor]]):
         if self.shards < 1 or count != self.shards * self.layout.shard_size:
             raise UserError(
                 f"{key}={folder}: its manifest tells of {count} pairs; expected shards="
-                f"{self.shards} x shard_size={self.layout.shard_size}, 1 shard at least; {REPAIR}"
+                f"{self.shards} x shard_size={self.layout.shard_size}, 1 shard at least; {self._repair}"
             )
         self._check_sizes()
         self._checked = np.zeros(self.shards * self.layout.blocks, dtype=bool)
@@ -85,6 +85,10 @@ class PairData(Dataset[dict[str, Tensor]]):
     def has_labels(self) -> bool:
         """Tell whether pairs carry class labels."""
         return self.layout.labels
+
+    @property
+    def _repair(self) -> str:
+        return REPAIR.format(store=shlex.quote(str(self.folder)))
 
     def __len__(self) -> int:
         """Count the pairs."""
@@ -203,11 +207,13 @@ class PairData(Dataset[dict[str, Tensor]]):
         for name, size in zip(names, self.folder.sizes(names), strict=True):
             path = self.folder / name
             if size is None:
-                faults.append(f"{self.key}: {path} is missing; {REPAIR}")
+                faults.append(f"{self.key}: {path} is missing; {self._repair}")
             elif size != expected:
-                faults.append(f"{self.key}: {path} has {size} bytes, expected {expected}; {REPAIR}")
+                faults.append(
+                    f"{self.key}: {path} has {size} bytes, expected {expected}; {self._repair}"
+                )
         if len(faults) > SHOWN:
-            faults[SHOWN:] = [f"{self.key}: and {len(faults) - SHOWN} more shards; {REPAIR}"]
+            faults[SHOWN:] = [f"{self.key}: and {len(faults) - SHOWN} more shards; {self._repair}"]
         if faults:
             raise UserError(faults)
 
@@ -234,7 +240,7 @@ class PairData(Dataset[dict[str, Tensor]]):
                     continue
                 raise UserError(
                     f"{self.key}: {self.folder / tar_name(k)} is damaged: at byte {start - HEAD} "
-                    f"expected the header of {member}; delete the file and {REPAIR}"
+                    f"expected the header of {member}; {self._repair}"
                 )
             self._checked[number] = True
 

@@ -161,7 +161,9 @@ def test_a_bad_object_is_named_when_it_is_trained_on(tmp_path, place, how, what)
     write(place, 3, LAYOUT)
     assert len(list(walk(data, 12))) == 12
     spoil(place, tar_name(3), "missing")
-    with pytest.raises(UserError, match=r"000003\.tar is missing; repeat"):
+    with pytest.raises(
+        UserError, match=rf"000003\.tar is missing; python -m pipelines.verify_pairs {place}"
+    ):
         remote(place, tmp_path, 2, 4)
 
 

@@ -185,7 +185,9 @@ def test_a_damaged_shard_is_named_and_made_again(tmp_path, damage):
     DAMAGE[damage](tmp_path)
     assert shards.missing(tmp_path, range(3), PRINT) == [1]
     if damage.startswith("tar"):
-        with pytest.raises(UserError, match=r"000001\.tar.*repeat python -m pipelines") as error:
+        with pytest.raises(
+            UserError, match=r"000001\.tar.*python -m pipelines.verify_pairs .* --full"
+        ) as error:
             PairData(tmp_path)
         assert len(error.value.faults) == 1
     write(tmp_path, 1, layout)
