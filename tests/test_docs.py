@@ -11,7 +11,8 @@ from scripts.run_page import blocks
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/flow-matching.md"
-PAGES = [PAGE, ROOT / "docs/distributed.md", ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [PAGE, *(ROOT / f"docs/{name}.md" for name in ("distributed", "experiments"))]
+PAGES += [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 NUMBER = re.compile(r"\d*\.?\d+(?:e[-+]?\d+)?")
 
 
