@@ -138,7 +138,8 @@ def test_a_frozen_worker_is_overtaken_and_may_come_back(tmp_path):
     frozen.send_signal(signal.SIGSTOP)
     try:
         made = finish([start(folder, rank, 3, 6, 1.0, 0.01) for rank in (1, 2)])
-        assert sorted(k for shards_made in made for k in shards_made) == list(range(6))
+        # both may break the lease at once, and make that shard twice
+        assert {k for shards_made in made for k in shards_made} == set(range(6))
         before = {path: path.stat().st_ino for path in folder.glob("*.tar")}
     finally:
         frozen.send_signal(signal.SIGCONT)
