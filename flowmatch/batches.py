@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowmatch import nets, noise, shards, solvers
 from flowmatch.data import Data
+from flowmatch.layout import Layout
 from flowmatch.solvers import SolverConfig
 
 Array = Callable[[], np.ndarray]  # waits for what is still being made
@@ -33,7 +34,7 @@ class Maker:
 
     def __init__(
         self,
-        layout: shards.Layout,
+        layout: Layout,
         velocity: nets.Velocity,
         device: str,
         *,
@@ -127,7 +128,7 @@ def to_host(x: Tensor) -> Array:
 
 
 def cut(
-    batches: Iterable[Batch], layout: shards.Layout, environment: dict[str, Any]
+    batches: Iterable[Batch], layout: Layout, environment: dict[str, Any]
 ) -> Iterator[shards.Block]:
     """Cut the batches of a shard into the blocks of its layout, and note their mean evaluations."""
     held: list[shards.Block] = []

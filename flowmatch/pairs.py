@@ -13,20 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from flowmatch import manifest, stores
 from flowmatch.cache import REPAIR, Cache, default_folder, room
 from flowmatch.config import UserError
+from flowmatch.layout import PROMPT, Layout, head_bytes, npy_header, read_prompts
 from flowmatch.noise import GroupedOrder, Order
-from flowmatch.shards import HEAD, Layout, npy_header, tar_name
+from flowmatch.shards import tar_name
 from flowmatch.stores import Bucket, Place
 
 SHOWN = 8  # damaged shards that an error names one by one
+TEXTS = 256  # blocks whose prompts are kept as read
 
 
-class PairData(Dataset[dict[str, Tensor]]):
+class PairData(Dataset[dict[str, Any]]):
     """Read the pairs of a sealed folder or URL, by number from 0 to count - 1.
 
     Pair i is pair i % shard_size of shard i // shard_size. Tars are mapped when first touched, in
@@ -66,6 +67,7 @@ class PairData(Dataset[dict[str, Tensor]]):
         self._full = self._heads(0)
         self._last = self._heads(self.layout.blocks - 1)
         self._maps: dict[int, np.ndarray] = {}
+        self._texts: dict[int, list[str]] = {}
         self._ready: tuple[range, int] | None = None
         self.kept: np.ndarray | None = None  # ids that training draws from; None: all
         self.cache: Cache | None = None
@@ -87,6 +89,11 @@ class PairData(Dataset[dict[str, Tensor]]):
         return self.layout.labels
 
     @property
+    def has_prompts(self) -> bool:
+        """Tell whether pairs carry prompts."""
+        return self.layout.prompt_bytes > 0
+
+    @property
     def _repair(self) -> str:
         return REPAIR.format(store=shlex.quote(str(self.folder)))
 
@@ -94,11 +101,11 @@ class PairData(Dataset[dict[str, Tensor]]):
         """Count the pairs."""
         return self.shards * self.layout.shard_size
 
-    def batch(self, ids: np.ndarray | Sequence[int]) -> dict[str, Tensor]:
-        """Gather pairs: x0, x1 float32 [B, *shape] and, with labels, label int64 [B].
+    def batch(self, ids: np.ndarray | Sequence[int]) -> dict[str, Any]:
+        """Gather pairs: x0, x1 float32 [B, *shape] and, where there are such, label int64 [B], prompt.
 
-        ids: [B] integers, in any order. Raises IndexError for one that is not there, UserError for
-        a tar whose content is not what its place says.
+        ids: [B] integers, in any order. prompt: a list of B strings. Raises IndexError for an id that is
+        not there, UserError for a tar whose content is not what its place says.
         """
         ids = np.asarray(ids, dtype=np.int64)
         if not ids.size or ids.min() < 0 or ids.max() >= len(self):
@@ -108,9 +115,9 @@ class PairData(Dataset[dict[str, Tensor]]):
         shards, index = np.divmod(ids, self.layout.shard_size)
         self._check_blocks(shards, index // self.layout.block)
         tars = [self._map(k) for k in shards.tolist()]
-        gathered = {}
+        gathered: dict[str, Any] = {}
         for name, starts in self.layout.offsets(index).items():
-            if name == "i":  # the pair's own number
+            if name in ("i", PROMPT):  # i: the pair's own number
                 continue
             dtype, size = self.layout.members[name]
             parts = [tar[a : a + size] for tar, a in zip(tars, starts.tolist(), strict=True)]
@@ -118,6 +125,10 @@ class PairData(Dataset[dict[str, Tensor]]):
             gathered[name] = values if name == "y" else values.view(-1, *self.shape).float()
         if self.has_labels:
             gathered["label"] = gathered.pop("y")
+        if self.has_prompts:
+            blocks, rows = np.divmod(index, self.layout.block)
+            places = zip(shards.tolist(), blocks.tolist(), rows.tolist(), strict=True)
+            gathered[PROMPT] = [self._prompts(k, block)[row] for k, block, row in places]
         return gathered
 
     def order(self, seed: int) -> Order | GroupedOrder:
@@ -167,18 +178,37 @@ class PairData(Dataset[dict[str, Tensor]]):
             self._map(k)
         self._ready = (span, order.seed)
 
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
+    def __getitem__(self, i: int) -> dict[str, Any]:
         """Read one pair, without batch dimension."""
         return {name: values[0] for name, values in self.batch([i]).items()}
 
-    def __getitems__(self, ids: Sequence[int]) -> list[dict[str, Tensor]]:
+    def __getitems__(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """Read pairs by one gather, as the list that a stock DataLoader collates."""
         gathered = self.batch(ids)
         return [{name: values[j] for name, values in gathered.items()} for j in range(len(ids))]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the mappings behind: another process makes its own."""
-        return self.__dict__ | {"_maps": {}, "_ready": None}
+        return self.__dict__ | {"_maps": {}, "_texts": {}, "_ready": None}
+
+    def _prompts(self, k: int, block: int) -> list[str]:
+        """Read the prompts of a block, of those read last once only."""
+        number = k * self.layout.blocks + block
+        if number not in self._texts:
+            pairs = int(self.layout.pairs(block))
+            start = int(self.layout.offsets(block * self.layout.block)[PROMPT])
+            content = self._map(k)[start : start + pairs * self.layout.prompt_bytes].tobytes()
+            try:
+                texts = read_prompts(content, pairs)
+            except ValueError as error:
+                raise UserError(
+                    f"{self.key}: {self.folder / tar_name(k)} is damaged: "
+                    f"{self.layout.member(k, block, PROMPT)} {error}; {self._repair}"
+                ) from None
+            while len(self._texts) >= TEXTS:
+                del self._texts[next(iter(self._texts))]
+            self._texts[number] = texts
+        return self._texts[number]
 
     def _map(self, k: int) -> np.ndarray:
         """Map the tar of shard k; uint8 [bytes]."""
@@ -234,59 +264,13 @@ class PairData(Dataset[dict[str, Tensor]]):
             tar, begin = self._map(k), block * self.layout.block_bytes
             for name, start, npy in self._last if block + 1 == self.layout.blocks else self._full:
                 start += begin
-                head = tar[start - HEAD : start].tobytes()
+                first = start - head_bytes(name)
+                head = tar[first:start].tobytes()
                 member = self.layout.member(k, block, name)
                 if head.startswith(f"{member}\0".encode()) and head.endswith(npy):
                     continue
                 raise UserError(
-                    f"{self.key}: {self.folder / tar_name(k)} is damaged: at byte {start - HEAD} "
+                    f"{self.key}: {self.folder / tar_name(k)} is damaged: at byte {first} "
                     f"expected the header of {member}; {self._repair}"
                 )
             self._checked[number] = True
-
-
-class Mixture:
-    """Draw each batch from several sets of pairs, in fixed shares: global counters -> pairs.
-
-    Each set is walked in its own endless shuffled order (`PairData.order`), so an epoch of each is exact
-    and any step can be the first. Raises UserError where a set's share of a batch is no whole pair, or
-    a cache cannot hold what a batch touches.
-    """
-
-    def __init__(self, sets: Sequence[tuple[PairData, float]], batch_size: int, seed: int):
-        """Split batch_size positions among the sets by their weights, the largest rests first."""
-        total = sum(weight for _, weight in sets)
-        exact = np.array([batch_size * weight / total for _, weight in sets])
-        shares = np.floor(exact).astype(np.int64)
-        shares[np.argsort(shares - exact, kind="stable")[: batch_size - shares.sum()]] += 1
-        if shares.min() < 1:
-            small = sets[int(shares.argmin())][0]
-            raise UserError(
-                f"{small.key}: its weight gives it no place in a batch of {batch_size}; "
-                "use a larger weight or fit.batch_size"
-            )
-        self.sets, self.shares, self.batch_size = [data for data, _ in sets], shares, batch_size
-        free = [data.cache for data in self.sets if data.cache and data.takes_what_is_free]
-        for cache in free:
-            cache.capacity //= len(free)
-        for data, share in zip(self.sets, shares.tolist(), strict=True):
-            data.check_room(share)
-        self.orders = [data.order(seed) for data in self.sets]
-        self.ends = np.cumsum(shares)
-
-    def __call__(self, counters: np.ndarray) -> dict[str, Tensor]:
-        """Gather the pairs of global sample counters, step * batch_size + position: int64 [B]."""
-        step, position = np.divmod(counters, self.batch_size)
-        which = np.searchsorted(self.ends, position, side="right")
-        parts, places = [], []
-        for number, (data, order) in enumerate(zip(self.sets, self.orders, strict=True)):
-            here = np.flatnonzero(which == number)
-            if here.size:
-                share = self.shares[number]
-                local = step[here] * share + position[here] - (self.ends[number] - share)
-                data.prepare(order, local)
-                ids = order(local)
-                parts.append(data.batch(ids if data.kept is None else data.kept[ids]))
-                places.append(here)
-        back = torch.from_numpy(np.argsort(np.concatenate(places)))
-        return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}

@@ -8,7 +8,6 @@ the folder and nothing else: start any number of them, stop them, start others; 
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict
 from typing import Literal
 
 import pydantic
@@ -18,6 +17,7 @@ from flowmatch import config as configs
 from flowmatch.behind import Behind
 from flowmatch.config import UserError, option, required
 from flowmatch.data import DataConfig
+from flowmatch.layout import Layout
 from flowmatch.progress import Progress
 from flowmatch.solvers import SolverConfig
 
@@ -70,7 +70,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         teacher = teachers.load(config.teacher, "teacher")
         teacher.check_teaches("teacher")
         velocity = teacher.velocity(config.guidance)
-        layout = shards.Layout(
+        layout = Layout(
             shape=teacher.shape,
             dtype=config.dtype,
             labels=teacher.classes is not None,
@@ -167,7 +167,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         round=teacher.round,
         classes=teacher.classes,
         evaluations=evaluations,
-        layout=asdict(layout),
+        layout=layout.entries(),
         shards=config.shards,
         count=pairs,
         convention="x0 noise, x1 data, x_t = (1 - t) x0 + t x1, v = x1 - x0",

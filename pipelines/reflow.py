@@ -15,6 +15,7 @@ from flowmatch import (
     foreign,
     manifest,
     metrics,
+    mixture,
     nets,
     objectives,
     pairs,
@@ -108,7 +109,7 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
     if not faults.errors:
         with faults:
             check_match(start, [data for data, _ in sets])
-            stream = pairs.Mixture(sets, config.fit.batch_size, config.seed)
+            stream = mixture.Mixture(sets, config.fit.batch_size, config.seed)
         with faults:
             net = network(start, config)
     module, looked = None, set()
@@ -191,6 +192,8 @@ def check_match(start: teachers.Teacher, sets: list[pairs.PairData]) -> None:
             faults.append(
                 f"{data.key}={data.folder} has {have}; the network at start= takes {want}"
             )
+        if data.has_prompts:
+            faults.append(f"{data.key}={data.folder} has prompts; no network here takes text")
     if faults:
         raise UserError(faults)
 

@@ -6,8 +6,8 @@ import torch
 
 from flowmatch import manifest, nets
 from flowmatch.config import load
+from flowmatch.layout import Layout
 from flowmatch.nets import NetConfig
-from flowmatch.shards import Layout
 from pipelines import generate_pairs
 
 SHARDS = 3

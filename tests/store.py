@@ -6,12 +6,11 @@ python -m tests.store FOLDER RANK WORLD SHARDS TTL DELAY [race]: make shards, DE
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict
 
 import numpy as np
 
 from flowmatch import claims, manifest, noise, shards
-from flowmatch.shards import Layout
+from flowmatch.layout import Layout
 
 PRINT = "a" * 64  # fingerprint
 CARD = "# Pairs\n\nNoise and what a teacher made of it.\n"
@@ -57,7 +56,7 @@ def finish(folder, layout, number):
 
 
 def seal(folder, layout, number):
-    facts = {"layout": asdict(layout), "shards": number, "count": number * layout.shard_size}
+    facts = {"layout": layout.entries(), "shards": number, "count": number * layout.shard_size}
     manifest.seal(folder, stage="generate_pairs", config={}, inputs={}, outputs={}, **facts)
 
 

@@ -15,8 +15,10 @@ from flowmatch import config as configs
 from flowmatch import pairs, stores
 from flowmatch.cache import Cache, room
 from flowmatch.config import UserError
-from flowmatch.pairs import Mixture, PairData
-from flowmatch.shards import Layout, sidecar, tar_name
+from flowmatch.layout import Layout
+from flowmatch.mixture import Mixture
+from flowmatch.pairs import PairData
+from flowmatch.shards import sidecar, tar_name
 from flowmatch.stores import Bucket
 from pipelines.reflow import PairsEntry
 from tests.store import finish, write

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from flowmatch import draw, manifest
+from flowmatch.layout import Layout
 from flowmatch.pairs import PairData
-from flowmatch.shards import Layout
 from pipelines import inspect_pairs
 from tests import pairset, store
 from tests.pairset import copy, generate

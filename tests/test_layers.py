@@ -27,8 +27,8 @@ LAYERS = {
         *("metrics", "toy"),
     ],
     "artefacts": [
-        *("folders", "stores", "manifest", "shards", "claims", "behind", "progress"),
-        *("cache", "pairs", "truncation", "audit"),
+        *("folders", "stores", "manifest", "layout", "shards", "claims", "behind", "progress"),
+        *("cache", "pairs", "mixture", "truncation", "audit"),
     ],
     "export": ["scheduler", "pipeline", "mlp"],
     "models": [

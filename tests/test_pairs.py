@@ -12,8 +12,9 @@ import torch
 
 from flowmatch import manifest, noise
 from flowmatch.config import NotReady, UserError
+from flowmatch.layout import Layout
 from flowmatch.pairs import PairData
-from flowmatch.shards import Layout, tar_name
+from flowmatch.shards import tar_name
 from tests.store import RAGGED, finish, seal, write
 
 torch.set_num_threads(1)
@@ -62,7 +63,8 @@ def test_a_stock_loader_reads_it(tmp_path, workers):
 OPEN = r"""
 import re, sys, time
 import numpy as np
-from flowmatch.pairs import Mixture, PairData
+from flowmatch.mixture import Mixture
+from flowmatch.pairs import PairData
 def peak():  # of this program: ru_maxrss counts the one that started it, too
     return re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]
 own = peak()

@@ -15,8 +15,8 @@ import pytest
 
 from flowmatch import shards
 from flowmatch.config import UserError
+from flowmatch.layout import Layout
 from flowmatch.pairs import PairData
-from flowmatch.shards import Layout
 from tests.store import CARD, PRINT, RAGGED, blocks_of, finish, pairs_of, write
 
 GOLDEN = "57c527feaa978c030154451328662dc422000a540ab5c19786a2178f781349d2"

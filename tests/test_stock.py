@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flowmatch.layout import Layout
 from flowmatch.pairs import PairData
-from flowmatch.shards import Layout
 from scripts.run_page import blocks
 from tests import pairset, store
 from tests.pairset import generate

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from flowmatch.config import UserError, load
-from flowmatch.pairs import Mixture, PairData
-from flowmatch.shards import Layout
+from flowmatch.layout import Layout
+from flowmatch.mixture import Mixture
+from flowmatch.pairs import PairData
 from flowmatch.truncation import costs, truncate
 from pipelines import reflow
 from tests import pairset

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from flowmatch import nets, noise, pairs, shards
+from flowmatch.layout import Layout
 from flowmatch.solvers import SolverConfig
 from pipelines import generate_pairs
 from scripts.bench.yardsticks import BareSampler, Figure, Load, alternate, summary, write_set
@@ -41,7 +42,7 @@ def generation(folder: Path, load: Load, device: str) -> dict[str, Figure]:
 
     mine, theirs = alternate((load.rounds + 1) // 2, ours, forwards)
     arrays = [noise.normal(s, range(load.shard), load.shape, 0).astype("float16") for s in (0, 1)]
-    layout = shards.Layout(load.shape, "float16", False, load.shard, min(64, load.shard))
+    layout = Layout(load.shape, "float16", False, load.shard, min(64, load.shard))
     writes = []
     for k in range(load.rounds):
         cut = range(0, load.shard, layout.block)

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-from flowmatch import coupling, nets, objectives, pairs, run, stage
+from flowmatch import coupling, mixture, nets, objectives, pairs, run, stage
 from flowmatch import fit as loop
 from flowmatch.losses import LossConfig
 from flowmatch.objectives import ObjectiveConfig
@@ -87,7 +87,7 @@ def fit(folder: Path, load: Load, net: Any, device: str, segments: int) -> None:
         save_every=10**9,
         **values,
     )
-    stream = pairs.Mixture([(pairs.PairData(folder / "set"), 1.0)], config.batch_size, 0)
+    stream = mixture.Mixture([(pairs.PairData(folder / "set"), 1.0)], config.batch_size, 0)
     name = "fit" if stage.world_size() > 1 else f"fit{os.getpid()}"
     place = stage.StageConfig(run_dir=str(folder / name))
     with run.Run("reflow", place, {}) as opened:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from flowmatch import manifest, noise, shards
+from flowmatch.layout import Layout
 
 Figure = dict[str, Any]  # median, low, high, rounds; target; what; other numbers of interest
 
@@ -84,7 +85,7 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def write_set(folder: Path, shape: tuple[int, ...], count: int, block: int = 64) -> None:
     """Write and seal one shard of `count` random pairs, in float16."""
-    layout = shards.Layout(shape, "float16", False, count, block)
+    layout = Layout(shape, "float16", False, count, block)
 
     def blocks() -> Iterator[shards.Block]:
         for a in range(0, count, block):
