@@ -81,12 +81,18 @@ def read(folder: Place, key: str, stages: Iterable[str] = ()) -> dict[str, Any]:
     Raises UserError where the folder is missing, unsealed, of an unknown format, or the work of a
     stage that is not among `stages`.
     """
+    return read_hashed(folder, key, stages)[0]
+
+
+def read_hashed(folder: Place, key: str, stages: Iterable[str] = ()) -> tuple[dict[str, Any], str]:
+    """Read a manifest like `read`, and the digest of the very bytes that were read."""
     folder = stores.at(folder)
-    if not folder.exists():
-        raise NotReady(f"{key}={folder} does not exist; run the stage that makes it first")
     try:
         text = folder.read(NAME)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        if not folder.exists():
+            missing = f"{key}={folder} does not exist; run the stage that makes it first"
+            raise NotReady(missing) from None
         unfinished = f"{key}={folder} has no {NAME}: its stage has not finished; repeat it first"
         raise NotReady(unfinished) from None
     try:
@@ -104,7 +110,7 @@ def read(folder: Place, key: str, stages: Iterable[str] = ()) -> dict[str, Any]:
     if stages and stage not in stages:
         wanted = " or ".join(stages)
         raise UserError(f"{key}={folder} holds the result of {stage}; expected one of {wanted}")
-    return manifest
+    return manifest, hashlib.sha256(text).hexdigest()
 
 
 def find(folder: Place, key: str, stages: Iterable[str] = ()) -> dict[str, Any] | None:

@@ -50,8 +50,8 @@ class PairData(Dataset[dict[str, Any]]):
         nine tenths of what is free).
         """
         self.folder, self.key, self.group = stores.at(folder), key, group
-        sealed = manifest.read(self.folder, key)
-        facts = sealed["facts"]
+        self.sealed, self.digest = manifest.read_hashed(self.folder, key, ["generate_pairs"])
+        facts = self.sealed["facts"]
         try:
             self.layout = Layout(**facts["layout"])
             self.shards, count = int(facts["shards"]), int(facts["count"])
@@ -73,10 +73,10 @@ class PairData(Dataset[dict[str, Any]]):
         self.cache: Cache | None = None
         self.takes_what_is_free = cache_gb is None
         if isinstance(self.folder, Bucket):
-            place = Path(cache or default_folder()) / manifest.digest(self.folder)[:16]
+            place = Path(cache or default_folder()) / self.digest[:16]
             limit = room(place) if cache_gb is None else int(cache_gb * 1e9)
             size = self.layout.tar_bytes
-            self.cache = Cache(self.folder, place, limit // size, size, sealed["outputs"])
+            self.cache = Cache(self.folder, place, limit // size, size, self.sealed["outputs"])
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -87,8 +87,8 @@ def number(text: str) -> int:
 
 def summary(data: PairData, samples: int, teacher: str | None) -> dict[str, Any]:
     """Gather what is told of a set; all but `cost.values` and `.values_at_random` is JSON."""
-    sealed = manifest.read(data.folder, data.key)
-    facts, layout = sealed["facts"], data.layout
+    sealed, layout = data.sealed, data.layout
+    facts = sealed["facts"]
     sidecars = shards.sidecars(data.folder, range(data.shards))
     environments = Counter(
         json.dumps(side["environment"] | {"evaluations": None}, sort_keys=True)
@@ -187,12 +187,12 @@ def chain(
             yield link | {"what": "a diffusers model"}
             continue
         try:
-            source = manifest.read(here, name)
+            source, own = manifest.read_hashed(here, name)
         except UserError as error:
             yield link | {"what": error.faults[0]}
             continue
         facts = source["facts"]
-        mine = manifest.digest(here) if name.startswith("pairs.") else facts.get("net")
+        mine = own if name.startswith("pairs.") else facts.get("net")
         what = source["stage"] + (f", round {facts['round']}" if "round" in facts else "")
         if mine != digest:
             yield link | {"what": f"{what}; ANOTHER by now: its digest is {mine}"}

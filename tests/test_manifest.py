@@ -80,3 +80,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         write_atomic(path, "new")
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
     assert path.read_text() == "old"
+
+
+def test_what_is_read_is_hashed_and_nothing_else_is_asked(tmp_path, monkeypatch):
+    written = make(tmp_path / "a", round=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(folders.Folder, "exists", lambda folder: pytest.fail("asked"))
+        found = manifest.read_hashed(tmp_path / "a", "teacher")
+    assert found == (written, manifest.digest(tmp_path / "a"))
+    with pytest.raises(NotReady, match=r"w\.bin does not exist"):
+        manifest.read(tmp_path / "a" / "w.bin", "teacher")
