@@ -9,6 +9,7 @@ import torch
 
 from flowmatch.config import UserError
 from flowmatch.layout import PROMPT
+from flowmatch.noise import Order
 from flowmatch.pairs import PairData
 
 
@@ -46,8 +47,12 @@ class Mixture:
             cache.capacity //= len(free)
         for data, share in zip(self.sets, shares.tolist(), strict=True):
             data.check_room(share)
-        self.orders = [data.order(seed) for data in self.sets]
+        self.orders, self.seed = [data.order(seed) for data in self.sets], seed
         self.ends = np.cumsum(shares)
+
+    def keep(self, number: int, ids: np.ndarray) -> None:
+        """Draw from set `number`, which is read all together, these pairs alone."""
+        self.orders[number] = Order(ids, self.seed)
 
     def __call__(self, counters: np.ndarray) -> dict[str, Any]:
         """Gather the pairs of global sample counters, step * batch_size + position: int64 [B]."""
@@ -60,9 +65,10 @@ class Mixture:
                 share = self.shares[number]
                 local = step[here] * share + position[here] - (self.ends[number] - share)
                 data.prepare(order, local)
-                ids = order(local)
-                parts.append(data.batch(ids if data.kept is None else data.kept[ids]))
+                parts.append(data.batch(order(local)))
                 places.append(here)
+        if len(parts) == 1:  # every position is its own, in the order that was asked for
+            return parts[0]
         back = np.argsort(np.concatenate(places))
         gathered: dict[str, Any] = {}
         for name in parts[0]:

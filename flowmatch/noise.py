@@ -48,17 +48,18 @@ def labels(seed: int, ids: Iterable[int], classes: int, stream: int = PAIR_LABEL
 
 
 class Order:
-    """Walk n samples in an endless shuffled order: sample counter -> id.
+    """Walk samples in an endless shuffled order: sample counter -> id.
 
-    Epoch e = counter // n is the permutation of Philox key (seed, e): a function of (seed, n, counter)
-    alone, so any counter can come first, and every n of them in a row from a multiple of n hold each
-    id once.
+    ids: a number n for 0 to n - 1, or an array of n. Epoch e = counter // n is their permutation by
+    Philox key (seed, e): a function of (seed, ids, counter) alone, so any counter can come first, and
+    every n of them in a row from a multiple of n hold each id once.
     """
 
-    def __init__(self, n: int, seed: int):
-        if n < 1:
-            raise ValueError(f"n={n}: there is nothing to put in order")
-        self.n, self.seed = n, seed
+    def __init__(self, ids: int | np.ndarray, seed: int):
+        self.n = ids if isinstance(ids, int) else len(ids)
+        if self.n < 1:
+            raise ValueError(f"n={self.n}: there is nothing to put in order")
+        self.ids, self.seed = ids, seed
         self._epochs: dict[int, np.ndarray] = {}  # at most two: a batch may straddle an end
 
     def __call__(self, counters: np.ndarray) -> np.ndarray:
@@ -72,7 +73,7 @@ class Order:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
-            order = generator(self.seed, epoch, ORDER).permutation(self.n)
+            order = generator(self.seed, epoch, ORDER).permutation(self.ids)
             _remember(self._epochs, epoch, order)
         return self._epochs[epoch]
 

@@ -69,7 +69,6 @@ class PairData(Dataset[dict[str, Any]]):
         self._maps: dict[int, np.ndarray] = {}
         self._texts: dict[int, list[str]] = {}
         self._ready: tuple[range, int] | None = None
-        self.kept: np.ndarray | None = None  # ids that training draws from; None: all
         self.cache: Cache | None = None
         self.takes_what_is_free = cache_gb is None
         if isinstance(self.folder, Bucket):
@@ -132,9 +131,7 @@ class PairData(Dataset[dict[str, Any]]):
         return gathered
 
     def order(self, seed: int) -> Order | GroupedOrder:
-        """Make the endless shuffled order in which pairs are trained on; with `kept`, places in it."""
-        if self.kept is not None:
-            return Order(len(self.kept), seed)
+        """Make the endless shuffled order in which pairs are trained on."""
         if not self.group:
             return Order(len(self), seed)
         return GroupedOrder(self.shards, self.layout.shard_size, self.group, seed)

@@ -22,22 +22,25 @@ def costs(data: PairData) -> np.ndarray:
     return found
 
 
-def truncate(data: PairData, share: float) -> str:
-    """Leave out the share of pairs with the largest |x1 - x0|^2; say how many are kept, and the cut.
-
-    Of equal ones the first are kept. The whole set is read, by each process at its start. Raises
-    UserError for a set in a store, or one that is read group by group.
-    """
+def check(data: PairData, share: float) -> None:
+    """Raise UserError for a set in a store, or one that is read group by group."""
     if data.group or isinstance(data.folder, Bucket):
         raise UserError(
             f"{data.key}={data.folder}: truncate={share:g} reads the whole set first, and takes pairs "
             "from all over it; copy it to a local folder and leave group out, or leave truncate out"
         )
+
+
+def truncate(data: PairData, share: float) -> tuple[np.ndarray, str]:
+    """Leave out the share of pairs with the largest |x1 - x0|^2: the ids that are kept, and the cut.
+
+    ids: ascending, int64; of equal costs the first are kept. The whole set is read, by each process
+    at its start.
+    """
     cost = costs(data)
     number = len(data) - int(share * len(data))
     by_cost = np.argsort(cost, kind="stable")
-    data.kept = np.sort(by_cost[:number])
-    return (
+    return np.sort(by_cost[:number]), (
         f"{number:,} of {len(data):,} pairs of {data.folder} are kept, those up to |x1 - x0|^2 = "
         f"{cost[by_cost[number - 1]]:.6g}"
     )

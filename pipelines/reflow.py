@@ -23,6 +23,7 @@ from flowmatch import (
     second_time,
     stage,
     teachers,
+    truncation,
 )
 from flowmatch.config import Config, UserError, option, required
 from flowmatch.fit import check, check_net, fit
@@ -30,7 +31,6 @@ from flowmatch.losses import LossConfig
 from flowmatch.objectives import ObjectiveConfig
 from flowmatch.state import FitConfig
 from flowmatch.times import TimesConfig
-from flowmatch.truncation import truncate
 
 
 class PairsEntry(Config):
@@ -49,7 +49,7 @@ class PairsEntry(Config):
     truncate: float = option(
         0.0,
         "share of the pairs, those with the largest |x1 - x0|^2, that is left out of training; found "
-        "by each process at its start, in one pass over the whole set",
+        "by each process at its start, of a dry run too, in one pass over the whole set",
         ge=0,
         lt=1,
     )
@@ -97,15 +97,16 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
         inputs["start"] = start.digest
         check_net(config.fit, start.net)
     sets: list[tuple[pairs.PairData, float]] = []
-    rounds, cuts = [], []
+    rounds = []
     for number, entry in enumerate(config.pairs):
         with faults:
             key = f"pairs.{number}.path"
             data = pairs.PairData(entry.path, key, entry.group, entry.cache, entry.cache_gb)
-            cuts += [truncate(data, entry.truncate)] if entry.truncate else []
+            if entry.truncate:
+                truncation.check(data, entry.truncate)
             sets.append((data, entry.weight))
-            rounds.append(manifest.read(entry.path, key, ["generate_pairs"])["facts"]["round"])
-            inputs[f"pairs.{number}"] = manifest.digest(entry.path)
+            rounds.append(data.sealed["facts"]["round"])
+            inputs[f"pairs.{number}"] = data.digest
     if not faults.errors:
         with faults:
             check_match(start, [data for data, _ in sets])
@@ -123,7 +124,13 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
                 module = features.Perceptual(eyes).to(stage.worker_device(device))
     faults.check()
 
-    count = sum(len(data) if data.kept is None else len(data.kept) for data, _ in sets)
+    cuts = []
+    for number, entry in enumerate(config.pairs):
+        if entry.truncate:  # a whole set is read: after all that is cheap to find
+            kept, cut = truncation.truncate(sets[number][0], entry.truncate)
+            stream.keep(number, kept)
+            cuts.append(cut)
+    count = sum(order.n for order in stream.orders)
     seen = config.fit.steps * config.fit.batch_size
     one_step = config.times.zero == 1 and config.objective.name == "velocity"
     only = ", for one step only: all times are 0" if one_step else ""

@@ -125,3 +125,11 @@ def test_a_grouped_order_says_what_a_batch_touches():
         touched = {k for number in groups for k in order.members(number).tolist()}
         assert set((order(counters) // 5).tolist()) <= touched
     assert order.span(np.arange(28, 37)) == range(2, 5)
+
+
+def test_the_order_of_some_ids_is_that_of_their_places():
+    kept = np.flatnonzero(np.arange(1000) % 3)
+    counters = np.arange(2 * len(kept))
+    places = noise.Order(len(kept), 5)(counters)
+    assert np.array_equal(noise.Order(kept, 5)(counters), kept[places])
+    assert np.array_equal(kept, np.flatnonzero(np.arange(1000) % 3))  # the caller's, as it was

@@ -13,6 +13,7 @@ import torch
 from flowmatch import manifest, noise
 from flowmatch.config import NotReady, UserError
 from flowmatch.layout import Layout
+from flowmatch.mixture import Mixture
 from flowmatch.pairs import PairData
 from flowmatch.shards import tar_name
 from tests.store import RAGGED, finish, seal, write
@@ -127,6 +128,9 @@ def test_the_reader_refuses_what_is_not_a_set_of_pairs(tmp_path):
     with pytest.raises(NotReady, match="reflow_pairs="):
         PairData(tmp_path, "reflow_pairs")
     manifest.seal(tmp_path, stage="train_flow", config={}, inputs={}, outputs={})
+    with pytest.raises(UserError, match="the result of train_flow; expected one of gen"):
+        PairData(tmp_path)
+    manifest.seal(tmp_path, stage="generate_pairs", config={}, inputs={}, outputs={})
     with pytest.raises(UserError, match="not a folder of pairs"):
         PairData(tmp_path)
     seal(tmp_path, layout, 0)
@@ -137,6 +141,17 @@ def test_the_reader_refuses_what_is_not_a_set_of_pairs(tmp_path):
         PairData(tmp_path)
     assert len(error.value.faults) == 9
     assert "11 more shards" in error.value.faults[-1]
+
+
+def test_of_one_set_a_batch_is_what_was_gathered(tmp_path, monkeypatch):
+    """Nothing is copied to put it in order."""
+    layout = Layout((2,), "float32", False, 8, 4)
+    x0, _, _ = finish(tmp_path, layout, 1)
+    mixture = Mixture([(PairData(tmp_path), 1.0)], 4, 0)
+    counters = np.array([9, 2, 2, 7])
+    assert np.array_equal(mixture(counters)["x0"], x0[mixture.orders[0](counters)])
+    monkeypatch.setattr(mixture.sets[0], "batch", lambda ids: ids)
+    assert isinstance(mixture(counters), np.ndarray)
 
 
 def test_a_block_out_of_place_is_found_at_its_first_touch(tmp_path):
