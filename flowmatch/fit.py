@@ -191,7 +191,8 @@ def fit(
                 if leads():
                     run.log(state.step, **values)
             done, stop = state.step == config.steps, stopping()
-            if done or stop or (state.step % config.save_every == 0 and state.step > start):
+            due = done or stop or state.step % config.save_every == 0
+            if due and state.step > start:  # before the first update there is nothing to keep
                 state.save()
             if done or stop:
                 break

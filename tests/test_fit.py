@@ -1,6 +1,8 @@
 """The loop: pure draws, one global batch however it is split, exact resume, nothing non-finite kept."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +237,23 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, stop_at):
     assert [(x["step"], x["loss"], x["lr"]) for x in again] == [
         (x["step"], x["loss"], x["lr"]) for x in lines
     ]
+
+
+def test_sigterm_before_the_first_update_leaves_nothing_to_resume_from(tmp_path, monkeypatch):
+    honest = State.__init__
+
+    def stopped(state, *words):
+        honest(state, *words)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "__init__", stopped)
+        with pytest.raises(SystemExit) as left:
+            train(tmp_path / "a", steps=4, log_every=2)
+    assert left.value.code == 75
+    assert not (tmp_path / "a/checkpoints").exists()  # of no update there is no optimizer's state
+    resumed, _ = train(tmp_path / "a", steps=4, log_every=2)
+    assert resumed == train(tmp_path / "b", steps=4, log_every=2)[0]
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
