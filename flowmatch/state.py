@@ -129,9 +129,11 @@ class State:
         self.bad_step = torch.zeros((), device=device)  # the first update that was not finite
         self.skipped = 0  # fp16 updates in a row
         if saved:
+            # the fused AdamW counts on the device, the other one reads its count on the CPU
+            counter = "cpu" if config.precision == "fp16" else device
+            like = {"step": torch.zeros((), device=counter)}
             for name, parameter in net.named_parameters():
                 old = {key: saved["optimizer"][f"{name}/{key}"] for key in ADAMW}
-                like = {"step": self.bad_step}
                 self.adamw.state[parameter] = {
                     key: sharding.lay_out(old[key], like.get(key, parameter)) for key in ADAMW
                 }

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -254,6 +255,23 @@ def test_sigterm_before_the_first_update_leaves_nothing_to_resume_from(tmp_path,
     assert not (tmp_path / "a/checkpoints").exists()  # of no update there is no optimizer's state
     resumed, _ = train(tmp_path / "a", steps=4, log_every=2)
     assert resumed == train(tmp_path / "b", steps=4, log_every=2)[0]
+
+
+@pytest.mark.parametrize(("precision", "where"), [("fp16", "cpu"), ("fp32", "meta")])
+def test_a_resume_puts_the_count_of_updates_where_adamw_reads_it(tmp_path, precision, where):
+    """The fused one on the device; fp16's on the CPU, or every parameter's update waits for it."""
+    train(tmp_path, steps=4, log_every=2)
+    accelerator = SimpleNamespace(
+        device=torch.device("meta"),
+        prepare_model=lambda net, evaluation_mode: net,
+        prepare_optimizer=lambda optimizer: optimizer,
+    )
+    config = FitConfig(steps=8, batch_size=32, precision=precision)
+    opened = run.Run("train_flow", StageConfig(run_dir=str(tmp_path)), {})
+    state = State(net(), config, accelerator, opened)
+    assert state.step == 4
+    for found in state.adamw.state.values():
+        assert (found["step"].device.type, found["exp_avg"].device.type) == (where, "meta")
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
