@@ -9,11 +9,12 @@ differentiation.
 from collections.abc import Callable
 from typing import Any, Literal
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
-from flowmatch import losses, path
-from flowmatch.config import Config, option
+from flowmatch import losses, path, times
+from flowmatch.config import Config, UserError, option
 
 Field = Callable[..., Tensor]  # (x, t, cond, r) -> velocity
 Cond = dict[str, Tensor] | None
@@ -85,26 +86,34 @@ def build(
     return average
 
 
-def faults(config: ObjectiveConfig, loss: losses.LossConfig, fit: Any) -> list[str]:
-    """List what does not go with the objective. fit: a FitConfig."""
-    found = []
-    if config.equal + config.end > 1:
-        found.append(
-            f"objective.equal={config.equal} and objective.end={config.end} are shares; they exceed 1"
-        )
+def check(
+    config: ObjectiveConfig, loss: losses.LossConfig, t: times.TimesConfig, fit: Any
+) -> None:
+    """Raise UserError for what does not go with the objective, before any work. fit: a FitConfig."""
     if config.name != "meanflow":
-        return found
-    why = "objective.name=meanflow differentiates the network forward, "
+        return
+    faults, why = [], "objective.name=meanflow differentiates the network forward, "
+    if config.equal + config.end > 1:
+        faults.append(
+            f"objective.equal={config.equal} and objective.end={config.end} are shares; they exceed 1; "
+            "lower one"
+        )
+    if t.zero == 1:
+        faults.append(
+            "times.zero=1: objective.name=meanflow needs the slope in t, and at t = 0 alone nothing "
+            "trains it; use a share below 1, or objective.name=velocity to distil to one step"
+        )
     if fit.precision != "fp32":
-        found.append(f"fit.precision={fit.precision!r}: {why}in float32 alone; use fp32")
+        faults.append(f"fit.precision={fit.precision!r}: {why}in float32 alone; use fp32")
     if fit.shard:
-        found.append(f"fit.shard=true: {why}which needs whole weights; leave it out")
+        faults.append(f"fit.shard=true: {why}which needs whole weights; leave it out")
     if fit.compile:
-        found.append(f"fit.compile=true: {why}which needs it as it is; leave it out")
+        faults.append(f"fit.compile=true: {why}which needs it as it is; leave it out")
     if fit.channels_last:
-        found.append(f"fit.channels_last=true: {why}which its norms refuse so; leave it out")
+        faults.append(f"fit.channels_last=true: {why}which its norms refuse so; leave it out")
     if loss.name == "feature":
-        found.append(
+        faults.append(
             "loss.name=feature compares data, and objective.name=meanflow velocities; use another loss"
         )
-    return found
+    if faults:
+        raise UserError(faults)

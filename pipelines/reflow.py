@@ -89,8 +89,8 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
     with faults:
         device = stage.pick_device(config.device)
         check(config.fit, device, stage.world_size())
-        if wrong := objectives.faults(config.objective, config.loss, config.fit):
-            raise UserError(wrong)
+    with faults:
+        objectives.check(config.objective, config.loss, config.times, config.fit)
     inputs: dict[str, str] = {}
     with faults:
         start = teachers.load(config.start, "start")
@@ -132,7 +132,7 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
             cuts.append(cut)
     count = sum(order.n for order in stream.orders)
     seen = config.fit.steps * config.fit.batch_size
-    one_step = config.times.zero == 1 and config.objective.name == "velocity"
+    one_step = config.times.zero == 1
     only = ", for one step only: all times are 0" if one_step else ""
     plan = [
         f"{count:,} pairs of {list(start.shape)} in {len(sets)} set(s), "

@@ -280,7 +280,7 @@ def test_meanflow_goes_from_pairs_to_a_stock_export(tmp_path):
     with pytest.raises(UserError, match="takes a second time .MeanFlow., which objective.name=vel"):
         run(reflow, reflow.ReflowConfig, *words)
     bad = ["fit.precision=bf16", "loss={name: feature, features: x}", "objective.end=0.9"]
-    bad += ["fit.compile=true", "fit.channels_last=true"]
+    bad += ["fit.compile=true", "fit.channels_last=true", "times.zero=1.0"]
     with pytest.raises(UserError) as error:
         run(reflow, reflow.ReflowConfig, *words, MEANFLOW, *bad)
     said = str(error.value)
@@ -290,6 +290,7 @@ def test_meanflow_goes_from_pairs_to_a_stock_export(tmp_path):
         "they exceed 1",
         "compile=",
         "channels_",
+        "times.zero=1: objective.name=meanflow needs the slope in t",
     ):
         assert part in said
 
