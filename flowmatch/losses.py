@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from flowmatch.config import Config, UserError, option
-from flowmatch.path import data_prediction
+from flowmatch.path import data_prediction, velocity
+
+NEAREST = 1e-2  # least 1 - t by which the feature loss divides
 
 
 class LossConfig(Config):
@@ -91,29 +93,26 @@ def feature_loss(
     x1: Tensor,
     t: Tensor,
     module: nn.Module,
-    *,
-    c: float = 0.5,
-    nearest: float = 1e-2,
+    c: LossConfig,
 ) -> Tensor:
     """t H(v, x1 - x0) + F(x_t + (1 - t) v, x1) / (1 - t), H pseudo-Huber (arXiv 2405.20320).
 
     v: [B, ...] at x = x_t and t: [B] in [0, 1]; x0, x1: [B, ...], its pair. F(a, b) is the pseudo-Huber
     distance of module(a) and module(b), which the module gives as [B, ...] of any shape, such as the
     maps of an image classifier; gradients go through it, not to its parameters if they are frozen.
-    Both errors shrink with 1 - t, so the divisor is kept above `nearest`, which leaves a factor of at
+    Both errors shrink with 1 - t, so the divisor is kept above NEAREST, which leaves a factor of at
     most 1 at t = 1. Returns [B]. Raises UserError for shapes that do not fit.
     """
     if not v.shape == x.shape == x0.shape == x1.shape or t.shape != x.shape[:1]:
         shapes = ", ".join(str(list(value.shape)) for value in (v, x, x0, x1, t))
         raise UserError(f"v, x, x0, x1, t are {shapes}; expected one shape [B, ...], and t [B]")
-    huber = LossConfig(name="pseudo_huber", c=c)
     with torch.no_grad():
         wanted = module(x1)
     found = module(data_prediction(x, v, t))
     if found.ndim < 2 or len(found) != len(x):
         raise UserError(f"the feature module gives {list(found.shape)}; expected [{len(x)}, ...]")
-    features = pseudo_huber(found, wanted, huber)
-    return t * pseudo_huber(v, x1 - x0, huber) + features / (1 - t).clamp(min=nearest)
+    features = pseudo_huber(found, wanted, c)
+    return t * pseudo_huber(v, velocity(x0, x1), c) + features / (1 - t).clamp(min=NEAREST)
 
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -126,5 +125,5 @@ def build(config: LossConfig, module: nn.Module | None = None) -> Loss:
     """
     if config.name == "feature":
         assert module is not None
-        return lambda v, x, x0, x1, t: feature_loss(v, x, x0, x1, t, module, c=config.c)
-    return lambda v, x, x0, x1, t: LOSSES[config.name](v, x1 - x0, config)
+        return lambda v, x, x0, x1, t: feature_loss(v, x, x0, x1, t, module, config)
+    return lambda v, x, x0, x1, t: LOSSES[config.name](v, velocity(x0, x1), config)

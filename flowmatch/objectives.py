@@ -38,6 +38,14 @@ class ObjectiveConfig(Config):
         le=1,
     )
 
+    @pydantic.field_validator("equal", "end")
+    @classmethod
+    def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        name, field = info.data.get("name", "meanflow"), str(info.field_name)
+        if value != cls.model_fields[field].default and name != "meanflow":
+            raise ValueError(f"{field} belongs to meanflow; the objective is {name}")
+        return value
+
 
 def later(t: Tensor, w: Tensor, c: ObjectiveConfig) -> Tensor:
     """Turn uniform numbers into second times r, from t to 1. t, w: [B] -> [B]."""
@@ -86,9 +94,7 @@ def build(
     return average
 
 
-def check(
-    config: ObjectiveConfig, loss: losses.LossConfig, t: times.TimesConfig, fit: Any
-) -> None:
+def check(config: ObjectiveConfig, loss: losses.LossConfig, t: times.TimesConfig, fit: Any) -> None:
     """Raise UserError for what does not go with the objective, before any work. fit: a FitConfig."""
     if config.name != "meanflow":
         return

@@ -1,8 +1,8 @@
 """A second time r in a stock network: u(x, t, r), the average velocity from t to r (MeanFlow).
 
 UNet2DModel(class_embed_type="timestep") takes it where labels would stand, VelocityMLP(second_time=True)
-as an argument of its own, both on the scale of the first: 1000 (1 - r). Where r is constant it folds
-into a bias, so that one step, u(x, 0, 1), needs no more than the plain network.
+as an argument of its own, both on the scale of the first: 1000 (1 - r). Where r is 1 it folds into a
+bias, so that one step, u(x, 0, 1), needs no more than the plain network.
 """
 
 from typing import Any
@@ -61,17 +61,15 @@ def add(net: Any, seed: int) -> Any:
 
 
 @torch.no_grad()
-def fold(net: Any, r: float = 1.0) -> Any:
-    """Make the plain network u(x, t, r) of a constant r: a bias takes what r adds."""
+def fold(net: Any) -> Any:
+    """Make the plain network u(x, t, 1): a bias takes what r = 1, timestep 0, adds."""
     state = net.state_dict()
     if type(net).__name__ == "VelocityMLP":
         nowhere = torch.zeros(1, net.config.in_channels, dtype=net.dtype)
-        state["first.bias"] = (
-            state["first.bias"] + net.target(net.embed(1000 * (1 - r), nowhere))[0]
-        )
+        state["first.bias"] = state["first.bias"] + net.target(net.embed(0.0, nowhere))[0]
         made, dropped = _like(net, second_time=False), "target."
     else:
-        embedded = net.class_embedding(net.time_proj(torch.tensor([1000 * (1 - r)])).to(net.dtype))
+        embedded = net.class_embedding(net.time_proj(torch.zeros(1)).to(net.dtype))
         state["time_embedding.linear_2.bias"] = state["time_embedding.linear_2.bias"] + embedded[0]
         made, dropped = _like(net, class_embed_type=None), "class_embedding."
     made.load_state_dict({k: v for k, v in state.items() if not k.startswith(dropped)})

@@ -8,6 +8,7 @@ import torch
 
 from flowmatch import coupling, losses, path, times
 from flowmatch.config import UserError, validate
+from flowmatch.objectives import ObjectiveConfig
 
 
 def test_the_path_is_straight_and_its_derivative_is_the_velocity():
@@ -88,29 +89,40 @@ def test_a_power_without_its_loss_is_refused():
         validate(losses.LossConfig, {"power": 0.5})
 
 
+@pytest.mark.parametrize("share", ["equal", "end"])
+def test_a_share_without_its_objective_is_refused(share):
+    with pytest.raises(UserError, match=f"{share} belongs to meanflow; the objective is velocity"):
+        validate(ObjectiveConfig, {share: 0.4})
+    validate(ObjectiveConfig, ObjectiveConfig().model_dump())  # as config.yaml holds it
+    validate(ObjectiveConfig, {"name": "meanflow", share: 0.4})
+
+
 def features(dtype=torch.float64):
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Tanh()).to(dtype)
     return net.requires_grad_(False)
 
 
+SEEN = losses.LossConfig(name="feature", features="runs/x/classifier", c=0.3)
+
+
 def test_the_feature_loss_is_its_formula_and_finite_at_both_ends():
     x0, x1, v = torch.randn(3, 6, 1, 5, 5, dtype=torch.float64)
     t = torch.tensor([0, 0.2, 0.5, 0.9, 0.98, 1], dtype=torch.float64)
-    x, net, c = path.interpolate(x0, x1, t), features(), 0.3
-    loss = losses.feature_loss(v, x, x0, x1, t, net, c=c)
+    x, net, c = path.interpolate(x0, x1, t), features(), SEEN.c
+    loss = losses.feature_loss(v, x, x0, x1, t, net, SEEN)
     h = ((v - (x1 - x0)).square().sum((1, 2, 3)) + c**2).sqrt() - c
     end = x + (1 - t)[:, None, None, None] * v
     f = ((net(end) - net(x1)).square().sum((1, 2, 3)) + c**2).sqrt() - c
     torch.testing.assert_close(loss[:-1], (t * h + f / (1 - t))[:-1])
     torch.testing.assert_close(loss[-1], h[-1])  # at t = 1 the prediction is the data
     at_truth = (x1 - x0).requires_grad_()
-    loss = losses.feature_loss(at_truth, x, x0, x1, t, net)
+    loss = losses.feature_loss(at_truth, x, x0, x1, t, net, SEEN)
     assert loss.abs().max() < 1e-12
     (slope,) = torch.autograd.grad(loss.sum(), at_truth)
     assert slope.abs().max() < 1e-9
     v.requires_grad_()
-    (slope,) = torch.autograd.grad(losses.feature_loss(v, x, x0, x1, t, net).sum(), v)
+    (slope,) = torch.autograd.grad(losses.feature_loss(v, x, x0, x1, t, net, SEEN).sum(), v)
     assert slope.isfinite().all()
     assert (slope.flatten(1).norm(dim=1) > 1e-3).all()
 
@@ -119,9 +131,8 @@ def test_the_gradient_of_the_feature_loss_is_its_slope():
     """Central differences, in float64, through the frozen module."""
     x0, x1, v, direction = torch.randn(4, 5, 1, 5, 5, dtype=torch.float64)
     t = torch.tensor([0, 0.2, 0.5, 0.9, 1], dtype=torch.float64)
-    config = losses.LossConfig(name="feature", features="runs/x/classifier", c=0.3)
     net = features()
-    loss = losses.build(config, net)
+    loss = losses.build(SEEN, net)
 
     def total(v):
         return loss(v, path.interpolate(x0, x1, t), x0, x1, t).sum()
@@ -150,11 +161,11 @@ def test_the_feature_loss_refuses_what_does_not_fit():
     x, t = torch.randn(4, 1, 5, 5), torch.full((4,), 0.5)
     net = features(torch.float32)
     with pytest.raises(UserError, match="expected one shape"):
-        losses.feature_loss(x, x, x[:3], x, t, net)
+        losses.feature_loss(x, x, x[:3], x, t, net, SEEN)
     with pytest.raises(UserError, match="expected one shape"):
-        losses.feature_loss(x, x, x, x, t[:1], net)
+        losses.feature_loss(x, x, x, x, t[:1], net, SEEN)
     with pytest.raises(UserError, match=r"the feature module gives \[2, 50\]"):
-        losses.feature_loss(x, x, x, x, t, Halves())
+        losses.feature_loss(x, x, x, x, t, Halves(), SEEN)
 
 
 class Halves(torch.nn.Module):
