@@ -59,6 +59,7 @@ class Maker:
             "compile": compile,
         }
         torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = False  # a stored pair is float32, convolutions included
 
     @torch.inference_mode()
     def batches(self, k: int) -> Iterator[Batch]:

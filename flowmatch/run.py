@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flowmatch import config as configs
@@ -31,10 +32,11 @@ def start_accelerator(device: str, **options: Any) -> Any:
     """Make the Accelerator, and hold the number of processes against what the launcher started.
 
     On a machine without a GPU the launcher's obvious flags leave every process believing to be rank
-    0 of 1; such a job is stopped here.
+    0 of 1; such a job is stopped here. float32 means all of its bits, until `fit` allows TF32.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
+    torch.backends.cudnn.allow_tf32 = False
     wrapper = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no copy of it
     accelerator = Accelerator(
         cpu=pick_device(device) == "cpu", kwargs_handlers=[wrapper], **options

@@ -5,11 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from flowmatch import nets
+from flowmatch import nets, run
 from flowmatch.config import UserError
 from flowmatch.fit import check, check_net
 from flowmatch.nets import NetConfig
 from flowmatch.state import FitConfig
+from tests import pairset
 from tests.test_fit import net, train, weights
 
 IMAGES = torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -106,6 +107,17 @@ def test_compiled_training_agrees_with_eager(tmp_path):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
     for name, tensor in weights(tmp_path / "a").items():
         torch.testing.assert_close(tensor, weights(tmp_path / "b")[name], atol=1e-6, rtol=1e-5)
+
+
+def test_float32_is_float32_wherever_a_network_runs(tmp_path, monkeypatch):
+    pairset.make_teacher(tmp_path / "flow")
+    for work in (
+        lambda: run.start_accelerator("cpu"),
+        lambda: pairset.generate(*pairset.words(tmp_path)),
+    ):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        work()
+        assert not torch.backends.cudnn.allow_tf32
 
 
 def test_what_machine_or_network_lacks_is_refused():
