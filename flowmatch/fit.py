@@ -95,23 +95,24 @@ def split_batch(config: FitConfig, processes: int) -> tuple[int, int]:
 
 
 def check(config: FitConfig, device: str, processes: int) -> None:
-    """Raise UserError for what only the machine decides, before any work."""
+    """Raise UserError for what this machine or its number of processes cannot do, before any work."""
+    for width in config.ema:
+        ema.gamma(width)
     if config.precision == "fp16" and device == "cpu":
         raise UserError("fit.precision='fp16' needs a GPU; use bf16 or fp32 on a CPU")
     if config.precision == "tf32" and device == "cpu":
         raise UserError("fit.precision='tf32' needs a GPU, CPUs have no TF32; use fp32")
-    if config.shard and config.compile:
-        raise UserError(
-            "fit.shard=true gathers in the middle of what fit.compile=true makes one graph"
-        )
-    if config.shard and config.channels_last:
-        raise UserError("fit.shard=true cuts contiguous weights alone; leave fit.channels_last out")
-    for width in config.ema:
-        ema.gamma(width)
     if config.shard and processes == 1:
         raise UserError("fit.shard=true shares out over processes, and there is one; leave it out")
     if config.shard and config.precision == "fp16":
         raise UserError("fit.shard=true does not scale gradients as fp16 needs; use bf16 or fp32")
+    if config.shard and config.compile:
+        raise UserError(
+            "fit.shard=true gathers in the middle of what fit.compile=true makes one graph; leave one "
+            "of them out"
+        )
+    if config.shard and config.channels_last:
+        raise UserError("fit.shard=true cuts contiguous weights alone; leave fit.channels_last out")
     split_batch(config, processes)
 
 
