@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from flowmatch import manifest, stores
 from flowmatch.config import UserError, differences, restrict
 from flowmatch.layout import Layout, flaw
-from flowmatch.shards import META, sidecars, tar_name
+from flowmatch.shards import META, README, numbers, sidecar_name, sidecars, tar_name
 from flowmatch.stores import Place, Store
 
 BAD = ".bad"  # what is set aside ends in it: no reader takes it for a shard
@@ -128,6 +128,9 @@ def examine(place: Place, full: bool, advance: Advance = lambda _: None) -> Find
         found.sound += not any(fault.aside != (manifest.NAME,) for fault in faults)
         found.faults += faults
     found.faults += strangers(folder, top, found.shards, tars, sides)
+    if found.sealed and README not in top:
+        what = f"{folder / README} is missing: load_dataset may read {manifest.NAME} for pairs"
+        found.faults.append(Fault(what))
     if not found.faults and not found.sealed:
         what = f"{folder} is not sealed: every shard is made, {manifest.NAME} is not written"
         found.faults.append(Fault(what))
@@ -135,12 +138,6 @@ def examine(place: Place, full: bool, advance: Advance = lambda _: None) -> Find
     left += [f"{META}/{n}" for n in hidden if ".tmp." in n or BAD in n or n.endswith(".lease")]
     found.remarks += [f"left over, and read by nobody: {folder / name}" for name in left]
     return found
-
-
-def numbers(names: list[str], ending: str) -> set[int]:
-    """Find the numbers of the shards whose tars or sidecars are among the names."""
-    matches = (re.fullmatch(rf"pairs-(\d{{6,}})\.{ending}", name) for name in names)
-    return {k for match in matches if match and tar_name(k := int(match[1]))[6:-4] == match[1]}
 
 
 def gaps(present: set[int], number: int) -> list[tuple[int, int]]:
@@ -234,12 +231,12 @@ def shard_faults(
     advance: Advance,
 ) -> Iterator[Fault]:
     """Say what is wrong with shard k. size: of its tar; side: its sidecar; beside: is there a file."""
-    tar, hidden = tar_name(k), f"{META}/pairs-{k:06d}.json"
+    tar, hidden = tar_name(k), sidecar_name(k)
     path, layout = folder / tar, promise.layout
     if side is None:
         yield Fault(f"{path}: its sidecar {hidden} is {'damaged' if beside else 'missing'}")
         return
-    both = (tar, hidden)
+    both = (tar,) * (size is not None) + (hidden,)
     if side["fingerprint"] != promise.fingerprint or layout is None:
         given = f"fingerprint {side['fingerprint']!r}, expected {promise.fingerprint}"
         yield Fault(f"{path} was made by another config or teacher ({given})", both)
@@ -314,7 +311,7 @@ def strangers(
     """Name the tars and sidecars that do not belong to the set."""
     known = {tar_name(k) for k in tars | sides}
     for k in sorted(k for k in tars | sides if k >= number):
-        aside = (tar_name(k),) * (k in tars) + (f"{META}/pairs-{k:06d}.json",) * (k in sides)
+        aside = (tar_name(k),) * (k in tars) + (sidecar_name(k),) * (k in sides)
         grow = f"give shards={k + 1} or more to keep it"
         yield Fault(f"{folder / aside[0]} is beyond the {number} shards of the set; {grow}", aside)
     for name in top:

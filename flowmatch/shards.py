@@ -27,7 +27,7 @@ from flowmatch.stores import Place, Store
 
 META = ".meta"  # hidden: a visible .json beside the tars would make load_dataset read that instead
 CHUNK = 2**22  # bytes of one write
-SIDECAR = re.compile(r"pairs-\d{6,}\.json")
+README = "README.md"
 
 Block = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 Prompted = tuple[np.ndarray, np.ndarray, np.ndarray | None, list[str]]
@@ -153,13 +153,13 @@ def write_shard(
 
 
 def write_card(store: Store, body: str) -> None:
-    """Write README.md where it is not there or says something else.
+    """Write the folder's card where it is not there or says something else.
 
     Its head makes load_dataset(folder) read the tars; without it a manifest beside one tar wins.
     """
     text = '---\nconfigs:\n- config_name: default\n  data_files: "*.tar"\n---\n\n' + body
-    if store.read_all(["README.md"]) != [text.encode()]:
-        store.write("README.md", text)
+    if store.read_all([README]) != [text.encode()]:
+        store.write(README, text)
 
 
 def sidecar_name(k: int) -> str:
@@ -169,8 +169,13 @@ def sidecar_name(k: int) -> str:
 
 def committed(folder: Place) -> set[int]:
     """List the shards that have a sidecar, by one listing of the folder."""
-    names = stores.at(folder).names(META)
-    return {int(name[6:-5]) for name in names if SIDECAR.fullmatch(name)}
+    return numbers(stores.at(folder).names(META), "json")
+
+
+def numbers(names: Iterable[str], ending: str) -> set[int]:
+    """Find the numbers of the shards whose tars or sidecars are among the names."""
+    matches = (re.fullmatch(rf"pairs-(\d{{6,}})\.{ending}", name) for name in names)
+    return {k for match in matches if match and tar_name(k := int(match[1]))[6:-4] == match[1]}
 
 
 def sidecars(folder: Place, shards: Iterable[int]) -> list[dict[str, Any] | None]:

@@ -107,7 +107,8 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     every = range(config.shards)
 
     def unfinished() -> bool:
-        return bool(shards.missing(folder, every, fingerprint))
+        lacks_card = folder.sizes([shards.README]) == [None]
+        return lacks_card or bool(shards.missing(folder, every, fingerprint))
 
     if dry_run and not manifest.sealed(folder):
         plan.append(teachers.measure_batch(velocity, layout.shape, stage.worker_device(device)))
@@ -133,6 +134,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         digest=teacher.digest,
         labels=(LABELS if layout.labels else "") + (INDEX if layout.index else ""),
     )
+    shards.write_card(folder, card)
     own = list(every)[stage.rank() :: stage.world_size()]
 
     def write(k: int, made: Iterator[batches.Batch]) -> None:

@@ -145,6 +145,10 @@ SHARD = {  # what is done to shard 1 -> what is said
     "sidecar of another layout": (lambda f: edit(f / SIDE, layout={}), "says layout={}"),
     "sidecar without a hash": (lambda f: edit(f / SIDE, sha256=5), "says sha256=5"),
     "a shard of another seed": (foreign, "was made by another config or teacher"),
+    "a sidecar of another seed, alone": (
+        lambda f: [foreign(f), (f / TAR).unlink()],
+        "was made by another config or teacher",
+    ),
 }
 FULL = {
     "a bit of a value": (lambda f: flip(f / TAR, MEMBER + 642), "not those that were committed"),
@@ -199,6 +203,10 @@ SET = {
     "a tar too many": (lambda f: (f / "pairs-000003.tar").write_bytes(b"x"), "beyond the 3 shards"),
     "a shard too many": (lambda f: foreign(f, 4), "beyond the 3 shards"),
     "a stranger's tar": (lambda f: (f / "more.tar").write_bytes(b"x"), "more.tar is no shard"),
+    "card gone": (
+        lambda f: (f / "README.md").unlink(),
+        "README.md is missing: load_dataset may read manifest.json for pairs",
+    ),
     "both gone": (
         lambda f: [(f / TAR).unlink(), (f / SIDE).unlink()],
         f"its sidecar {SIDE} is missing",

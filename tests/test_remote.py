@@ -249,10 +249,12 @@ def test_a_damaged_set_in_a_bucket_is_found_set_aside_and_made_again(tmp_path, b
     store.write("pairs-000001.tar", bytes(flipped))
     store.write("pairs-000002.tar", before["pairs-000002.tar"][:-512])
     store.remove(".meta/pairs-000003.json")
+    store.remove("README.md")
     assert verify_pairs.main([place]) == 2
     told = capsys.readouterr().err
     assert f"{place}/pairs-000002.tar has " in told
     assert f"{place}/pairs-000003.tar: its sidecar" in told
+    assert f"{place}/README.md is missing" in told
     assert "pairs-000001" not in told
     assert verify_pairs.main([place, "--full", "--repair"]) == 2
     told = capsys.readouterr().err
