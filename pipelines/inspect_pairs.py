@@ -19,6 +19,7 @@ import numpy as np
 
 from flowmatch import audit, draw, manifest, noise, shards, stores
 from flowmatch.config import UserError
+from flowmatch.layout import PROMPT
 from flowmatch.pairs import PairData
 from flowmatch.stage import REFUSED, USER_ERROR
 from flowmatch.stores import Store
@@ -26,7 +27,8 @@ from flowmatch.stores import Store
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 READ = 1 << 24  # values of x0 read at once
 SHOWN_IMAGES, SHOWN_POINTS = 16, 400
-FETCHED = 8  # shards of a URL that are looked at: each is fetched whole
+SHOWN_PROMPTS = 4
+FETCHED = 8  # shards of a URL that the statistics are of; what is drawn is of the first ones
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,8 +62,10 @@ def main(argv: list[str] | None = None) -> int:
         costs, at_random = found["cost"].pop("values"), found["cost"].pop("values_at_random")
         out.mkdir(parents=True, exist_ok=True)
         shown = call.pairs or (SHOWN_IMAGES if len(data.shape) > 1 else SHOWN_POINTS)
-        first = {k: v.numpy() for k, v in data.batch(range(min(shown, len(data)))).items()}
-        draw.pairs(out / "pairs.png", first["x0"], first["x1"], first.get("label"))
+        first = data.batch(range(min(shown, len(data))))
+        found["prompts"] = first.get(PROMPT, [])[:SHOWN_PROMPTS]
+        label = first["label"].numpy() if data.has_labels else None
+        draw.pairs(out / "pairs.png", first["x0"].numpy(), first["x1"].numpy(), label)
         draw.costs(out / "cost.png", costs, at_random)
         text = json.dumps(found, indent=1, sort_keys=True) + "\n"
         (out / "summary.json").write_text(text)
@@ -115,8 +119,9 @@ def statistics(data: PairData, samples: int) -> dict[str, Any]:
     """Read some pairs at random: cost, moments, labels."""
     rng, size = noise.generator(0, 0, noise.SAMPLER), data.layout.shard_size
     some = np.arange(data.shards)
-    if stores.is_url(data.folder):
+    if data.cache is not None:
         some = np.sort(rng.choice(data.shards, min(FETCHED, data.shards), replace=False))
+        data.cache.fetch(map(shards.tar_name, some[: data.cache.capacity].tolist()))
     count = min(samples, len(some) * size)
     shard, index = np.divmod(np.sort(rng.choice(len(some) * size, count, replace=False)), size)
     ids = some[shard] * size + index
@@ -269,6 +274,8 @@ def tell(folder: Store, found: dict[str, Any]) -> Iterator[str]:
         )
     if found["labels"]:
         yield "labels: " + ", ".join(f"{label}: {n}" for label, n in found["labels"].items())
+    if found["prompts"]:
+        yield "prompts: " + ", ".join(map(repr, found["prompts"]))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from flowmatch.config import UserError
 from flowmatch.layout import PROMPT, Layout
 from flowmatch.mixture import Mixture
 from flowmatch.pairs import PairData
-from pipelines import reflow, verify_pairs
+from pipelines import inspect_pairs, reflow, verify_pairs
 from tests import store
 from tests.test_stock import read_by_others
 
@@ -133,6 +133,14 @@ def test_reflow_refuses_prompts(tmp_path):
     with pytest.raises(UserError, match="has prompts; no network here takes text") as error:
         reflow.check_match(Start, [PairData(tmp_path)])
     assert len(error.value.faults) == 1
+
+
+def test_inspection_shows_some(tmp_path, capsys):
+    texts = finish(tmp_path / "set")
+    assert inspect_pairs.main([str(tmp_path / "set")]) == 0
+    found = json.loads((tmp_path / "set_inspect" / "summary.json").read_text())
+    assert found["prompts"] == texts[:4]
+    assert f"prompts: {', '.join(map(repr, texts[:4]))}\n" in capsys.readouterr().out
 
 
 def test_prompts_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
