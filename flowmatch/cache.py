@@ -8,6 +8,7 @@ another evicts while it is mapped here stays readable: its bytes go when the map
 import fcntl
 import os
 import queue
+import shlex
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,10 +20,15 @@ from typing import Any, BinaryIO, cast
 from flowmatch import stores
 from flowmatch.config import UserError
 from flowmatch.manifest import sha256_file
-from flowmatch.stores import Bucket
+from flowmatch.stores import Bucket, Place
 
 THREADS = 4  # objects fetched at once
-REPAIR = "python -m pipelines.verify_pairs {store} --full says what is wrong, and how to mend it"
+
+
+def repair(store: Place) -> str:
+    """Say how a set is mended."""
+    command = f"python -m pipelines.verify_pairs {shlex.quote(str(store))} --full"
+    return f"{command} says what is wrong, and how to mend it"
 
 
 def default_folder() -> Path:
@@ -135,21 +141,18 @@ class Cache:
             size = part.stat().st_size
             if size != self.size:
                 raise UserError(
-                    f"{self.store / name} has {size} bytes, expected {self.size}; {self._repair()}"
+                    f"{self.store / name} has {size} bytes, expected {self.size}; {repair(self.store)}"
                 )
             if name in self.hashes and sha256_file(part) != self.hashes[name]:
                 raise UserError(
                     f"{self.store / name} is damaged: its bytes are not those that were sealed "
-                    f"(sha256); {self._repair()}"
+                    f"(sha256); {repair(self.store)}"
                 )
         except BaseException as error:
             part.unlink(missing_ok=True)
             if isinstance(error, FileNotFoundError):
-                raise UserError(f"{self.store / name} is missing; {self._repair()}") from None
+                raise UserError(f"{self.store / name} is missing; {repair(self.store)}") from None
             raise
-
-    def _repair(self) -> str:
-        return REPAIR.format(store=self.store)
 
     def _evict(self) -> None:
         """Make room for what is being fetched."""

@@ -6,7 +6,6 @@ batch of any order is one gather. Of a set in an object store, whole tars are fe
 """
 
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from flowmatch import manifest, stores
-from flowmatch.cache import REPAIR, Cache, default_folder, room
+from flowmatch.cache import Cache, default_folder, repair, room
 from flowmatch.config import UserError
 from flowmatch.layout import PROMPT, Layout, head_bytes, npy_header, read_prompts
 from flowmatch.noise import GroupedOrder, Order
@@ -94,7 +93,7 @@ class PairData(Dataset[dict[str, Any]]):
 
     @property
     def _repair(self) -> str:
-        return REPAIR.format(store=shlex.quote(str(self.folder)))
+        return repair(self.folder)
 
     def __len__(self) -> int:
         """Count the pairs."""
@@ -217,7 +216,7 @@ class PairData(Dataset[dict[str, Any]]):
                 path, held = os.fspath(self.folder / tar_name(k)), None
             else:
                 held = self.cache.open(tar_name(k))
-                path = f"/proc/self/fd/{held}"
+                path = f"/proc/self/fd/{held}"  # another process may evict the name this moment
                 while len(self._maps) >= max(self.cache.capacity, 1):
                     del self._maps[next(iter(self._maps))]
             try:
