@@ -213,8 +213,17 @@ def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
 def _fetched(url: str) -> Any:
     import fsspec  # the config.yaml of pairs in an object store
 
-    with fsspec.open(url) as file:
-        return io.BytesIO(file.read())
+    try:
+        with fsspec.open(url) as file:
+            return io.BytesIO(file.read())
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each client has its own kinds, which share no base
+        told = " ".join(str(error).split()) or repr(error)
+        raise UserError(
+            f"{url}: the store refuses ({type(error).__name__}: {told}); see that its client is "
+            "installed, reaches it and has credentials"
+        ) from error
 
 
 def validate(model: type[C], values: dict[str, Any]) -> C:

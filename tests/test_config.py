@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import fsspec
 import pytest
 
 from flowmatch import config as configs
@@ -141,3 +142,23 @@ def test_content_of_before_a_field_is_completed_with_its_default():
     assert whole["times"]["zero"] == 0.5  # this stage's default, not that of TimesConfig
     del old["fit"]["steps"]  # has no default
     assert "steps" not in configs.complete(old, ReflowConfig)["fit"]
+
+
+def test_a_config_in_a_store_that_refuses_is_our_error(monkeypatch):
+    """Clients have their own kinds of errors, which share no base."""
+
+    class NoCredentials(Exception):
+        pass
+
+    def refuse(fs, path, *more, **options):
+        raise NoCredentials("Unable to locate\ncredentials")
+
+    assert faults(["memory://nowhere/config.yaml"]) == [
+        "memory://nowhere/config.yaml: no such config file"
+    ]
+    assert "Protocol not known" in faults(["nonsense://nowhere/config.yaml"])[0]
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "open", refuse)
+    (line,) = faults(["memory://b/config.yaml"])
+    assert line.startswith(
+        "memory://b/config.yaml: the store refuses (NoCredentials: Unable to locate credentials)"
+    )
