@@ -49,6 +49,13 @@ class PairData(Dataset[dict[str, Any]]):
         nine tenths of what is free).
         """
         self.folder, self.key, self.group = stores.at(folder), key, group
+        given = {"cache": cache, "cache_gb": cache_gb}
+        useless = [f"{name}={value}" for name, value in given.items() if value is not None]
+        if useless and not isinstance(self.folder, Bucket):
+            raise UserError(
+                f"{key}={folder}: {', '.join(useless)}: a local folder is read where it is; leave "
+                "this out, or give the URL of a store"
+            )
         self.sealed, self.digest = manifest.read_hashed(self.folder, key, ["generate_pairs"])
         facts = self.sealed["facts"]
         try:

@@ -183,6 +183,13 @@ def test_a_client_that_fails_is_named_and_nothing_hangs(tmp_path, place, monkeyp
         next(walk(data, 1))
 
 
+def test_a_cache_of_a_local_folder_is_refused(tmp_path, place):
+    for more in ({"cache": tmp_path / "cache"}, {"cache_gb": 1.0}):
+        with pytest.raises(UserError, match=r"p=.*local: cache.*is read where it is") as error:
+            PairData(tmp_path / "local", "p", **more)
+        assert len(error.value.faults) == 1
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, place):
     (tmp_path / "cache").write_text("in the way")
     with pytest.raises(UserError, match=r"pairs-\d{6}\.tar cannot be kept in .*cache"):
