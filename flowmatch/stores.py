@@ -6,6 +6,7 @@ all: locally by a temporary name and a rename; in a store by one PUT of what was
 `with fs.open(url, "wb")` commits the half of it.
 """
 
+import errno
 import functools
 import hashlib
 import os
@@ -20,6 +21,7 @@ from flowmatch.config import UserError
 from flowmatch.folders import Folder, worker
 
 EXCLUSIVE = {"s3", "s3a", "memory"}  # whose client creates an object only where there is none
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what this machine's disk refuses, not the store
 CONFLICT = "ConditionalRequestConflict"
 
 
@@ -191,7 +193,10 @@ class Bucket:
 
     @contextmanager
     def _asking(self, name: str, writing: bool = False) -> Iterator[None]:
-        """Say which object it was about, whatever the client raises; FileNotFoundError of reads pass."""
+        """Say which object it was about, whatever the client raises.
+
+        What passes as it is: FileNotFoundError of reads, and a full disk here.
+        """
         try:
             yield
         except FileNotFoundError as error:
@@ -201,6 +206,8 @@ class Bucket:
         except UserError:
             raise
         except Exception as error:  # each client has its own kinds, which share no base
+            if isinstance(error, OSError) and error.errno in DISK:
+                raise
             raise self._error(name, error) from error
 
     def _error(self, name: str, error: Any) -> UserError:

@@ -1,5 +1,6 @@
 """Reading a set that lies in a store: equal bytes, a bounded cache, every fault named."""
 
+import errno
 import itertools
 import json
 import os
@@ -180,6 +181,20 @@ def test_a_client_that_fails_is_named_and_nothing_hangs(tmp_path, place, monkeyp
 
     monkeypatch.setattr(data.folder.fs, "get_file", fail)
     with pytest.raises(UserError, match=r"pairs-\d{6}\.tar: the store refuses .*no route"):
+        next(walk(data, 1))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_not_the_stores_fault(tmp_path, place, monkeypatch, number):
+    data = remote(place, tmp_path, 2, 4)
+
+    def fail(path, target, **more):
+        raise OSError(number, os.strerror(number), target)
+
+    monkeypatch.setattr(data.folder.fs, "get_file", fail)
+    with pytest.raises(
+        UserError, match=r"tar cannot be kept in .*cache.*; free space there, or set"
+    ):
         next(walk(data, 1))
 
 
