@@ -157,8 +157,10 @@ class Cache:
     def _evict(self) -> None:
         """Make room for what is being fetched."""
         with self._evicting:
+            # The halves first: one that gets its name between two listings is in both, not in none.
+            coming = {part.stem for part in self.folder.glob("*.part")}
             here = sorted((facts.st_mtime_ns, path) for facts, path in _tars(self.folder))
-            surplus = len(here) + len(list(self.folder.glob("*.part"))) - self.capacity
+            surplus = len(coming.union(path.name for _, path in here)) - self.capacity
             for _, path in here:
                 if surplus > 0 and path.name not in self.keep:
                     path.unlink(missing_ok=True)

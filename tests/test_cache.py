@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from flowmatch import cache as caching
 from flowmatch import config as configs
 from flowmatch import pairs, stores
 from flowmatch.cache import Cache, room
@@ -234,6 +235,22 @@ def test_processes_share_a_cache(tmp_path, place, monkeypatch):
     assert begun == [tar_name(0)]
     assert [path.name for path in folder.iterdir()] == [tar_name(0)]
     assert (folder / tar_name(0)).read_bytes() == store.read(tar_name(0))
+
+
+def test_a_tar_that_is_whole_this_moment_takes_its_place(tmp_path, place, monkeypatch):
+    """While one thread makes room, another gives its half file its name."""
+    for k, ending in enumerate(["", "", ".part", ".part"]):
+        (tmp_path / (tar_name(k) + ending)).write_bytes(b"")
+        os.utime(tmp_path / (tar_name(k) + ending), (k, k))
+
+    def then_whole(folder, tars=caching._tars):
+        yield from list(tars(folder))
+        (folder / "pairs-000003.tar.part").rename(folder / tar_name(3))
+
+    monkeypatch.setattr(caching, "_tars", then_whole)
+    Cache(stores.at(place), tmp_path, 3, SIZE, {})._evict()
+    assert not (tmp_path / tar_name(0)).exists()
+    assert (tmp_path / tar_name(1)).exists()
 
 
 def test_a_tar_that_another_process_evicts_stays_readable(tmp_path, place):
