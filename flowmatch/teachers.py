@@ -39,10 +39,11 @@ class Teacher:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the manifest of its pairs says of a teacher that is no flow model."""
-        if self.diffusion is None:
-            return {}
-        return {"diffusion": self.diffusion.facts, "span": list(self.velocity().span)}
+        """What the manifest of its pairs says of a teacher that is no plain flow model."""
+        facts: dict[str, Any] = {"features": sorted(self.features)} if self.features else {}
+        if self.diffusion is not None:
+            facts |= {"diffusion": self.diffusion.facts, "span": list(self.velocity().span)}
+        return facts
 
     @property
     def two_times(self) -> bool:
@@ -68,11 +69,10 @@ def load(path: str | os.PathLike[str], key: str) -> Teacher:
     """Load a teacher from the run folder of a training stage, or from what diffusers saved.
 
     A run folder must be sealed, and gives its EMA weights (`net/`), whose hashes are checked; where it
-    keeps a second width, its folder `net_2` is named itself. A
-    diffusers pipeline (folder or hub name) is a flow model or a diffusion model as its scheduler
-    says; a lone diffusers model is taken as a flow model of diffusers' convention: timestep
-    1000 sigma, output noise - data. Raises UserError naming `key`; NotReady for a folder that is not
-    there or not sealed.
+    keeps a second width, its folder `net_2` is named itself. A diffusers pipeline (folder or hub name)
+    is a flow model or a diffusion model as its scheduler says; a lone diffusers model is taken as a
+    flow model of diffusers' convention: timestep 1000 sigma, output noise - data. Raises UserError
+    naming `key`; NotReady for a folder that is not there or not sealed.
     """
     folder = Path(path)
     if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):  # a hub name

@@ -116,6 +116,8 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
     module, looked = None, set()
     if not faults.errors:
         looked.update(start.features)
+        for data, _ in sets:
+            looked.update(data.sealed["facts"].get("features", ()))  # of its teacher
         if config.loss.features is not None:
             with faults:
                 eyes, _ = features.load(config.loss.features, "loss.features", start.shape)

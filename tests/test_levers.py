@@ -69,6 +69,16 @@ def test_reflow_learns_by_a_feature_loss_that_never_scores_it(base, tmp_path):
     assert facts(tmp_path / "again")["features"] == seal["facts"]["features"]
     assert "features" not in seal["config"]["loss"]  # its path is no content
     assert "features" not in facts(base / "flow")
+    assert "features" not in facts(base / "pairs")
+
+    # through the student's own pairs, too, from a start that has looked at nothing
+    few = ["shards=1", "shard_size=32", "block=16", "compute_batch=32", "solver.steps=1"]
+    words = [f"run_dir={tmp_path}/pairs", f"teacher={tmp_path}/reflow", *few]
+    run(generate_pairs, *words)
+    assert facts(tmp_path / "pairs")["features"] == seal["facts"]["features"]
+    both = f"pairs=[{{path: {base}/pairs}}, {{path: {tmp_path}/pairs}}]"
+    run(reflow, *reflow_words(base, tmp_path / "second", both, "fit.steps=1"))
+    assert facts(tmp_path / "second")["features"] == seal["facts"]["features"]
 
     # the loss that was logged is the formula's: at the start weights, on the first batch
     lines = (tmp_path / "reflow/metrics.jsonl").read_text().splitlines()
