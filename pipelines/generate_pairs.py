@@ -111,7 +111,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         return lacks_card or bool(shards.missing(folder, every, fingerprint))
 
     if dry_run and not manifest.sealed(folder):
-        plan.append(teachers.measure_batch(velocity, layout.shape, stage.worker_device(device)))
+        plan.append(batches.measure_batch(velocity, layout.shape, stage.worker_device(device)))
     if not stage.begin("generate_pairs", config, inputs, plan, dry_run, unfinished):
         return
     look = stage.heed_sigterm()
