@@ -36,7 +36,9 @@ def units(net: nn.Module) -> Iterator[nn.Module]:
     """
     for name, child in net.named_children():
         if name == "transformer_blocks" and hasattr(child[0], "norm1"):  # type: ignore[index]
-            yield from (m for m in [getattr(child[0].norm1, "emb", None)] if m)  # type: ignore[index]
+            emb = getattr(child[0].norm1, "emb", None)  # type: ignore[index]
+            if emb is not None:
+                yield emb
         if isinstance(child, nn.ModuleList):
             yield from child
         elif name == "mid_block" and child is not None:
@@ -47,9 +49,9 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # collective: e
     """Make tensors whole, one after another: on rank 0, sharded ones on its CPU; elsewhere none."""
     found = {}
     for name, tensor in tensors.items():
-        whole = tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if leads():
-            found[name] = whole
+            found[name] = tensor if whole is tensor else whole.cpu()
     return found
 
 

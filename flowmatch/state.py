@@ -179,7 +179,7 @@ class State:
             return False
         self.skipped = 0
         self.step += 1
-        self.window += torch.stack([loss.double(), cost.double(), torch.ones_like(loss.double())])
+        self.window += torch.stack([loss, cost, torch.ones_like(loss)])
         for number, average in enumerate(self.emas.values()):
             average.optimization_step = self.step - 1  # its decay is a function of the step, too
             if self.gammas:

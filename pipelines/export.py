@@ -79,11 +79,10 @@ def main(config: ExportConfig, dry_run: bool) -> None:
         if manifest.sealed(config.run_dir):
             stage.say(summary)
         return
-    stage.exit_on_sigterm()
     if not stage.leads():
         return
     with run.Run("export", config, inputs) as folder:
-        stage.exit_on_sigterm()
+        stage.exit_on_sigterm()  # there is nothing to save
         written = write(folder.folder, student, kind, config.steps)
         differences = check(folder.folder, student, kind, config.steps)
         text = card.text(student, kind, table, differences)
