@@ -11,10 +11,10 @@ OURS = f"""from diffusers import DiffusionPipeline
 sample = DiffusionPipeline.from_pretrained("FOLDER", {REMOTE})({{}}).images[0]"""
 EXACT = """from diffusers import FlowMatchEulerDiscreteScheduler
 exact = FlowMatchEulerDiscreteScheduler.from_pretrained("FOLDER", subfolder="scheduler_1")"""
+EXACT_N = "`scheduler_N/` is exact for N steps and for no others"
 DDPM_NOTES = f"""\
 Always pass `num_inference_steps`: the pipeline's own default is 1000. The folder's scheduler is
-right for any number of steps, to the difference below. `scheduler_N/` is exact for N steps and for no
-others; one step is best sampled so:
+right for any number of steps, to the difference below. {EXACT_N}; one step is best sampled so:
 
 ```python
 {EXACT}
@@ -27,11 +27,12 @@ ONE_STEP_NOTES = """\
 Always pass `num_inference_steps=1`: the pipeline's own default is 1000. The folder's scheduler, the
 same as in `scheduler_1/`, is exact for that one step.
 """
-CONSISTENCY_NOTES = f"""\
+ONE_STEP_ONLY = "For one step only: always pass `num_inference_steps=1`.\n"
+LABELS_NOTES = f"""\
 `class_labels` is one label, or a list of batch_size. Always pass it: without it the pipeline draws
-labels at random, the null class among them. The folder's scheduler is right for any number of steps,
+labels at random, the null class among them. The folder's scheduler is right for {{right}},
 to the difference below. Exact sampling, and guidance, need the pipeline that lies in this folder;
-`scheduler_N/` is exact for N steps and for no others:
+{{exact}}:
 
 ```python
 {EXACT}
@@ -39,8 +40,10 @@ pipe = DiffusionPipeline.from_pretrained("FOLDER", scheduler=exact, {REMOTE})
 image = pipe(class_labels=0, guidance_scale=1.0, num_inference_steps=1).images[0]
 ```
 """
-OUR_NOTES = """\
-diffusers has no pipeline for this network, so its own lies in this folder; it sets the uniform grid
+LABELS_ANY = {"right": "any number of steps", "exact": EXACT_N}
+LABELS_ONE = {"right": "that step", "exact": "`scheduler_1/` is exact"}
+OUR_NOTES = "diffusers has no pipeline for this network, so its own lies in this folder"
+GRID = """; it sets the uniform grid
 of any number of steps by itself. Always pass `num_inference_steps`.
 """
 CARD = """---
@@ -48,7 +51,7 @@ library_name: diffusers
 tags: [flow-matching, rectified-flow, reflow]
 ---
 
-# A few-step rectified flow
+# A {few}-step rectified flow
 
 A {network}, reflowed {round} time(s) with flowmatch: {steps}
 
@@ -70,7 +73,7 @@ flowmatch when this folder was made (images in [0, 1]):
 `pipeline.py` (guidance, float32 state, images and points) needs torch and diffusers alone, and loads
 with `custom_pipeline="pipeline", trust_remote_code=True`. `scheduler_flowmatch/` is for
 `flowmatch.RectifiedFlowScheduler.from_pretrained("FOLDER", subfolder="scheduler_flowmatch")`, with the
-package installed: the uniform grid for any number of steps, and Heun.
+package installed{grid}.
 
 The student's weights: sha256 {digest}. Provenance: `manifest.json`.
 """
@@ -89,16 +92,19 @@ class Kind:
 def kind_of(student: teachers.Teacher) -> Kind:
     """Choose the pipeline: a stock one for a UNet2DModel, ours for everything else."""
     unet = type(student.net).__name__ == "UNet2DModel"
-    only = "For one step only: always pass `num_inference_steps=1`.\n" if student.one_step else ""
+    one = student.one_step
     if unet and student.classes is None:
-        notes = ONE_STEP_NOTES if student.one_step else DDPM_NOTES
+        notes = ONE_STEP_NOTES if one else DDPM_NOTES
         return Kind("DDPMPipeline", True, STOCK.format("num_inference_steps=1"), notes)
     if unet:
         snippet = STOCK.format("class_labels=0, num_inference_steps=1")
-        return Kind("ConsistencyModelPipeline", True, snippet, only + CONSISTENCY_NOTES)
+        notes = LABELS_NOTES.format(**(LABELS_ONE if one else LABELS_ANY))
+        notes = ONE_STEP_ONLY + notes if one else notes
+        return Kind("ConsistencyModelPipeline", True, snippet, notes)
     arguments = "num_inference_steps=1" + (", class_labels=0" if student.classes else "")
     arguments += "" if len(student.shape) == 3 else ', output_type="np"'
-    return Kind("ReflowPipeline", False, OURS.format(arguments), only + OUR_NOTES)
+    notes = f"{ONE_STEP_ONLY}{OUR_NOTES}.\n" if one else OUR_NOTES + GRID
+    return Kind("ReflowPipeline", False, OURS.format(arguments), notes)
 
 
 def describe(differences: dict[int, dict[str, float]], kind: Kind) -> str:
@@ -119,11 +125,13 @@ def text(
 ) -> str:
     """Write the card. table: of the evaluation, Markdown. differences: steps -> name -> largest one."""
     return CARD.format(
+        few="one" if student.one_step else "few",
         network=type(student.net).__name__,
         round=student.round,
         steps=ONE_STEP if student.one_step else "it samples in one to four Euler steps.",
         snippet=kind.snippet,
         notes=kind.notes,
+        grid="" if student.one_step else ": the uniform grid for any number of steps, and Heun",
         table=table,
         differences=describe(differences, kind),
         digest=student.digest,

@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from flowmatch import batches, features, manifest, metrics, nets, noise, pairs, solvers
+from flowmatch import (
+    batches,
+    card,
+    features,
+    manifest,
+    metrics,
+    nets,
+    noise,
+    pairs,
+    solvers,
+    teachers,
+)
 from flowmatch.config import UserError, load
 from flowmatch.data import DataConfig, reference
 from flowmatch.data import load as load_data
@@ -80,9 +91,9 @@ def test_every_kind_of_network_is_exported_and_checked(tmp_path, kind, capsys):
         assert {value[0] for value in index.values() if isinstance(value, list)} == {"diffusers"}
     scheduler = json.loads((folder / "scheduler_flowmatch/scheduler_config.json").read_text())
     assert scheduler["reflow_round"] == 1
-    card = (folder / "README.md").read_text()
-    assert "| 1 | " in card
-    assert "{" not in card.split("```python")[0]
+    text = (folder / "README.md").read_text()
+    assert "| 1 | " in text
+    assert "{" not in text.split("```python")[0]
     for file in folder.rglob("*.json"):
         assert file.name == "config.yaml" or str(tmp_path) not in file.read_text()
     # the lines that the stage prints, as a user would run them, without the package
@@ -90,6 +101,22 @@ def test_every_kind_of_network_is_exported_and_checked(tmp_path, kind, capsys):
     code = f"import sys; sys.modules['flowmatch'] = None\n{snippet}\nprint('sampled')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip().endswith("sampled"), done.stderr
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_card_promises_no_more_steps_than_the_student_has(kind, one_step):
+    name, arguments, shape, classes, pipeline = KINDS[kind]
+    net = nets.build(NetConfig(name=name, **arguments), shape, classes, 0)
+    student = teachers.Teacher(net, "d" * 64, 1, one_step=one_step)
+    chosen = card.kind_of(student)
+    assert chosen.name == pipeline
+    text = card.text(student, chosen, "", {1: {"exact": 0.0}})
+    assert "{" not in text
+    promises = ("any number of steps", "for N steps", "few-step", "one to four", "Heun")
+    made = [promise for promise in promises if promise in text]
+    assert made == [] if one_step else "any number of steps" in made
+    assert ("always pass `num_inference_steps=1`" in text.replace("Always", "always")) == one_step
 
 
 def test_an_export_that_differs_is_not_sealed(tmp_path, monkeypatch):
