@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmatch import manifest
-from flowmatch.config import Config, UserError, load, option, required
+from flowmatch.config import Config, Faults, UserError, load, option, required
 from flowmatch.folders import write_atomic
 from pipelines.reflow import ReflowConfig
 
@@ -92,7 +92,7 @@ class Ablation:
         """Run a stage in a process of its own; its output goes to a log beside its folder."""
         folder.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", f"pipelines.{MODULES[stage]}", *words, f"run_dir={folder}"]
-        with open(f"{folder}.log", "w") as log:
+        with open(f"{folder}.log", "a") as log:  # what a repeated command says follows the failure
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
         if done.returncode:
             raise UserError(f"{folder}: {MODULES[stage]} exits {done.returncode}; see {folder}.log")
@@ -135,7 +135,8 @@ class Ablation:
         if self.config.classifier is not None:
             words.append(f"classifier={self.root / 'judge'}")
         self.launch("evaluate", self.folder(recipe, seed, "evaluate"), words)
-        self.table()
+        with self.writing:  # recipes end at the same time: whoever writes last has read all
+            self.table()
 
     def table(self) -> str:
         """Write table.md of the runs that are sealed; return it."""
@@ -166,8 +167,7 @@ class Ablation:
             f"{floor['distance']:.3g}. RMSE: to the converged teacher on the same noise. {self.steps} "
             "updates a recipe, on the same pairs; the seconds are those of training alone, as logged.\n"
         )
-        with self.writing:  # recipes end at the same time
-            write_atomic(self.root / "table.md", text)
+        write_atomic(self.root / "table.md", text)
         return text
 
 
@@ -199,7 +199,7 @@ def seconds_of(folder: Path) -> float:
 
 
 def main() -> int:
-    """Run what is missing; print the table; return the exit status."""
+    """Run what is missing, whatever fails; print the table; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", help="a folder of configs/ that holds an ablation.yaml")
     parser.add_argument("words", nargs="*", metavar="STAGE.key=value")
@@ -209,6 +209,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="A,B", help="these recipes alone")
     parser.add_argument("--table", action="store_true", help="write the table, run nothing")
     given = parser.parse_intermixed_args()
+    faults = Faults()
     try:
         ablation = Ablation(given.name, given.runs, given.seeds, given.words)
         names = [recipe.name for recipe in ablation.config.recipes]
@@ -223,8 +224,10 @@ def main() -> int:
             with ThreadPoolExecutor(given.jobs) as pool:
                 every = [(recipe, seed) for seed in range(given.seeds) for recipe in chosen]
                 for done in [pool.submit(ablation.run, *each) for each in every]:
-                    done.result()
+                    with faults:
+                        done.result()
         print(ablation.table())
+        faults.check()
     except UserError as error:
         for fault in error.faults:
             print(f"ablation: {fault}", file=sys.stderr)

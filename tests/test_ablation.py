@@ -4,14 +4,16 @@ import json
 import runpy
 import shutil
 import statistics
+import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from flowmatch import manifest
 from flowmatch.config import UserError
-from scripts.ablation import MODULES, Ablation, spread
+from scripts.ablation import MODULES, Ablation, main, spread
 
 ROOT = Path(__file__).parent.parent
 RECIPES = """
@@ -126,3 +128,46 @@ def test_a_stage_that_fails_ends_the_run_with_its_log(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="exits 2; see .*flow.log"):
         ablation.prepare()
     assert "fit.steps=0" in (tmp_path / "digits/flow.log").read_text()
+
+
+class Inline(ThreadPoolExecutor):
+    """Runs in the caller's thread, as stages in this process must."""
+
+    def submit(self, work, *words):
+        done = Future()
+        try:
+            done.set_result(work(*words))
+        except UserError as error:
+            done.set_exception(error)
+        return done
+
+
+def test_a_recipe_that_fails_leaves_the_others_their_rows(ring, tmp_path, monkeypatch, capsys):
+    honest, fails = subprocess.run, ["plain/seed_0/evaluate"]
+
+    def call(command, stdout, stderr):
+        if any(command[-1].endswith(name) for name in fails):
+            stdout.write("the cause\n")
+            return type("Done", (), {"returncode": 2})
+        return honest(command, stdout, stderr)
+
+    monkeypatch.setattr("scripts.ablation.subprocess.run", call)
+    monkeypatch.setattr("scripts.ablation.ThreadPoolExecutor", Inline)
+    argv = ["ablation", "ring", "--seeds", "1", "--runs", str(tmp_path / "runs"), *TINY]
+
+    def repeat():
+        monkeypatch.setattr(sys, "argv", argv)
+        status = main()
+        return status, *capsys.readouterr()
+
+    status, out, err = repeat()
+    assert status == 2
+    assert "plain/seed_0/evaluate: evaluate exits 2" in err
+    assert "| then t = 0 | 1 |" in out
+    assert "uniform times" not in out
+    fails.clear()
+    status, out, _ = repeat()
+    assert status == 0
+    assert "| uniform times | 1 |" in out
+    log = tmp_path / "runs/ring/ablation/plain/seed_0/evaluate.log"
+    assert log.read_text().startswith("the cause\n")  # still there
