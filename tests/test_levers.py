@@ -4,36 +4,16 @@ import json
 
 import pytest
 import torch
-from pairset import make_teacher
 
 from flowmatch import features, manifest, nets, pairs, path, teachers
-from flowmatch.config import UserError, load
+from flowmatch.config import UserError
 from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
+from tests import stages
+from tests.pairset import make_teacher
+from tests.stages import run
 
-UNET = {
-    "name": "UNet2DModel",
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "add_attention": False,
-}
+UNET = {"name": "UNet2DModel", **stages.UNET}
 SMALL = ["fit.steps=6", "fit.batch_size=16", "fit.log_every=2", "fit.save_every=3", "fit.warmup=2"]
-MODELS = {
-    train_flow: train_flow.FlowConfig,
-    train_classifier: train_classifier.ClassifierConfig,
-    generate_pairs: generate_pairs.PairsConfig,
-    reflow: reflow.ReflowConfig,
-    evaluate: evaluate.EvaluateConfig,
-    export: export.ExportConfig,
-}
-
-
-def run(stage, *words):
-    """Run a stage in this process."""
-    config, _ = load(MODELS[stage], ["device=cpu", *words])
-    stage.main(config, False)
 
 
 @pytest.fixture(scope="module")

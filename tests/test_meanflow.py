@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pairset import make_teacher
 
 from flowmatch import nets, objectives, path, second_time, solvers, teachers, toy
-from flowmatch.config import UserError, load
+from flowmatch.config import UserError
 from flowmatch.losses import LossConfig
 from flowmatch.nets import NetConfig
 from flowmatch.objectives import ObjectiveConfig
 from pipelines import evaluate, export, generate_pairs, reflow
+from tests.pairset import make_teacher
+from tests.stages import run
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
@@ -225,15 +226,10 @@ def test_the_objective_is_the_loss_to_the_target_and_its_gradient_stops_there():
     torch.testing.assert_close(error, plain)
 
 
-def run(stage, model, *words):
-    config, _ = load(model, ["device=cpu", *words])
-    stage.main(config, False)
-
-
 def pairs_of(root, teacher):
     few = ["shards=1", "shard_size=64", "block=16", "compute_batch=32", "solver.steps=2"]
     words = [f"run_dir={root}/pairs", f"teacher={teacher}", *few]
-    run(generate_pairs, generate_pairs.PairsConfig, *words)
+    run(generate_pairs, *words)
 
 
 def reflow_words(root, name, start, *more):
@@ -249,22 +245,22 @@ def test_meanflow_goes_from_pairs_to_a_stock_export(tmp_path):
     make_teacher(tmp_path / "flow", None, shape, **net)
     pairs_of(tmp_path, tmp_path / "flow")
     words = reflow_words(tmp_path, "meanflow", f"{tmp_path}/flow", MEANFLOW)
-    run(reflow, reflow.ReflowConfig, *words)
+    run(reflow, *words)
     student = teachers.load(tmp_path / "meanflow", "student")
     assert student.two_times
     assert not student.one_step
 
     words = [f"teacher={tmp_path}/flow", f"student={tmp_path}/meanflow", "data={source: digits}"]
     words += ["samples=16", "converged_steps=1", "features=values", "steps=[1,2]"]
-    run(evaluate, evaluate.EvaluateConfig, f"run_dir={tmp_path}/evaluate", *words)
+    run(evaluate, f"run_dir={tmp_path}/evaluate", *words)
     rows = json.loads((tmp_path / "evaluate/metrics.json").read_text())["student"]["rows"]
     assert [row["evaluations"] for row in rows] == [1, 2, 2]
 
     words = [f"run_dir={tmp_path}/export", f"student={tmp_path}/meanflow"]
     words += [f"evaluation={tmp_path}/evaluate"]
     with pytest.raises(UserError, match="use steps="):
-        run(export, export.ExportConfig, *words)
-    run(export, export.ExportConfig, *words, "steps=[1]")
+        run(export, *words)
+    run(export, *words, "steps=[1]")
     config = json.loads((tmp_path / "export/unet/config.json").read_text())
     assert config["class_embed_type"] is None
     plain = nets.load(tmp_path / "export/unet", "x")
@@ -278,11 +274,11 @@ def test_meanflow_goes_from_pairs_to_a_stock_export(tmp_path):
 
     words = reflow_words(tmp_path, "no", f"{tmp_path}/meanflow")
     with pytest.raises(UserError, match="takes a second time .MeanFlow., which objective.name=vel"):
-        run(reflow, reflow.ReflowConfig, *words)
+        run(reflow, *words)
     bad = ["fit.precision=bf16", "loss={name: feature, features: x}", "objective.end=0.9"]
     bad += ["fit.compile=true", "fit.channels_last=true", "times.zero=1.0"]
     with pytest.raises(UserError) as error:
-        run(reflow, reflow.ReflowConfig, *words, MEANFLOW, *bad)
+        run(reflow, *words, MEANFLOW, *bad)
     said = str(error.value)
     for part in (
         "fit.precision='bf16'",
@@ -317,7 +313,7 @@ def test_two_processes_train_the_network_of_one(tmp_path):
     done = subprocess.run([*words, *more], cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     words = reflow_words(tmp_path, "one", f"{tmp_path}/flow", MEANFLOW, "fit.steps=20")
-    run(reflow, reflow.ReflowConfig, *words)
+    run(reflow, *words)
     one, two, start = (
         copy.deepcopy(nets.load(tmp_path / name / "net", "x").state_dict())
         for name in ("one", "two", "flow")

@@ -28,33 +28,11 @@ from flowmatch.data import DataConfig, reference
 from flowmatch.data import load as load_data
 from flowmatch.nets import NetConfig
 from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
+from tests.stages import UNET, run
 
 ROOT = Path(__file__).parent.parent
-UNET = {
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "add_attention": False,
-}
 DIT = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2}
 DIT |= {"norm_num_groups": 4}
-
-
-MODELS = {
-    train_flow: train_flow.FlowConfig,
-    generate_pairs: generate_pairs.PairsConfig,
-    reflow: reflow.ReflowConfig,
-    evaluate: evaluate.EvaluateConfig,
-    export: export.ExportConfig,
-}
-
-
-def run(stage, *words):
-    """Run a stage in this process."""
-    config, _ = load(MODELS[stage], ["device=cpu", *words])
-    stage.main(config, False)
 
 
 def trained(folder, name, arguments, shape, classes, round_=1):

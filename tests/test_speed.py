@@ -5,34 +5,14 @@ from functools import partial
 import pytest
 import torch
 
-from flowmatch import nets, run
+from flowmatch import run
 from flowmatch.config import UserError
 from flowmatch.fit import check, check_net
-from flowmatch.nets import NetConfig
 from flowmatch.state import FitConfig
 from tests import pairset
-from tests.test_fit import net, train, weights
+from tests.test_fit import images, net, train, unet, weights
 
-IMAGES = torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 SHORT = {"steps": 6, "batch_size": 8, "save_every": 3, "log_every": 1, "warmup": 2}
-
-
-def unet(dropout=0.0):
-    config = NetConfig(
-        name="UNet2DModel",
-        block_out_channels=[8],
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=["DownBlock2D"],
-        up_block_types=["UpBlock2D"],
-        add_attention=False,
-        dropout=dropout,
-    )
-    return nets.build(config, (1, 4, 4), None, 0)
-
-
-def images(counters):
-    return {"x1": IMAGES[counters % 50]}
 
 
 def curve(folder, dropout=0.0, stream=images, **values):

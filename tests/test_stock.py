@@ -15,7 +15,7 @@ from flowmatch.pairs import PairData
 from scripts.run_page import blocks
 from tests import pairset, store
 from tests.pairset import generate
-from tests.test_pipelines import UNET
+from tests.stages import UNET
 from tests.test_shards import STOCK
 
 ROOT = Path(__file__).parent.parent

@@ -1,0 +1,27 @@
+"""Stages in this process, and the small U-Net that tests give them."""
+
+from flowmatch.config import load
+from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
+
+UNET = {
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "add_attention": False,
+}
+MODELS = {
+    train_flow: train_flow.FlowConfig,
+    train_classifier: train_classifier.ClassifierConfig,
+    generate_pairs: generate_pairs.PairsConfig,
+    reflow: reflow.ReflowConfig,
+    evaluate: evaluate.EvaluateConfig,
+    export: export.ExportConfig,
+}
+
+
+def run(stage, *words):
+    """Run a stage on a CPU, to its end."""
+    config, _ = load(MODELS[stage], ["device=cpu", *words])
+    stage.main(config, False)
