@@ -173,15 +173,19 @@ def test_sigterm_to_a_group_of_one_rank_leaves_no_orphan(tmp_path):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    while not (tmp_path / "flow/metrics.jsonl").exists():
-        assert job.poll() is None
-        time.sleep(0.01)
-    os.killpg(job.pid, signal.SIGTERM)
-    job.wait(60)
-    deadline = time.monotonic() + 60
-    while alive(job.pid):
-        assert time.monotonic() < deadline, "the stage runs on"
-        time.sleep(0.05)
+    try:
+        while not (tmp_path / "flow/metrics.jsonl").exists():
+            assert job.poll() is None
+            time.sleep(0.01)
+        os.killpg(job.pid, signal.SIGTERM)
+        job.wait(60)
+        deadline = time.monotonic() + 60
+        while alive(job.pid):
+            assert time.monotonic() < deadline, "the stage runs on"
+            time.sleep(0.05)
+    finally:
+        if alive(job.pid):
+            os.killpg(job.pid, signal.SIGKILL)
     (saved,) = (tmp_path / "flow/checkpoints").iterdir()
     assert int(saved.name.removeprefix("step_")) >= 10 * len(losses(tmp_path / "flow"))
 

@@ -304,14 +304,14 @@ def test_a_full_disk_is_named_and_the_rest_is_made_when_there_is_room(whole, tmp
 
 
 def test_a_file_that_may_not_grow_is_named(whole, tmp_path):
-    """Where no disk can be mounted: a limit of 4 KB on files, under a tar's 10."""
-    command = ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *STAGE, *words(tmp_path)]
+    """Where no disk can be mounted: a limit of 8 KB on files, over the card's 4, under a tar's 10."""
+    command = ["sh", "-c", 'ulimit -f 16; exec "$@"', "sh", *STAGE, *words(tmp_path)]
     done = subprocess.run(
         [*command, f"teacher={whole}/flow"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
     assert "the disk refuses: [Errno 27] File too large" in done.stderr
-    assert sorted(os.listdir(tmp_path / "pairs")) == [".meta", "config.yaml"]
+    assert sorted(os.listdir(tmp_path / "pairs")) == [".meta", "README.md", "config.yaml"]
     generate(*words(tmp_path), f"teacher={whole}/flow")
     assert contents(tmp_path / "pairs") == contents(whole / "pairs")
 
