@@ -2,8 +2,8 @@
 
 u(x, t, r) = 1/(r - t) int_t^r v(x_s, s) ds is the velocity that leads from x_t to x_r in one step. It
 solves u = v + (r - t) (d_t u + J_x u v) (Geng et al. 2025, arXiv 2505.13447, eq. 6, with noise at
-t = 0), so the right side, held constant, is its target: v from the pair, the rest by forward-mode
-differentiation.
+t = 0), so the right side, held constant, is its target: v from the pair, the slope along its line by a
+difference, or exactly by forward-mode differentiation.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,15 @@ class ObjectiveConfig(Config):
         ge=0,
         le=1,
     )
+    step: float = option(
+        0.05,
+        "meanflow: the slope of u along a line is its difference between t - step and t + step; 0 is "
+        "the exact derivative, which is large in a network of sinusoids of 1000 t, and did not train",
+        ge=0,
+        le=0.5,
+    )
 
-    @pydantic.field_validator("equal", "end")
+    @pydantic.field_validator("equal", "end", "step")
     @classmethod
     def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
         name, field = info.data.get("name", "meanflow"), str(info.field_name)
@@ -55,12 +62,21 @@ def later(t: Tensor, w: Tensor, c: ObjectiveConfig) -> Tensor:
     return torch.where(w < c.equal, t, r)
 
 
-def average_target(u: Field, x: Tensor, t: Tensor, r: Tensor, v: Tensor) -> Tensor:
-    """Give v + (r - t) (d_t u + J_x u v), without gradient. u(x, t, r); x, v: [B, ...]; t, r: [B]."""
-    along = (v, torch.ones_like(t), torch.zeros_like(r))
-    with torch.no_grad():
-        slope = torch.func.jvp(u, (x, t, r), along)[1]
-    return v + path.expand(r - t, x) * slope
+@torch.no_grad()
+def average_target(u: Field, x: Tensor, t: Tensor, r: Tensor, v: Tensor, step: float) -> Tensor:
+    """Give v + (r - t) (d_t u + J_x u v), without gradient. u(x, t, r); x, v: [B, ...]; t, r: [B].
+
+    step: how far the difference that stands for the derivative reaches to either side of t, within
+    [0, r]; 0 is the derivative itself.
+    """
+    if step == 0:
+        along = (v, torch.ones_like(t), torch.zeros_like(r))
+        return v + path.expand(r - t, x) * torch.func.jvp(u, (x, t, r), along)[1]
+    back, on = t.clamp(max=step), (r - t).clamp(max=step)
+    before = u(x - path.expand(back, x) * v, t - back, r)
+    after = u(x + path.expand(on, x) * v, t + on, r)
+    width = (back + on).clamp(min=torch.finfo(t.dtype).tiny)  # 0 at t = r = 0, where v is all
+    return v + path.expand((r - t) / width, x) * (after - before)
 
 
 def build(
@@ -88,7 +104,7 @@ def build(
             return plain(x, t, cond, r)
 
         # the derivative is no part of the gradient, so it may pass DDP's hooks by
-        target = average_target(u, x, t, r, path.velocity(x0, x1))
+        target = average_target(u, x, t, r, path.velocity(x0, x1), config.step)
         return distance(v(x, t, cond, r), target, loss)
 
     return average
@@ -98,7 +114,7 @@ def check(config: ObjectiveConfig, loss: losses.LossConfig, t: times.TimesConfig
     """Raise UserError for what does not go with the objective, before any work. fit: a FitConfig."""
     if config.name != "meanflow":
         return
-    faults, why = [], "objective.name=meanflow differentiates the network forward, "
+    faults = []
     if config.equal + config.end > 1:
         faults.append(
             f"objective.equal={config.equal} and objective.end={config.end} are shares; they exceed 1; "
@@ -110,13 +126,23 @@ def check(config: ObjectiveConfig, loss: losses.LossConfig, t: times.TimesConfig
             "trains it; use a share below 1, or objective.name=velocity to distil to one step"
         )
     if fit.precision != "fp32":
-        faults.append(f"fit.precision={fit.precision!r}: {why}in float32 alone; use fp32")
+        faults.append(
+            f"fit.precision={fit.precision!r}: objective.name=meanflow takes a slope of the network, "
+            "which that rounds away; use fp32"
+        )
     if fit.shard:
-        faults.append(f"fit.shard=true: {why}which needs whole weights; leave it out")
-    if fit.compile:
-        faults.append(f"fit.compile=true: {why}which needs it as it is; leave it out")
-    if fit.channels_last:
-        faults.append(f"fit.channels_last=true: {why}which its norms refuse so; leave it out")
+        faults.append(
+            "fit.shard=true: objective.name=meanflow asks the network for its slope beside the training "
+            "step, which needs whole weights; leave it out"
+        )
+    if config.step == 0:
+        why = "objective.step=0 differentiates the network forward, which"
+        if fit.compile:
+            faults.append(f"fit.compile=true: {why} needs it as it is; use objective.step=0.05")
+        if fit.channels_last:
+            faults.append(
+                f"fit.channels_last=true: {why} its norms refuse; use objective.step=0.05"
+            )
     if loss.name == "feature":
         faults.append(
             "loss.name=feature compares data, and objective.name=meanflow velocities; use another loss"

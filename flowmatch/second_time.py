@@ -21,14 +21,14 @@ def argument(net: Any) -> str | None:
     return "class_labels" if net.config.get("class_embed_type") == "timestep" else None
 
 
+def has_attention(net: Any) -> bool:
+    """Tell whether forward-mode differentiation stops at attention's fused kernels (torch 2.13)."""
+    return any(type(module).__name__ == "Attention" for module in net.modules())
+
+
 def refusal(net: Any) -> str | None:
     """Say why a network cannot be given a second time; None where it can."""
     name = type(net).__name__
-    if any(type(module).__name__ == "Attention" for module in net.modules()):
-        return (
-            f"this {name} has attention, through whose fused kernels torch has no forward-mode "
-            "derivative; it takes a network without"
-        )
     if name == "UNet2DModel":
         if net.config.num_class_embeds is not None:
             return "a UNet2DModel with labels has no place left for it; it takes one without labels"

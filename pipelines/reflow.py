@@ -172,6 +172,11 @@ def network(start: teachers.Teacher, config: ReflowConfig) -> Any:
     """
     has = second_time.argument(start.net) is not None
     if config.objective.name == "meanflow":
+        if config.objective.step == 0 and second_time.has_attention(start.net):
+            raise UserError(
+                f"start={config.start} has attention, through whose fused kernels torch has no "
+                "forward-mode derivative, as objective.step=0 needs; use objective.step=0.05"
+            )
         return start.net if has else second_time.add(start.net, config.seed)
     if has:
         raise UserError(

@@ -1,6 +1,7 @@
 """MeanFlow on pairs: its target in closed form and by differences, its networks, its export."""
 
 import copy
+import functools
 import json
 import math
 import os
@@ -84,12 +85,38 @@ def test_the_average_velocity_of_a_gaussian_is_its_own_target():
     ones = torch.ones(5, dtype=torch.float64)
     torch.testing.assert_close(x0 + u(x0, 0 * ones, ones), u.target.flow(x0))  # the oracle itself
     v = u.target.velocity(x, t)
-    torch.testing.assert_close(objectives.average_target(u, x, t, r, v), u(x, t, r))
-    wrong = objectives.average_target(u, x, t, r, v + 0.1)
+    torch.testing.assert_close(objectives.average_target(u, x, t, r, v, 0), u(x, t, r))
+    wrong = objectives.average_target(u, x, t, r, v + 0.1, 0)
     assert (wrong - u(x, t, r)).abs().min() > 1e-3
 
 
-def test_a_straight_flow_is_its_own_average():
+def test_differences_of_a_gaussians_average_velocity_approach_its_derivative():
+    """Second order in the step; at t = 0 a one-sided one, first order; never outside [0, r]."""
+    u = Average()
+    seen = []
+
+    def watched(x, t, r):
+        seen.append((t, r))
+        return u(x, t, r)
+
+    x, _, t, _, _ = drawn((2,), None, 50, torch.float64)
+    for at, order in [(0.2 + 0.6 * t, 2), (0 * t, 1)]:
+        r, v = torch.ones_like(at), u.target.velocity(x, at)
+        worst = [
+            (objectives.average_target(watched, x, at, r, v, step) - u(x, at, r)).abs().max()
+            for step in (0.02, 0.01)
+        ]
+        assert worst[1] < 0.02
+        assert math.log2(worst[0] / worst[1]) == pytest.approx(order, abs=0.1)
+    r = 0.1 + 0.05 * t  # nearer than the step: t + on is r itself, where u is no ratio but v
+    objectives.average_target(lambda x, t, r: (seen.append((t, r)), x)[1], x, r / 2, r, x, 0.5)
+    assert all(((t >= 0) & (t <= r)).all() for t, r in seen)
+    same = objectives.average_target(lambda x, t, r: x, x, 0 * t, 0 * t, x, 0.05)
+    assert torch.equal(same, x)  # t = r = 0: v alone, and no 0 / 0
+
+
+@pytest.mark.parametrize("step", [0, 0.05])
+def test_a_straight_flow_is_its_own_average(step):
     """After reflow of a Gaussian the lines are x0 + t (A x0 + m): u is their velocity for every r."""
     a = torch.tensor([[0.5, 0.1], [0.1, -0.2]], dtype=torch.float64)
     m = torch.tensor([1.0, -1.0], dtype=torch.float64)
@@ -102,7 +129,7 @@ def test_a_straight_flow_is_its_own_average():
         return start @ a.T + m
 
     x1 = x0 + x0 @ a.T + m
-    target = objectives.average_target(u, path.interpolate(x0, x1, t), t, r, x1 - x0)
+    target = objectives.average_target(u, path.interpolate(x0, x1, t), t, r, x1 - x0, step)
     torch.testing.assert_close(target, x1 - x0)
 
 
@@ -142,7 +169,7 @@ def test_the_target_of_every_network_is_its_central_difference(kind):
         h = 1e-7
         slope = (u(x + h * v, t + h, r) - u(x - h * v, t - h, r)) / (2 * h)
         wanted = v + path.expand(r - t, x) * slope
-    found = objectives.average_target(u, x, t, r, v)
+    found = objectives.average_target(u, x, t, r, v, 0)
     assert not found.requires_grad
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     assert ((found - v).abs() > 1e-3).any()
@@ -170,24 +197,42 @@ def test_a_second_time_changes_nothing_at_first_and_folds_away_at_the_end(kind):
         nets.Velocity(folded)(x, t, cond, r)
 
 
-@pytest.mark.parametrize(
-    ("values", "shape", "classes", "reason"),
-    [
-        ({"add_attention": True}, (1, 8, 8), None, "has attention"),
-        ({"up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}, (1, 8, 8), None, "has attention"),
-        ({}, (1, 8, 8), 4, "with labels has no place"),
-    ],
-)
-def test_networks_without_a_place_or_a_derivative_are_refused(values, shape, classes, reason):
-    net = nets.build(NetConfig(**UNET | values), shape, classes, 0)
-    with pytest.raises(UserError, match=f"objective.name=meanflow needs .*{reason}"):
+def test_networks_without_a_place_for_a_second_time_are_refused():
+    net = nets.build(NetConfig(**UNET), (1, 8, 8), 4, 0)
+    with pytest.raises(UserError, match="objective.name=meanflow needs .*with labels has no place"):
         second_time.add(net, 0)
-    if reason == "has attention":  # the reason is true of this torch
-        x, v, t, _, _ = drawn(shape, None)
-        with torch.no_grad(), pytest.raises((RuntimeError, NotImplementedError)):
-            torch.func.jvp(nets.Velocity(net), (x, t), (v, torch.ones_like(t)))
     with pytest.raises(UserError, match="net.class_embed_type: unknown key"):
-        nets.build(NetConfig(**UNET, class_embed_type="timestep"), shape, None, 0)
+        nets.build(NetConfig(**UNET, class_embed_type="timestep"), (1, 8, 8), None, 0)
+
+
+@pytest.mark.parametrize(
+    "values", [{"add_attention": True}, {"up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}]
+)
+def test_attention_takes_differences_and_refuses_the_derivative(tmp_path, values):
+    make_teacher(tmp_path / "flow", None, (1, 8, 8), **(UNET | values))
+    pairs_of(tmp_path, tmp_path / "flow")
+    words = reflow_words(tmp_path, "meanflow", f"{tmp_path}/flow", MEANFLOW)
+    with pytest.raises(UserError, match="has attention, .* use objective.step=0.05"):
+        run(reflow, *words, "objective.step=0")
+    net = nets.load(tmp_path / "flow/net", "x")  # the reason is true of this torch
+    x, v, t, _, _ = drawn((1, 8, 8), None)
+    with torch.no_grad(), pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(nets.Velocity(net), (x, t), (v, torch.ones_like(t)))
+    run(reflow, *words)
+
+
+def test_a_compiled_network_in_channels_last_trains_alike(tmp_path, monkeypatch):
+    """By the backend that generates no code."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    make_teacher(tmp_path / "flow", None, (1, 8, 8), **UNET)
+    pairs_of(tmp_path, tmp_path / "flow")
+    losses = {}
+    for name, more in {"plain": [], "fast": ["fit.compile=true", "fit.channels_last=true"]}.items():
+        run(reflow, *reflow_words(tmp_path, name, f"{tmp_path}/flow", MEANFLOW, *more))
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines]
+    assert len(losses["plain"]) == 3
+    assert losses["fast"] == pytest.approx(losses["plain"], rel=1e-4)
 
 
 def test_second_times_follow_their_shares():
@@ -215,7 +260,9 @@ def test_the_objective_is_the_loss_to_the_target_and_its_gradient_stops_there():
     v = nets.Velocity(net)
     error = objectives.build(SHARES, loss)(v, v, x0, x1, t, w, None)
     x, r = path.interpolate(x0, x1, t), objectives.later(t, w, SHARES)
-    target = objectives.average_target(lambda x, t, r: v(x, t, None, r), x, t, r, x1 - x0)
+    target = objectives.average_target(
+        lambda x, t, r: v(x, t, None, r), x, t, r, x1 - x0, SHARES.step
+    )
     wanted = ((v(x, t, None, r) - target).square().sum(1) + 0.01).sqrt() - 0.1
     torch.testing.assert_close(error, wanted)
     found = torch.autograd.grad(error.sum(), list(net.parameters()))
@@ -276,7 +323,7 @@ def test_meanflow_goes_from_pairs_to_a_stock_export(tmp_path):
     with pytest.raises(UserError, match="takes a second time .MeanFlow., which objective.name=vel"):
         run(reflow, *words)
     bad = ["fit.precision=bf16", "loss={name: feature, features: x}", "objective.end=0.9"]
-    bad += ["fit.compile=true", "fit.channels_last=true", "times.zero=1.0"]
+    bad += ["fit.compile=true", "fit.channels_last=true", "times.zero=1.0", "objective.step=0"]
     with pytest.raises(UserError) as error:
         run(reflow, *words, MEANFLOW, *bad)
     said = str(error.value)
