@@ -53,6 +53,9 @@ class AblationConfig(Config):
         "words of train_classifier: a judge ({root}/judge, seed 0) and another one for feature losses "
         "({root}/eyes, seed 1); none where no classifier scores",
     )
+    inverted: list[str] | None = option(
+        None, "words of generate_pairs: data carried back to noise ({root}/inverted)"
+    )
     recipes: list[Recipe] = required("the rows")
 
 
@@ -104,6 +107,9 @@ class Ablation:
         self.launch("flow", flow, [str(self.configs / "flow.yaml"), *self.words["flow"]])
         words = [str(self.configs / "pairs.yaml"), *self.words["pairs"], f"teacher={flow}"]
         self.launch("pairs", pairs, words)
+        if self.config.inverted is not None:
+            words = [*self.config.inverted, f"teacher={flow}"]
+            self.launch("pairs", self.root / "inverted", words)
         if self.config.classifier is not None:
             for seed, name in enumerate(("judge", "eyes")):
                 words = [*self.config.classifier, *self.words["classifier"], f"seed={seed}"]
@@ -155,7 +161,7 @@ class Ablation:
             return "ablation: nothing is scored yet"
         floor, protocol = last["floor"], last["protocol"]
         names = [f"@{steps}" if steps else "converged" for steps in SHOWN]
-        head = ["recipe", "seeds", *names, "RMSE @1", "training, s"]
+        head = ["recipe", "seeds", *names, "RMSE @1", "recall @1", "training, s"]
         lines = [
             f"| {' | '.join(head)} |",
             "|---" * len(head) + "|",
@@ -178,7 +184,9 @@ def line(says: str, found: list[dict[str, Any]], seconds: str = "") -> str:
     for steps in SHOWN:
         measured = [rows[steps]["distance"] for rows in by_steps if steps in rows]
         cells.append(spread(measured) if measured else "")
-    cells += [spread([rows[1]["rmse"] for rows in by_steps if 1 in rows]), seconds]
+    for key in ("rmse", "recall"):
+        cells.append(spread([rows[1][key] for rows in by_steps if key in rows.get(1, {})]))
+    cells.append(seconds)
     return f"| {' | '.join(cells)} |"
 
 
