@@ -4,6 +4,7 @@ A classifier is trained on the data by the stage `train_classifier`, or inside `
 weights are given. Nothing is downloaded.
 """
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flowmatch import manifest, noise
+from flowmatch import manifest, metrics, noise
 from flowmatch.config import UserError
 
 WEIGHTS = "classifier.safetensors"
@@ -103,6 +104,57 @@ class Perceptual(nn.Module):
             places = found.shape[2] * found.shape[3]
             parts.append((found / length).flatten(1) * (values / places) ** 0.5)
         return torch.cat(parts, dim=1)
+
+
+class Exported(nn.Module):
+    """The same of a module that is given, by a file of torch.export.save.
+
+    forward(x: [B, C, H, W]) -> [B, F]: the values, then whatever the module gives of x, unweighted.
+    Raises UserError, naming `key`, where it cannot be loaded, or takes no batch of such images.
+    """
+
+    def __init__(
+        self, path: str, key: str, batch: int, shape: tuple[int, ...], device: torch.device
+    ):
+        from torch.export.passes import move_to_device_pass
+
+        super().__init__()
+        try:
+            self.net = move_to_device_pass(torch.export.load(path), device).module()
+            self.net.requires_grad_(False)
+            x = torch.zeros(batch, *shape, device=device, requires_grad=True)
+            found = self(x)
+        except Exception as error:  # whatever torch or the program raises
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"{key}={path}: no module for batches of {[batch, *shape]}, by torch.export.save with a "
+                f"dynamic batch: {type(error).__name__}: {reason}"
+            ) from None
+        if not found.requires_grad or len(found) != batch:
+            raise UserError(
+                f"{key}={path} gives {list(found.shape)} for a batch of {batch}, expected a row a sample"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the features of x."""
+        return torch.cat([x.flatten(1), self.net(x).flatten(1)], dim=1)
+
+
+def perceptual(
+    path: str, key: str, batch: int, shape: tuple[int, ...], device: torch.device
+) -> tuple[nn.Module, str, str]:
+    """Load what a feature loss compares: (frozen module, digest of `path`, digest of who looks).
+
+    path: the sealed folder of train_classifier, or a file PATH.pt2. batch, shape: of what it is to see.
+    Raises UserError naming `key`; NotReady for a folder that is not there or not sealed.
+    """
+    if path.endswith(".pt2"):
+        module = Exported(path, key, batch, shape, device)
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return module, digest, digest
+    classifier, _ = load(path, key, shape)
+    looks = metrics.module_digest(classifier)
+    return Perceptual(classifier).to(device), manifest.digest(path), looks
 
 
 def train_classifier(

@@ -28,7 +28,8 @@ class LossConfig(Config):
     )
     features: str | None = option(
         None,
-        "feature: sealed folder of train_classifier, another one than scores the student",
+        "feature: sealed folder of train_classifier, another one than scores the student; or a module's "
+        "file NAME.pt2, by torch.export.save, such as LPIPS's network with your weights",
         run=True,
         validate_default=True,
     )
@@ -54,7 +55,9 @@ class LossConfig(Config):
     def _named(cls, value: str | None, info: pydantic.ValidationInfo) -> str | None:
         name = info.data.get("name")
         if name == "feature" and value is None:
-            raise ValueError("name=feature needs the sealed folder of a train_classifier stage")
+            raise ValueError(
+                "name=feature needs the sealed folder of a train_classifier stage, or a .pt2"
+            )
         if name not in (None, "feature") and value is not None:
             raise ValueError(f"features belongs to feature; the loss is {name}")
         return value

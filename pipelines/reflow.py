@@ -13,8 +13,6 @@ from flowmatch import (
     coupling,
     features,
     foreign,
-    manifest,
-    metrics,
     mixture,
     nets,
     objectives,
@@ -26,7 +24,7 @@ from flowmatch import (
     truncation,
 )
 from flowmatch.config import Config, UserError, option, required
-from flowmatch.fit import check, check_net, fit
+from flowmatch.fit import check, check_net, fit, split_batch
 from flowmatch.losses import LossConfig
 from flowmatch.objectives import ObjectiveConfig
 from flowmatch.state import FitConfig
@@ -120,10 +118,14 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
             looked.update(data.sealed["facts"].get("features", ()))  # of its teacher
         if config.loss.features is not None:
             with faults:
-                eyes, _ = features.load(config.loss.features, "loss.features", start.shape)
-                inputs["features"] = manifest.digest(config.loss.features)
-                looked.add(metrics.module_digest(eyes))
-                module = features.Perceptual(eyes).to(stage.worker_device(device))
+                module, inputs["features"], looks = features.perceptual(
+                    config.loss.features,
+                    "loss.features",
+                    split_batch(config.fit, stage.world_size())[0],
+                    start.shape,
+                    stage.worker_device(device),
+                )
+                looked.add(looks)
     faults.check()
 
     cuts = []

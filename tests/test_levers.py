@@ -1,5 +1,6 @@
 """The levers of few-step quality as options of the stages, on small networks, in this process."""
 
+import hashlib
 import json
 
 import pytest
@@ -91,6 +92,46 @@ def test_a_feature_loss_is_refused_where_it_means_nothing(base, tmp_path):
         run(reflow, *reflow_words(base, tmp_path / "no", loss))
 
 
+def exported(file, channels=1, batch=None):
+    """A module as a user gives it: two weighted maps of a convolution."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(channels, 4, 3, stride=2), torch.nn.Tanh())
+    sizes = {0: torch.export.Dim.STATIC if batch else torch.export.Dim("batch")}
+    x = torch.zeros(batch or 2, channels, 8, 8)
+    torch.export.save(torch.export.export(net, (x,), dynamic_shapes=(sizes,)), file)
+    return net
+
+
+def test_a_feature_loss_looks_through_a_module_that_is_given(base, tmp_path):
+    net = exported(tmp_path / "eyes.pt2")
+    loss = f"loss={{name: feature, features: {tmp_path}/eyes.pt2}}"
+    run(reflow, *reflow_words(base, tmp_path / "reflow", loss, "fit.steps=2", "fit.micro_batch=8"))
+    seal = manifest.read(tmp_path / "reflow", "x")
+    digest = hashlib.sha256((tmp_path / "eyes.pt2").read_bytes()).hexdigest()
+    assert seal["inputs"]["features"] == digest
+    assert seal["facts"]["features"] == [digest]
+
+    module, _, _ = features.perceptual(
+        f"{tmp_path}/eyes.pt2", "x", 4, (1, 8, 8), torch.device("cpu")
+    )
+    assert not any(p.requires_grad for p in module.parameters())
+    x = torch.randn(5, 1, 8, 8, requires_grad=True)
+    wanted = torch.cat([x.flatten(1), net(x).flatten(1)], dim=1)
+    torch.testing.assert_close(module(x), wanted)
+    found = torch.autograd.grad(module(x).square().sum(), x)
+    torch.testing.assert_close(found, torch.autograd.grad(wanted.square().sum(), x))
+
+    (tmp_path / "no.pt2").write_bytes(b"nothing")
+    exported(tmp_path / "colour.pt2", channels=3)
+    exported(tmp_path / "fixed.pt2", batch=2)
+    for name in ("none", "no", "colour", "fixed"):
+        with pytest.raises(
+            UserError, match=rf"loss.features=\S+/{name}.pt2: no module for batches"
+        ):
+            features.perceptual(f"{tmp_path}/{name}.pt2", "loss.features", 4, (1, 8, 8), CPU)
+
+
+CPU = torch.device("cpu")
 SCORED = ["data={source: digits}", "samples=16", "converged_steps=1", "features=values"]
 
 
