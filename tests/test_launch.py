@@ -120,6 +120,30 @@ def test_the_chain_is_queued_stage_behind_stage(slurm):
     ]
 
 
+def test_later_rounds_are_queued_too(slurm):
+    environment = slurm | {"WORKERS": "2", "ROUNDS": "2"}
+    done = call(environment, "scripts/slurm/chain.sh", "ring", "pairs_2.shards=2")
+    assert done.returncode == 0, done.stderr
+    names = [line.split("--job-name=ring-")[1].split()[0] for line in calls(slurm, "sbatch")]
+    assert names == ["flow", "pairs", "reflow", "pairs_2", "reflow_2", "evaluate", "export"]
+    runs = [line.split(" -m ")[-1] for line in calls(slurm, "python")]
+    assert [run.split()[1] for run in runs] == [
+        f"configs/ring/{stage}.yaml"
+        for stage in (
+            "flow",
+            *["pairs"] * 2,
+            "reflow",
+            *["pairs"] * 2,
+            "reflow",
+            "evaluate",
+            "export",
+        )
+    ]
+    assert "run_dir=runs/ring/pairs_2 teacher=runs/ring/reflow" in runs[4]
+    assert runs[4].endswith("shards=2")
+    assert "student=runs/ring/reflow_2" in runs[7]
+
+
 def test_a_chain_with_a_mistake_in_any_config_is_not_queued(slurm):
     environment = slurm | {"PYTHON": sys.executable}
     done = call(environment, "scripts/slurm/chain.sh", "ring", "reflow.fit.stepz=20")
