@@ -29,7 +29,8 @@ class LossConfig(Config):
     features: str | None = option(
         None,
         "feature: sealed folder of train_classifier, another one than scores the student; or a module's "
-        "file NAME.pt2, by torch.export.save, such as LPIPS's network with your weights",
+        "file NAME.pt2, by torch.export.save, such as LPIPS's network with your weights (a file you "
+        "trust: torch reads it with pickle)",
         run=True,
         validate_default=True,
     )

@@ -56,6 +56,7 @@ class AblationConfig(Config):
     inverted: list[str] | None = option(
         None, "words of generate_pairs: data carried back to noise ({root}/inverted)"
     )
+    words: list[str] = option([], "key=value of reflow for every recipe, before its own")
     recipes: list[Recipe] = required("the rows")
 
 
@@ -78,7 +79,7 @@ class Ablation:
                     f"{word} is not STAGE.key=value; STAGE is one of {', '.join(MODULES)}"
                 )
             self.words[stage].append(rest)
-        self.base = [str(self.configs / "reflow.yaml"), *self.words["reflow"]]
+        self.base = [str(self.configs / "reflow.yaml"), *config.words, *self.words["reflow"]]
         reflow, _ = load(ReflowConfig, self.base)
         assert reflow is not None
         self.steps = reflow.fit.steps

@@ -3,8 +3,9 @@
 #
 #   scripts/reflow.sh [--dry-run] NAME [STAGE.key=value ...]   e.g. scripts/reflow.sh digits flow.fit.steps=100
 #
-# NAME is a folder of configs/; STAGE is one of flow pairs reflow classifier evaluate export (classifier
-# where NAME has a config for it). --dry-run prints the plan of every stage and stops. Read from the
+# NAME is a folder of configs/; STAGE is one of flow pairs features reflow classifier evaluate export
+# (features, the classifier that a feature loss looks through, and classifier, the one that scores, where
+# NAME has a config for them). --dry-run prints the plan of every stage and stops. Read from the
 # environment: PYTHON (default python), ACCELERATE_CONFIG (default: two CPU processes, or one GPU where
 # there is one), STAGES (default: all, in order), LAUNCHER (default: accelerate launch with that config),
 # and ROUNDS (default 1): round k > 1 follows the student of the round before to new pairs, from noise of
@@ -14,15 +15,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 usage="usage: scripts/reflow.sh [--dry-run] NAME [STAGE.key=value ...]; STAGE is one of"
-usage+=" flow pairs reflow classifier evaluate export"
+usage+=" flow pairs features reflow classifier evaluate export"
 fail() { echo "reflow.sh: $1; $usage" >&2; exit 2; }
 rounds=${ROUNDS:-1}
 [[ $rounds =~ ^[1-9][0-9]?$ ]] || fail "ROUNDS=$rounds is no number of rounds"
 again=
 for ((k = 2; k <= rounds; k++)); do again+=" pairs_$k reflow_$k"; done
-read -ra stages <<<"${STAGES:-flow pairs reflow$again classifier evaluate export}"
-declare -A module=([flow]=train_flow [pairs]=generate_pairs [reflow]=reflow
-                   [classifier]=train_classifier [evaluate]=evaluate [export]=export)
+read -ra stages <<<"${STAGES:-flow pairs features reflow$again classifier evaluate export}"
+declare -A module=([flow]=train_flow [pairs]=generate_pairs [features]=train_classifier
+                   [reflow]=reflow [classifier]=train_classifier [evaluate]=evaluate [export]=export)
 for ((k = 2; k <= rounds; k++)); do
   module[pairs_$k]=generate_pairs
   module[reflow_$k]=reflow
@@ -40,10 +41,12 @@ fi
 name=$1
 shift
 [ -d "configs/$name" ] || fail "configs/$name does not exist"
-if [ ! -f "configs/$name/classifier.yaml" ]; then
-  unset 'module[classifier]'
-  read -ra stages <<<"${stages[*]/classifier/}"
-fi
+for stage in features classifier; do
+  if [ ! -f "configs/$name/$stage.yaml" ]; then
+    unset "module[$stage]"
+    read -ra stages <<<"${stages[*]/$stage/}"
+  fi
+done
 declare -A keys=()
 for word in "$@"; do
   stage=${word%%.*}

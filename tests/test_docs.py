@@ -69,7 +69,8 @@ def test_what_a_page_links_to_or_names_is_there(page):
     assert not missing
 
 
-def test_the_code_in_the_readme_that_needs_no_run_runs():
+def test_the_code_in_the_readme_that_needs_no_run_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     alone = [code for _, code in blocks((ROOT / "README.md").read_text()) if "runs/" not in code]
     assert alone
     for code in alone:

@@ -144,6 +144,23 @@ def test_later_rounds_are_queued_too(slurm):
     assert "student=runs/ring/reflow_2" in runs[7]
 
 
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("digits", "flow pairs features reflow evaluate export"),
+        ("fashion_mnist", "flow pairs features reflow classifier evaluate export"),
+    ],
+)
+def test_classifiers_are_trained_where_there_is_a_config_for_them(slurm, name, stages):
+    done = call(slurm | {"WORKERS": "1"}, "scripts/slurm/chain.sh", name)
+    assert done.returncode == 0, done.stderr
+    names = [line.split(f"--job-name={name}-")[1].split()[0] for line in calls(slurm, "sbatch")]
+    assert names == stages.split()
+    runs = [line.split(" -m ")[-1].split() for line in calls(slurm, "python")]
+    assert [run[1] for run in runs] == [f"configs/{name}/{stage}.yaml" for stage in names]
+    assert runs[2][0] == "pipelines.train_classifier"
+
+
 def test_a_chain_with_a_mistake_in_any_config_is_not_queued(slurm):
     environment = slurm | {"PYTHON": sys.executable}
     done = call(environment, "scripts/slurm/chain.sh", "ring", "reflow.fit.stepz=20")

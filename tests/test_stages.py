@@ -267,7 +267,7 @@ def test_every_config_of_the_repository_loads(path):
 
     stages = {folder: stage for stage, folder in FOLDER.items()}
     stages |= {"classifier": "train_classifier", "distil": "reflow", "meanflow": "reflow"}
-    stages |= {"inverted": "generate_pairs"}
+    stages |= {"inverted": "generate_pairs", "features": "train_classifier"}
     stage = stages[path.stem]
     module = importlib.import_module(f"pipelines.{stage}")
     model = next(

@@ -5,7 +5,7 @@
 #
 # Each job starts when the one before has ended well. Read from the environment: ROUNDS (as by
 # scripts/reflow.sh), WORKERS (members of the array, default 4), TRAIN, PAIRS and CHECK (words for sbatch of the training jobs, of an array's
-# member, and of evaluation and export), and sbatch's own, such as SBATCH_ACCOUNT, SBATCH_PARTITION:
+# member, and of the rest), and sbatch's own, such as SBATCH_ACCOUNT, SBATCH_PARTITION:
 #
 #   TRAIN="--nodes=2 --gpus-per-node=8" PAIRS="--gpus-per-node=1" WORKERS=16 scripts/slurm/chain.sh NAME
 set -euo pipefail
@@ -28,6 +28,7 @@ submit() { # STAGE WORDS-FOR-SBATCH KEYS...: queue one stage behind the one befo
 name=$1
 submit flow "${TRAIN:-}" "$@"
 submit pairs "--array=0-$((${WORKERS:-4} - 1)) ${PAIRS:-}" "$@"
+[ ! -f "configs/$name/features.yaml" ] || submit features "${CHECK:-}" "$@"
 submit reflow "${TRAIN:-}" "$@"
 for ((k = 2; k <= ${ROUNDS:-1}; k++)); do
   submit "pairs_$k" "--array=0-$((${WORKERS:-4} - 1)) ${PAIRS:-}" "$@"
