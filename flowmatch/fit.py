@@ -11,14 +11,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flowmatch import compiled, ema, nets, noise, objectives, path, times
 from flowmatch import config as configs
-from flowmatch import ema, nets, noise, objectives, path, times
 from flowmatch.config import UserError
 from flowmatch.coupling import Batch, Coupling
 from flowmatch.run import Run, start_accelerator
@@ -177,8 +178,18 @@ def fit(
         flag = torch.tensor([float(run.stop)], device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum").item())
 
+    def errors(v: nets.Velocity, batch: Drawn, index: int) -> Tensor:  # [B]
+        torch.manual_seed(mask_seed(seed, state.step, index * world + rank))  # dropout
+        cond = None if batch.label is None else {"label": batch.label}
+        return objective(v, plain, batch.x0, batch.x1, batch.t, batch.w, cond)
+
     with ThreadPoolExecutor(1, "batches") as pool, Progress(config, start) as progress:
         ahead = pool.submit(batch_at, state.step, 0)
+        if config.compile and start < config.steps:
+            first = ahead.result().to(accelerator.device)
+            with accelerator.no_sync(state.model):
+                compiled.check(partial(errors, v, first, 0), net, config.precision)
+            del first
         while True:
             if state.step % config.log_every == 0 and state.step > start:
                 values = {
@@ -203,10 +214,8 @@ def fit(
                 batch = ahead.result().to(accelerator.device)
                 last = index == accumulation - 1
                 ahead = pool.submit(batch_at, state.step + last, 0 if last else index + 1)
-                torch.manual_seed(mask_seed(seed, state.step, index * world + rank))  # dropout
                 with nullcontext() if last else accelerator.no_sync(state.model):
-                    cond = None if batch.label is None else {"label": batch.label}
-                    error = objective(v, plain, batch.x0, batch.x1, batch.t, batch.w, cond)
+                    error = errors(v, batch, index)
                     accelerator.backward(error.mean() / accumulation)
                 total += error.detach().mean() / accumulation
                 way = path.velocity(batch.x0, batch.x1).square().flatten(1).sum(1)  # |x1 - x0|^2

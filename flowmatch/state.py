@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flowmatch import ema, nets, sharding
+from flowmatch import compiled, ema, nets, sharding
 from flowmatch.config import Config, UserError, option, required
 from flowmatch.run import Run
 from flowmatch.stage import leads
@@ -99,8 +99,8 @@ class State:
         if config.shard:
             sharding.shard(net, device)
         net.to(device).train()
-        if config.compile:  # a micro-batch has one shape: one graph, never another
-            net.forward = torch.compile(net.forward, fullgraph=True, dynamic=False)
+        if config.compile:
+            compiled.compile_forward(net, device)
         self.parameters = list(net.parameters())  # walking the modules each step is not free
         self.adamw = torch.optim.AdamW(
             net.parameters(),

@@ -33,14 +33,14 @@ def net(classes=None):
     return nets.build(NetConfig(name="VelocityMLP", hidden=16), (2,), classes, 0)
 
 
-def unet(dropout=0.0):
+def unet(dropout=0.0, levels=1):
     config = NetConfig(
         name="UNet2DModel",
-        block_out_channels=[8],
+        block_out_channels=[8] * levels,
         layers_per_block=1,
         norm_num_groups=4,
-        down_block_types=["DownBlock2D"],
-        up_block_types=["UpBlock2D"],
+        down_block_types=["DownBlock2D"] * levels,
+        up_block_types=["UpBlock2D"] * levels,
         add_attention=False,
         dropout=dropout,
     )

@@ -36,7 +36,7 @@ LAYERS = {
         "batches",
         *("features", "scores", "rows"),
     ],
-    "loop": ["stage", "run", "sharding", "state", "fit"],
+    "loop": ["stage", "run", "sharding", "compiled", "state", "fit"],
     "draw": ["draw", "plane", "charts", "report", "card"],
 }
 ORDER = list(LAYERS)

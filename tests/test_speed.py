@@ -4,15 +4,22 @@ from functools import partial
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
-from flowmatch import run
+from flowmatch import compiled, run
 from flowmatch.config import UserError
 from flowmatch.fit import check, check_net
 from flowmatch.state import FitConfig
 from tests import pairset
-from tests.test_fit import images, net, train, unet, weights
+from tests.test_fit import images, net, stream, train, unet, weights
 
 SHORT = {"steps": 6, "batch_size": 8, "save_every": 3, "log_every": 1, "warmup": 2}
+COMPILE = torch.compile
+
+
+class Stopped(Exception):
+    pass
 
 
 def curve(folder, dropout=0.0, stream=images, **values):
@@ -49,9 +56,6 @@ def test_channels_last_changes_no_more_than_rounding_and_resumes(tmp_path):
     whole = curve(tmp_path / "b", channels_last=True)
     assert whole == pytest.approx(curve(tmp_path / "c"), rel=1e-5)
 
-    class Stopped(Exception):
-        pass
-
     def stopping(counters):
         if counters[0] // 8 >= 5:
             raise Stopped
@@ -67,24 +71,78 @@ def test_channels_last_changes_no_more_than_rounding_and_resumes(tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_network_is_one_graph_compiled_once(tmp_path, monkeypatch, checkpointing):
     """By the backend that generates no code; `inductor` takes minutes for it on a CPU."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    torch._dynamo.reset()
+    compiler(monkeypatch, "aot_eager")
     torch._dynamo.utils.counters.clear()
     values = {"micro_batch": 4, "checkpointing": checkpointing}
     with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = curve(tmp_path / "a", compile=True, **values)
+        found = curve(tmp_path / "a", compile=True, **values)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert compiled == pytest.approx(curve(tmp_path / "b", **values), rel=1e-6)
+    assert found == pytest.approx(curve(tmp_path / "b", **values), rel=1e-6)
+
+
+def compiler(monkeypatch, backend):
+    monkeypatch.setattr(torch, "compile", partial(COMPILE, backend=backend))
+    torch._dynamo.reset()
+
+
+def losing(graph, inputs):
+    """Compile a backward pass that loses the last weight's gradient."""
+
+    def run(*words):
+        *found, last = graph(*words)
+        return [*found, torch.zeros_like(last)]
+
+    return make_boxed_func(run)
+
+
+def test_a_compiler_that_loses_a_gradient_is_refused_at_every_start(tmp_path, monkeypatch):
+    wrong = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=losing)
+    what = r"gradient of last.bias is 100.0% off .* rounding in fp32 .*; use fit.compile=false"
+    values = {"steps": 6, "save_every": 3, "log_every": 1, "compile": True}
+
+    def stopping(counters):
+        if counters[0] // 32 >= 5:
+            raise Stopped
+        return stream(counters)
+
+    compiler(monkeypatch, "aot_eager")
+    with pytest.raises(Stopped):
+        train(tmp_path, stopping, **values)
+    for folder in (tmp_path, tmp_path / "new"):
+        compiler(monkeypatch, wrong)
+        with pytest.raises(UserError, match=what):
+            train(folder, **values)
+    compiler(monkeypatch, "aot_eager")
+    done = train(tmp_path, **values)
+    compiler(monkeypatch, wrong)
+    assert train(tmp_path, **values) == done  # nothing is left to compile
+
+
+def test_a_look_at_the_compiled_gradients_changes_no_bit(tmp_path, monkeypatch):
+    found = []
+    for look in (compiled.check, lambda *words: found.append(words)):
+        compiler(monkeypatch, "aot_eager")
+        monkeypatch.setattr(compiled, "check", look)
+        folder = tmp_path / str(len(found))
+        files, lines = train(folder, images, unet(0.3), compile=True, micro_batch=4, **SHORT)
+        found.append((files, [line["loss"] for line in lines]))
+    looked, (errors, *_), not_looked = found
+    assert looked == not_looked
+    assert torch.equal(errors(), errors())
 
 
 @pytest.mark.slow
-def test_compiled_training_agrees_with_eager(tmp_path):
+@pytest.mark.parametrize("kind", ["mlp", "unet"])
+def test_compiled_training_agrees_with_eager(tmp_path, kind):
+    """The U-Net with dropout and two levels: the compiler once lost the gradient of its upsampling."""
     values = {"batch_size": 32, "steps": 20, "save_every": 10, "log_every": 5}
-    _, compiled = train(tmp_path / "a", compile=True, **values)
-    _, eager = train(tmp_path / "b", **values)
-    for one, other in zip(compiled, eager, strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+    words = (stream, net) if kind == "mlp" else (images, partial(unet, 0.3, levels=2))
+    torch._dynamo.reset()
+    _, found = train(tmp_path / "a", words[0], words[1](), compile=True, **values)
+    _, eager = train(tmp_path / "b", words[0], words[1](), **values)
+    for one, other in zip(found, eager, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
     for name, tensor in weights(tmp_path / "a").items():
         torch.testing.assert_close(tensor, weights(tmp_path / "b")[name], atol=1e-6, rtol=1e-5)
 
