@@ -1,10 +1,9 @@
 """Features of images, for distances between sets of them: a classifier's, or Inception's.
 
 A classifier is trained on the data by the stage `train_classifier`, or inside `evaluate`; Inception's
-weights are given. Nothing is downloaded.
+weights are given. Nothing is downloaded. A feature loss also looks through any module that is given.
 """
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,20 +109,21 @@ class Exported(nn.Module):
     """The same of a module that is given, by a file of torch.export.save.
 
     forward(x: [B, C, H, W]) -> [B, F]: the values, then whatever the module gives of x, unweighted.
-    Raises UserError, naming `key`, where it cannot be loaded, or takes no batch of such images.
+    Raises UserError, naming `key`, where it cannot be loaded, takes no batch of such images, or gives
+    no gradient.
     """
 
-    def __init__(
-        self, path: str, key: str, batch: int, shape: tuple[int, ...], device: torch.device
-    ):
+    def __init__(self, path: str, key: str, batch: int, shape: tuple[int, ...], device: str):
+        from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.export.passes import move_to_device_pass
 
         super().__init__()
         try:
             self.net = move_to_device_pass(torch.export.load(path), device).module()
             self.net.requires_grad_(False)
-            x = torch.zeros(batch, *shape, device=device, requires_grad=True)
-            found = self(x)
+            with FakeTensorMode(allow_non_fake_inputs=True):  # a plan's batch may be a whole job's
+                x = torch.zeros(batch, *shape, device=device, requires_grad=True)
+                found = self.net(x).flatten(1)
         except Exception as error:  # whatever torch or the program raises
             reason = str(error).strip().split("\n")[0]
             raise UserError(
@@ -132,7 +132,8 @@ class Exported(nn.Module):
             ) from None
         if not found.requires_grad or len(found) != batch:
             raise UserError(
-                f"{key}={path} gives {list(found.shape)} for a batch of {batch}, expected a row a sample"
+                f"{key}={path} gives {len(found)} rows for a batch of {batch}, with"
+                f"{'' if found.requires_grad else 'out'} a gradient; expected a row a sample, with one"
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -140,17 +141,30 @@ class Exported(nn.Module):
         return torch.cat([x.flatten(1), self.net(x).flatten(1)], dim=1)
 
 
+def check(path: str, key: str) -> None:
+    """Look whether there is what a feature loss compares, before there is a network to hold it against.
+
+    path: as of `perceptual`. Raises UserError naming `key`; NotReady for a folder that is not there or
+    not sealed.
+    """
+    if Path(path).is_file():
+        return
+    if path.endswith(".pt2"):
+        raise UserError(f"{key}={path}: no such file")
+    manifest.read(path, key, ["train_classifier"])
+
+
 def perceptual(
-    path: str, key: str, batch: int, shape: tuple[int, ...], device: torch.device
+    path: str, key: str, batch: int, shape: tuple[int, ...], device: str
 ) -> tuple[nn.Module, str, str]:
     """Load what a feature loss compares: (frozen module, digest of `path`, digest of who looks).
 
-    path: the sealed folder of train_classifier, or a file PATH.pt2. batch, shape: of what it is to see.
+    path: the sealed folder of train_classifier, or a file. batch, shape: of what it is to see.
     Raises UserError naming `key`; NotReady for a folder that is not there or not sealed.
     """
-    if path.endswith(".pt2"):
+    if path.endswith(".pt2") or Path(path).is_file():
         module = Exported(path, key, batch, shape, device)
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        digest = manifest.sha256_file(path)
         return module, digest, digest
     classifier, _ = load(path, key, shape)
     looks = metrics.module_digest(classifier)

@@ -89,6 +89,9 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
         check(config.fit, device, stage.world_size())
     with faults:
         objectives.check(config.objective, config.loss, config.times, config.fit)
+    if config.loss.features is not None:
+        with faults:
+            features.check(config.loss.features, "loss.features")
     inputs: dict[str, str] = {}
     with faults:
         start = teachers.load(config.start, "start")

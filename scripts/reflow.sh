@@ -106,6 +106,11 @@ for stage in "${stages[@]}"; do
   wait "${process[$stage]}" || status=$?
 done
 [ "$status" -eq 0 ] || exit "$status"
+for stage in features classifier; do  # what no stage is going to make would be missed after hours
+  [ -z "${module[$stage]:-}" ] || continue
+  ! grep -h "=runs/$name/$stage does not exist" "$plans"/* >&2 ||
+    fail "configs/$name/$stage.yaml does not exist either"
+done
 if [ -n "$dry_run" ]; then
   for stage in "${stages[@]}"; do cat "$plans/$stage"; done
   exit

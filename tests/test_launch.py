@@ -43,7 +43,7 @@ for node in 0 1; do SLURM_NODEID=$node "$@" || exit; done
 """,
     # a stage: its dry run succeeds, its run does what TASK says
     "python": """
-if [[ " $* " == *" --dry-run "* ]]; then echo "plan of $2"; exit 0; fi
+if [[ " $* " == *" --dry-run "* ]]; then echo "${PLAN:-plan of $2}"; exit 0; fi
 eval "${TASK:-true}"
 """,
 }
@@ -167,6 +167,17 @@ def test_a_chain_with_a_mistake_in_any_config_is_not_queued(slurm):
     assert done.returncode == 2
     assert "fit.stepz" in done.stderr
     assert not calls(slurm, "sbatch")
+
+
+def test_a_classifier_that_no_stage_makes_is_missed_before_any_work(slurm):
+    for stage in ("features", "classifier"):
+        line = f"x: later: key=runs/ring/{stage} does not exist; run the stage that makes it first"
+        done = call(slurm | {"PLAN": line}, "scripts/reflow.sh", "ring")
+        assert done.returncode == 2
+        assert f"{line}\nreflow.sh: configs/ring/{stage}.yaml does not exist" in done.stderr
+        assert not calls(slurm, "python")
+    line = line.replace("ring", "fashion_mnist")
+    assert call(slurm | {"PLAN": line}, "scripts/reflow.sh", "fashion_mnist").returncode == 0
 
 
 def test_a_failed_stage_ends_the_job_with_its_cause(slurm):

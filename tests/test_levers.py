@@ -90,15 +90,31 @@ def test_a_feature_loss_is_refused_where_it_means_nothing(base, tmp_path):
     loss = f"loss={{name: feature, features: {base}/flow}}"
     with pytest.raises(UserError, match=r"loss.features=.* holds the result of train_flow"):
         run(reflow, *reflow_words(base, tmp_path / "no", loss))
+    for name, fault in {
+        "no": "run the stage that makes it first",
+        "no.pt2": "no such file",
+    }.items():
+        loss = f"loss={{name: feature, features: {base}/{name}}}"
+        with pytest.raises(UserError, match=rf"loss.features=\S+/{name}\b.* {fault}"):
+            run(reflow, *reflow_words(base, tmp_path / "no", loss), "start=later")
 
 
-def exported(file, channels=1, batch=None):
-    """A module as a user gives it: two weighted maps of a convolution."""
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Conv2d(channels, 4, 3, stride=2), torch.nn.Tanh())
+class Cut(torch.nn.Module):
+    def forward(self, x):
+        return x.detach().abs()
+
+
+def save(net, file, channels=1, batch=None):
     sizes = {0: torch.export.Dim.STATIC if batch else torch.export.Dim("batch")}
     x = torch.zeros(batch or 2, channels, 8, 8)
     torch.export.save(torch.export.export(net, (x,), dynamic_shapes=(sizes,)), file)
+
+
+def exported(file, channels=1, batch=None):
+    """A module as a user gives it: a convolution, squashed."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(channels, 4, 3, stride=2), torch.nn.Tanh())
+    save(net, file, channels, batch)
     return net
 
 
@@ -111,9 +127,7 @@ def test_a_feature_loss_looks_through_a_module_that_is_given(base, tmp_path):
     assert seal["inputs"]["features"] == digest
     assert seal["facts"]["features"] == [digest]
 
-    module, _, _ = features.perceptual(
-        f"{tmp_path}/eyes.pt2", "x", 4, (1, 8, 8), torch.device("cpu")
-    )
+    module, _, _ = features.perceptual(f"{tmp_path}/eyes.pt2", "x", 4, (1, 8, 8), "cpu")
     assert not any(p.requires_grad for p in module.parameters())
     x = torch.randn(5, 1, 8, 8, requires_grad=True)
     wanted = torch.cat([x.flatten(1), net(x).flatten(1)], dim=1)
@@ -121,17 +135,24 @@ def test_a_feature_loss_looks_through_a_module_that_is_given(base, tmp_path):
     found = torch.autograd.grad(module(x).square().sum(), x)
     torch.testing.assert_close(found, torch.autograd.grad(wanted.square().sum(), x))
 
-    (tmp_path / "no.pt2").write_bytes(b"nothing")
+    for file in ("no.pt2", "weights.pth"):
+        (tmp_path / file).write_bytes(b"nothing")
     exported(tmp_path / "colour.pt2", channels=3)
     exported(tmp_path / "fixed.pt2", batch=2)
-    for name in ("none", "no", "colour", "fixed"):
-        with pytest.raises(
-            UserError, match=rf"loss.features=\S+/{name}.pt2: no module for batches"
-        ):
-            features.perceptual(f"{tmp_path}/{name}.pt2", "loss.features", 4, (1, 8, 8), CPU)
+    save(Cut(), tmp_path / "cut.pt2")
+    save(torch.nn.Flatten(0, 1), tmp_path / "flat.pt2", channels=3)
+    faults = dict.fromkeys(
+        ("no.pt2", "weights.pth", "colour.pt2", "fixed.pt2"), ": no module for batches"
+    )
+    faults |= {"cut.pt2": " gives 4 rows for a batch of 4, without a gradient"}
+    for name, fault in faults.items():
+        with pytest.raises(UserError, match=rf"loss.features=\S+/{name}{fault}"):
+            features.perceptual(f"{tmp_path}/{name}", "loss.features", 4, (1, 8, 8), "cpu")
+    with pytest.raises(UserError, match="gives 12 rows for a batch of 4, with a gradient"):
+        features.perceptual(f"{tmp_path}/flat.pt2", "loss.features", 4, (3, 8, 8), "cpu")
+    features.perceptual(f"{tmp_path}/eyes.pt2", "x", 10**9, (1, 8, 8), "cpu")  # planned, not run
 
 
-CPU = torch.device("cpu")
 SCORED = ["data={source: digits}", "samples=16", "converged_steps=1", "features=values"]
 
 
