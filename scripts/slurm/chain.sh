@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The chain as dependent SLURM jobs: train, pairs by an array of workers, reflow, evaluate, export.
+# The chain as dependent SLURM jobs: those of scripts/reflow.sh, pairs by an array of workers.
 #
 #   scripts/slurm/chain.sh NAME [STAGE.key=value ...]
 #
 # Each job starts when the one before has ended well. Read from the environment: ROUNDS (as by
-# scripts/reflow.sh), WORKERS (members of the array, default 4), TRAIN, PAIRS and CHECK (words for sbatch of the training jobs, of an array's
-# member, and of the rest), and sbatch's own, such as SBATCH_ACCOUNT, SBATCH_PARTITION:
+# scripts/reflow.sh), WORKERS (members of an array, default 4), TRAIN, PAIRS and CHECK (words for sbatch
+# of the training jobs, of an array's member, and of the rest), and sbatch's own, such as SBATCH_ACCOUNT,
+# SBATCH_PARTITION:
 #
 #   TRAIN="--nodes=2 --gpus-per-node=8" PAIRS="--gpus-per-node=1" WORKERS=16 scripts/slurm/chain.sh NAME
 set -euo pipefail
