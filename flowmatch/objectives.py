@@ -99,8 +99,10 @@ def build(
         v: Field, plain: Field, x0: Tensor, x1: Tensor, t: Tensor, w: Tensor, cond: Cond
     ) -> Tensor:
         x, r = path.interpolate(x0, x1, t), later(t, w, config)
+        masks = torch.initial_seed()
 
         def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            torch.manual_seed(masks)  # both ends of the difference through one dropout mask
             return plain(x, t, cond, r)
 
         # the derivative is no part of the gradient, so it may pass DDP's hooks by

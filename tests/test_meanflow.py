@@ -273,6 +273,20 @@ def test_the_objective_is_the_loss_to_the_target_and_its_gradient_stops_there():
     torch.testing.assert_close(error, plain)
 
 
+def test_dropout_is_no_part_of_the_slope():
+    """Else a difference over a step divides by it what two masks make."""
+    net = shaken(second_time.add(nets.build(NetConfig(**UNET, dropout=0.5), (1, 8, 8), None, 0), 0))
+    x0, x1, t, _, _ = drawn((1, 8, 8), None)
+    v, w = nets.Velocity(net.train()), torch.full((6,), 0.5)
+
+    def error(step):
+        torch.manual_seed(0)
+        config = SHARES.model_copy(update={"step": step})
+        return objectives.build(config, LossConfig())(v, v, x0, x1, t, w, None)
+
+    torch.testing.assert_close(error(1e-5), error(0), rtol=0.01, atol=0)
+
+
 def pairs_of(root, teacher):
     few = ["shards=1", "shard_size=64", "block=16", "compute_batch=32", "solver.steps=2"]
     words = [f"run_dir={root}/pairs", f"teacher={teacher}", *few]
