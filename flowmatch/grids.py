@@ -14,10 +14,14 @@ from flowmatch.config import Config, UserError, option
 class GridConfig(Config):
     """Where the points of a time grid lie."""
 
-    grid: Literal["uniform", "sigmoid", "edm", "list"] = option(
+    grid: Literal["uniform", "shift", "sigmoid", "edm", "list"] = option(
         "uniform",
-        "spacing of the times from 0 to 1; sigmoid: short steps at both ends; edm: even in "
-        "sigma^(1/rho), sigma = (1 - t) / t; list: the times in points",
+        "spacing of the times from 0 to 1; shift: short steps at the noise, as diffusers' flow "
+        "schedulers shift them; sigmoid: short steps at both ends; edm: even in sigma^(1/rho), "
+        "sigma = (1 - t) / t; list: the times in points",
+    )
+    shift: float = option(
+        3.0, "grid=shift: 1 is uniform; larger puts more steps at the noise", gt=0
     )
     kappa: float = option(10.0, "grid=sigmoid: steepness; towards 0 it is uniform", gt=0, le=100)
     rho: float = option(7.0, "grid=edm: larger puts more steps at the data end", gt=0)
@@ -50,6 +54,16 @@ def uniform_grid(steps: int) -> Tensor:
     if steps < 1:
         raise UserError(f"steps={steps}: a sampler needs at least 1 step")
     return torch.arange(steps + 1, dtype=torch.float64) / steps
+
+
+def shift_grid(steps: int, shift: float) -> Tensor:
+    """Space N steps evenly, then shift them towards noise (shift > 1) or data; float64 [N + 1].
+
+    sigma' = shift sigma / (1 + (shift - 1) sigma), sigma = 1 - t (Esser et al. 2024, arXiv 2403.03206,
+    eq. 23), as FlowMatchEulerDiscreteScheduler(shift=shift) does.
+    """
+    t = uniform_grid(steps)
+    return t / (shift - (shift - 1) * t)
 
 
 def sigmoid_grid(steps: int, kappa: float) -> Tensor:
@@ -94,7 +108,9 @@ def make(config: GridConfig, steps: int) -> Tensor:
                 f"{len(config.points) - 1}"
             )
         return torch.tensor(config.points, dtype=torch.float64)
-    if config.grid == "sigmoid":
+    if config.grid == "shift":
+        grid = shift_grid(steps, config.shift)
+    elif config.grid == "sigmoid":
         grid = sigmoid_grid(steps, config.kappa)
     elif config.grid == "edm":
         grid = edm_grid(steps, config.rho, config.sigma_min, config.sigma_max)

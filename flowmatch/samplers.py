@@ -231,6 +231,7 @@ def describe(config: SamplerConfig) -> str:
     """Say in words how a config samples, such as `euler, uniform steps`."""
     value = {"sde": f" (c = {config.c:g})", "ddim": f" (eta = {config.eta:g})"}.get(config.name, "")
     spacing = {
+        "shift": f"steps shifted by {config.shift:g}",
         "sigmoid": f"sigmoid steps (kappa {config.kappa:g})",
         "edm": f"edm steps (rho {config.rho:g})",
         "list": f"steps at {config.points}",

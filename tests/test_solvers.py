@@ -112,6 +112,7 @@ def test_backward_undoes_forward(solver):
 
 GRIDS = [
     {"grid": "uniform"},
+    {"grid": "shift", "shift": 3.0},
     {"grid": "sigmoid", "kappa": 5.0},
     {"grid": "edm", "rho": 7.0},
     {"grid": "list", "points": [0.0, 0.1, 0.15, 0.7, 1.0]},
@@ -165,6 +166,19 @@ def test_grids_follow_their_formulas():
     )
 
 
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_shifted_steps_are_those_of_diffusers(shift):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=(1 - grids.uniform_grid(4)[:-1]).tolist())
+    found = grids.make(grids.GridConfig(grid="shift", shift=shift), 4)
+    torch.testing.assert_close(1 - found, scheduler.sigmas.double(), atol=1e-6, rtol=0)
+    assert found[0] == 0
+    assert found[-1] == 1
+    assert grids.make(grids.GridConfig(grid="shift"), 4)[1] == pytest.approx(0.1)
+
+
 def test_the_state_keeps_float32_or_float64_and_the_network_its_own_dtype():
     net = nets.build(nets.NetConfig(name="VelocityMLP", hidden=16), (2,), None, 0)
     v = nets.Velocity(net)
@@ -209,7 +223,13 @@ def test_bad_grids_and_names_are_refused(grid, solver, message):
 
 
 @pytest.mark.parametrize(
-    "grid", [grids.uniform_grid, grids.edm_grid, lambda n: grids.sigmoid_grid(n, 1.0)]
+    "grid",
+    [
+        grids.uniform_grid,
+        grids.edm_grid,
+        lambda n: grids.sigmoid_grid(n, 1.0),
+        lambda n: grids.shift_grid(n, 2.0),
+    ],
 )
 def test_a_grid_of_no_steps_is_refused(grid):
     with pytest.raises(UserError, match="steps=0: a sampler needs at least 1 step"):
