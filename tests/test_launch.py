@@ -160,6 +160,14 @@ def test_classifiers_are_trained_where_there_is_a_config_for_them(slurm, name, s
     assert [run[1] for run in runs] == [f"configs/{name}/{stage}.yaml" for stage in names]
     assert runs[2][0] == "pipelines.train_classifier"
 
+    Path(slurm["CALLS"]).write_text("")
+    done = call(slurm | {"ROUNDS": "2"}, "scripts/reflow.sh", name)
+    assert done.returncode == 0, done.stderr
+    at = names.index("reflow") + 1
+    every = [*names[:at], "pairs", "reflow", *names[at:]]
+    runs = [line.split(" -m ")[-1].split() for line in calls(slurm, "python")]
+    assert [run[1] for run in runs] == [f"configs/{name}/{stage}.yaml" for stage in every]
+
 
 def test_a_chain_with_a_mistake_in_any_config_is_not_queued(slurm):
     environment = slurm | {"PYTHON": sys.executable}
