@@ -323,8 +323,10 @@ def test_bf16_trains_and_keeps_float32_weights(tmp_path):
         f"dtypes = {{t.dtype for t in weights({str(tmp_path)!r}).values()}};"
         "print(dtypes, lines[-1]['loss'] < lines[0]['loss'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "{torch.float32} True", done.stderr
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "{torch.float32} True"
 
 
 def test_dropout_is_the_same_after_a_resume_and_off_in_what_is_saved(tmp_path):
