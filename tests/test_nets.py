@@ -9,15 +9,8 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from flowmatch import nets
 from flowmatch.config import UserError
 from flowmatch.nets import NetConfig, Velocity
+from tests.stages import UNET
 
-UNET = {
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "add_attention": False,
-}
 DIT = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2}
 DIT |= {"norm_num_groups": 4}
 
