@@ -1,8 +1,9 @@
 """ReflowPipeline: sample images or points from a rectified flow in a few steps.
 
 It differs from the stock pipelines in what they cannot do: it asks for the uniform grid by explicit
-sigmas whatever the scheduler's default, keeps the state in float32 under a half-precision network,
-passes class labels, guides without a second model, and samples points as well as images.
+sigmas whatever the scheduler's default (its `shift` moves them), keeps the state in float32 under a
+half-precision network, passes class labels, guides without a second model, and samples points as well
+as images.
 
 This file needs torch and diffusers alone, so that it can be copied beside exported weights.
 """
@@ -64,7 +65,7 @@ class ReflowPipeline(DiffusionPipeline):
         [batch_size, ...]. output_type: "pil", "np" ([B, H, W, C]) or "pt" ([B, C, H, W]) in [0, 1];
         points come as they are, [B, D], as "np" or "pt".
         Returns ImagePipelineOutput with `images`, or a tuple of it. Raises ValueError for arguments
-        that do not fit, and for a scheduler that cannot take uniform steps.
+        that do not fit, and for a scheduler that cannot take these steps.
         """
         shape = (batch_size, *self._sample_shape())
         self._check(batch_size, num_inference_steps, generator, output_type, shape)
@@ -80,7 +81,7 @@ class ReflowPipeline(DiffusionPipeline):
             raise ValueError(f"latents are {list(latents.shape)}: expected {list(shape)}")
         x = latents.to(device, torch.float32)
 
-        self._set_uniform_steps(num_inference_steps, device)
+        self._set_steps(num_inference_steps, device)
         extra = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             extra["generator"] = generator
@@ -117,23 +118,25 @@ class ReflowPipeline(DiffusionPipeline):
         null, cond = output.chunk(2)
         return null + guidance * (cond - null)
 
-    def _set_uniform_steps(self, steps: int, device: torch.device) -> None:
-        """Set sigma = 1 - i/N and then 0, and see that the scheduler has kept to it."""
+    def _set_steps(self, steps: int, device: torch.device) -> None:
+        """Set sigma = 1 - i/N and then 0, `shift` applied, and see that the scheduler keeps to it."""
         scheduler, name = self.scheduler, type(self.scheduler).__name__
         if scheduler.config.get("prediction_type", "flow_prediction") != "flow_prediction":
             raise ValueError(
                 f"{name} has prediction_type={scheduler.config.prediction_type!r}: expected "
                 "'flow_prediction'; or pass scheduler=FlowMatchEulerDiscreteScheduler()"
             )
-        wanted = torch.tensor([*(1 - i / steps for i in range(steps)), 0.0])
+        even = torch.tensor([*(1 - i / steps for i in range(steps)), 0.0])
+        shift = scheduler.config.get("shift", 1.0)
+        wanted = shift * even / (1 + (shift - 1) * even)
         slack = 1e-6
         if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-            scheduler.set_timesteps(sigmas=wanted[:-1].tolist(), device=device)
+            scheduler.set_timesteps(sigmas=even[:-1].tolist(), device=device)
         else:
             scheduler.set_timesteps(steps, device=device)
             slack = 2e-3  # stock flow grids begin at .999, and round timesteps to integers
         order = scheduler.order
-        sigmas = getattr(scheduler, "sigmas", wanted[:0])[::order].float().cpu()
+        sigmas = getattr(scheduler, "sigmas", even[:0])[::order].float().cpu()
         times = scheduler.timesteps[::order].float().cpu()
         if (
             sigmas.shape != wanted.shape
@@ -142,8 +145,8 @@ class ReflowPipeline(DiffusionPipeline):
         ):
             raise ValueError(
                 f"{name} makes sigmas {sigmas.tolist()}, timesteps {times.tolist()} of {steps} "
-                f"steps: expected {wanted.tolist()}, and 1000 times that; its config shifts or "
-                "spaces them (shift, shift_terminal, use_*_sigmas); pass "
+                f"steps: expected {wanted.tolist()}, and 1000 times that; its config spaces "
+                "them (flow_shift, shift_terminal, use_*_sigmas); pass "
                 "scheduler=FlowMatchEulerDiscreteScheduler() or a RectifiedFlowScheduler"
             )
 

@@ -1,4 +1,4 @@
-"""RectifiedFlowScheduler: few uniform steps along a rectified flow, in diffusers' terms.
+"""RectifiedFlowScheduler: few steps along a rectified flow, in diffusers' terms.
 
 There sigma = 1 is noise and 0 is data, x = sigma noise + (1 - sigma) data, the network predicts
 noise - data and sees timestep = 1000 sigma, and an Euler step is
@@ -69,9 +69,11 @@ def stochastic(
 
 
 class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
-    """Integrate a rectified flow in N uniform steps, or on a grid of one's own.
+    """Integrate a rectified flow in N steps, uniform or shifted, or on a grid of one's own.
 
     num_train_timesteps: timestep = num_train_timesteps * sigma; 1000 for every network of ours.
+    shift: sigma' = shift sigma / (1 + (shift - 1) sigma) for every grid of sigmas, those that a caller
+    gives too, as the stock class has it; above 1 steps are short at the noise (arXiv 2403.03206, 23).
     solver: "euler" (first order), "midpoint" or "heun" (second, two evaluations a step), "rk4"
     (fourth, four), "ab2" (second with one: it looks back a step; its first step is Euler's).
     reflow_round: how often the flow was rectified (0: independent coupling); None is unknown.
@@ -83,9 +85,9 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
     them a step, and `sigmas` the sigma of each and a closing 0. Call `step` once for each timestep.
 
     The state is never half precision: arithmetic is in float32 (float64 for a float64 sample), and
-    the result has the dtype of the SAMPLE passed in, not of the network's output. Where a stock
-    pipeline passes half-precision samples, it gets them back so; the scheduler remembers the
-    float32 value behind each and goes on from that wherever the sample comes back unchanged.
+    the result has the dtype of the SAMPLE passed in, not of the network's output. Behind a sample of
+    half precision the scheduler keeps the float32 value, from which it goes on where the sample comes
+    back unchanged.
     """
 
     if __name__.startswith("flowmatch."):  # not as remote code, where there is no such package
@@ -107,12 +109,14 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         reflow_round: int | None = None,
         eta: float = 0.0,
         churn: float = 0.0,
+        shift: float = 1.0,
     ):
         noise, noisy = f"eta={eta}, churn={churn}", bool(eta or churn)
         in_range = 0 <= eta <= 1 and 0 <= churn <= 2  # NaN is not
         for wrong, message in (
             (solver not in SOLVERS, f"solver={solver!r}: expected one of {', '.join(SOLVERS)}"),
             (num_train_timesteps < 1, f"{num_train_timesteps=}: expected at least 1"),
+            (not 0 < shift < float("inf"), f"{shift=}: expected more than 0; 1 is uniform"),
             ((reflow_round or 0) < 0, f"{reflow_round=}: expected None, or 0, 1, 2, ..."),
             (not in_range, f"{noise}: expected eta in [0, 1] and churn in [0, 2]"),
             (eta and churn, f"{noise}: these are two samplers; leave one of them at 0"),
@@ -127,8 +131,8 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(message)
         # A saved config lists every argument. Those at their default count as not given, so that
         # another class's from_config warns only where something would be lost.
-        defaults = {"num_train_timesteps": 1000, "solver": "euler", "eta": 0.0, "churn": 0.0}
-        plain = [key for key in self.config if self.config[key] == defaults.get(key)]
+        usual = {"num_train_timesteps": 1000, "solver": "euler", "eta": 0, "churn": 0, "shift": 1}
+        plain = [key for key in self.config if self.config[key] == usual.get(key)]
         self.register_to_config(_use_default_values=plain)
         self.order = len(SOLVERS[solver])
         self.set_timesteps(num_train_timesteps)
@@ -148,9 +152,9 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         """Choose the grid, and start afresh.
 
         Give one of num_inference_steps: N steps at sigma = 1 - i/N; sigmas: strictly falling, in
-        (0, 1], without the final 0; timesteps: the same times num_train_timesteps. device: where
-        `timesteps` go; `sigmas` stay on the CPU. mu: ignored, as by the stock class without dynamic
-        shifting: some pipelines always pass it. Raises ValueError for any other grid.
+        (0, 1], without the final 0; timesteps: the same times num_train_timesteps. All but timesteps
+        are shifted. device: where `timesteps` go; `sigmas` stay on the CPU. mu: ignored, as the stock
+        class does unless it shifts dynamically. Raises ValueError for any other grid.
         """
         steps = num_inference_steps
         if sigmas is not None and timesteps is not None:
@@ -158,7 +162,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         if sigmas is None and timesteps is None:
             if not isinstance(steps, numbers.Integral) or steps < 1:
                 raise ValueError(f"num_inference_steps={steps}: expected an integer of at least 1")
-            sigmas = _uniform(int(steps))
+            sigmas = [1 - i / steps for i in range(int(steps))]
         given, top = (sigmas, 1) if timesteps is None else (timesteps, len(self))
         name = "sigmas" if timesteps is None else "timesteps"
         points = torch.as_tensor(given, dtype=torch.float32, device="cpu")
@@ -171,9 +175,11 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         if steps not in (None, len(points)):
             raise ValueError(f"num_inference_steps={steps}, but {name} has {len(points)} entries")
         self.num_inference_steps = len(points)
-        # in float32, so that both are bit for bit what the stock class makes of either
-        both = (points, points * len(self)) if timesteps is None else (points / top, points)
-        self._lay_out(*both, device)
+        if timesteps is None:  # in float32, so that both are bit for bit what the stock class makes
+            points = self.config["shift"] * points / (1 + (self.config["shift"] - 1) * points)
+            self._lay_out(points, points * len(self), device)
+        else:
+            self._lay_out(points / len(self), points, device)
 
     def _lay_out(self, sigmas: Tensor, times: Tensor, device: Any) -> None:
         """List the evaluations of a grid. sigmas, times: float32 [N], without the final 0."""
@@ -309,11 +315,6 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Do what `scale_noise` does, under the name that older pipelines call."""
         return self.scale_noise(original_samples, timesteps, noise)
-
-
-def _uniform(steps: int) -> Tensor:
-    """Space N steps evenly from noise: sigma = 1 - i/N, float32 [N], without the final 0."""
-    return torch.tensor([1 - i / steps for i in range(steps)], dtype=torch.float32)
 
 
 def _one_time(timestep: Any) -> float:

@@ -21,6 +21,7 @@ from diffusers import (
 )
 
 import flowmatch
+from flowmatch import grids, nets, solvers
 from flowmatch.mlp import VelocityMLP
 from flowmatch.pipeline import ReflowPipeline
 from flowmatch.scheduler import RectifiedFlowScheduler
@@ -102,6 +103,19 @@ def test_a_seed_gives_the_picture_of_the_stock_pipeline(steps):
     by_dpm = draw(unet, dpm(), **common)
     close(by_dpm, draw(unet, dpm(), DDPMPipeline, **common))
     assert 0 < np.abs(by_dpm - stock).max() < 0.03
+
+
+def test_shifted_steps_by_the_config_of_the_scheduler():
+    unet, start = tiny_unet(), torch.randn(2, 1, 8, 8, generator=seeded())
+    common = {"batch_size": 2, "latents": start, "num_inference_steps": 3}
+    ours = draw(unet, RectifiedFlowScheduler(shift=3.0), **common)
+    assert np.array_equal(draw(unet, FlowMatchEulerDiscreteScheduler(shift=3.0), **common), ours)
+    assert np.abs(draw(unet, **common) - ours).max() > 1e-3
+    by_ab2 = draw(unet, RectifiedFlowScheduler(solver="ab2", shift=3.0), output_type="pt", **common)
+    velocity = nets.Velocity(unet)
+    with torch.no_grad():
+        end = solvers.integrate(velocity, start, grids.shift_grid(3, 3.0), "ab2")
+    close(by_ab2, (end / 2 + 0.5).clamp(0, 1))
 
 
 def test_output_types():
@@ -214,12 +228,11 @@ def test_the_state_stays_float32_under_a_half_precision_network(monkeypatch):
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (FlowMatchEulerDiscreteScheduler(shift=3.0), r"sigmas \[1.0, 0.75, 0.0\].*shift"),
         (exact(4), "shift_terminal"),  # exact for four steps, not for the two asked for
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "expected"),
         (FlowMatchEulerDiscreteScheduler(num_train_timesteps=1), r"timesteps \[1.0, 0.5\]"),
         (FlowMatchHeunDiscreteScheduler(), "FlowMatchHeunDiscreteScheduler makes sigmas"),
-        (dpm(flow_shift=3.0), "shift"),
+        (dpm(flow_shift=3.0), "flow_shift"),
         (dpm(use_flow_sigmas=False), "DPMSolverMultistepScheduler makes sigmas"),
         (dpm(prediction_type="epsilon"), "prediction_type='epsilon'"),
         (DDPMScheduler(), "DDPMScheduler has prediction_type='epsilon'"),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from math import inf, nan
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 
 import flowmatch
-from flowmatch import samplers, solvers
+from flowmatch import grids, samplers, solvers
 from flowmatch.pipeline import ReflowPipeline
 from flowmatch.scheduler import SOLVERS, RectifiedFlowScheduler
 
@@ -358,6 +359,34 @@ def test_explicit_sigmas_and_timesteps():
     assert torch.equal(run(scheduler, x), by_sigmas)
 
 
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0, 7.3])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 10])
+def test_shifted_steps_are_those_of_the_stock_class(steps, shift):
+    stock = FlowMatchEulerDiscreteScheduler(shift=shift)
+    ours, x = RectifiedFlowScheduler(shift=shift), noise(4, 3)
+    stock.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    ours.set_timesteps(steps)
+    assert torch.equal(ours.sigmas, stock.sigmas)
+    assert torch.equal(ours.timesteps, stock.timesteps)
+    by_stock = run(stock, x)
+    assert torch.equal(run(ours, x), by_stock)
+    ours.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])  # given ones are shifted, too
+    assert torch.equal(run(ours, x), by_stock)
+    ours.set_timesteps(timesteps=[900.0, 150.0])  # but not times
+    assert ours.timesteps.tolist() == [900, 150]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_shifted_steps_are_those_of_our_own_grid(solver):
+    x, scheduler = (
+        noise(6, 2, dtype=torch.float64),
+        RectifiedFlowScheduler(solver=solver, shift=3.0),
+    )
+    scheduler.set_timesteps(4)
+    end = solvers.integrate(velocity(output), x, grids.shift_grid(4, 3.0), solver)
+    torch.testing.assert_close(run(scheduler, x), end, rtol=0, atol=1e-7)  # timesteps are float32
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_starting_in_the_middle(solver):
     scheduler, x = RectifiedFlowScheduler(solver=solver), noise(3, 2)
@@ -477,6 +506,7 @@ def test_wrong_steps_are_refused():
         ({"solver": "rk45"}, "solver='rk45': expected one of euler, midpoint, heun, rk4, ab2"),
         ({"reflow_round": -1}, "reflow_round=-1"),
         ({"num_train_timesteps": 0}, "num_train_timesteps=0"),
+        *(({"shift": shift}, f"{shift=}: expected more than 0") for shift in (0, -1.0, inf, nan)),
         ({"eta": 1.5}, r"eta=1.5, churn=0.0: expected eta in \[0, 1\]"),
         ({"eta": float("nan")}, "eta=nan"),
         ({"churn": -1}, "churn=-1: expected"),
@@ -497,7 +527,7 @@ def test_config_survives_the_disk(tmp_path, diffusers_log):
     RectifiedFlowScheduler(solver="rk4", reflow_round=2).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert {key for key in saved if not key.startswith("_")} == {
-        *("num_train_timesteps", "solver", "reflow_round", "eta", "churn")
+        *("num_train_timesteps", "solver", "reflow_round", "eta", "churn", "shift")
     }
     loaded = RectifiedFlowScheduler.from_pretrained(tmp_path)
     assert (loaded.config.solver, loaded.config.reflow_round, loaded.order) == ("rk4", 2, 4)
@@ -506,10 +536,15 @@ def test_config_survives_the_disk(tmp_path, diffusers_log):
     assert (loaded.config.eta, loaded.config.reflow_round) == (0.5, 0)
     with pytest.raises(ValueError, match="reflow_round=1"):  # the refusal holds on the way back too
         RectifiedFlowScheduler.from_config(loaded.config, reflow_round=1)
-    # a folder written before eta and churn existed
+    # a folder written before eta, churn and shift existed
     old = {"_class_name": "RectifiedFlowScheduler", "solver": "heun", "reflow_round": 1}
     (tmp_path / "scheduler_config.json").write_text(json.dumps(old))
-    assert RectifiedFlowScheduler.from_pretrained(tmp_path).config.churn == 0
+    loaded = RectifiedFlowScheduler.from_pretrained(tmp_path)
+    assert (loaded.config.churn, loaded.config.shift) == (0, 1)
+    few = RectifiedFlowScheduler.from_pretrained(tmp_path, solver="ab2", shift=3.0)
+    few.save_pretrained(tmp_path)
+    loaded = RectifiedFlowScheduler.from_pretrained(tmp_path)
+    assert (loaded.config.solver, loaded.config.shift, loaded.config.reflow_round) == ("ab2", 3, 1)
     assert diffusers_log == []
 
 
@@ -523,7 +558,7 @@ def test_config_survives_the_disk(tmp_path, diffusers_log):
 )
 def test_from_config_is_quiet_both_ways(stock, tmp_path, diffusers_log):
     ours = RectifiedFlowScheduler.from_config(stock.config)
-    assert ours.config.solver == "euler"
+    assert (ours.config.solver, ours.config.shift) == ("euler", stock.config.get("shift", 1))
     back = type(stock).from_config(ours.config)
     shared = [key for key in stock.config if not key.startswith("_")]
     assert {key: back.config[key] for key in shared} == {key: stock.config[key] for key in shared}
@@ -549,6 +584,8 @@ def test_in_the_stock_pipelines(steps):
     unet, ours = tiny_unet(), RectifiedFlowScheduler()
     exact = FlowMatchEulerDiscreteScheduler(shift_terminal=None if steps == 1 else 1 / steps)
     assert torch.equal(draw(DDPMPipeline, unet, ours), draw(DDPMPipeline, unet, exact))
+    few = draw(DDPMPipeline, unet, RectifiedFlowScheduler(solver="ab2", shift=3.0))
+    assert torch.equal(few, draw(DDPMPipeline, unet, ours)) == (steps == 1)
     heun = draw(DDPMPipeline, unet, RectifiedFlowScheduler(solver="heun"))
     assert 0 < (heun - draw(DDPMPipeline, unet, ours)).abs().max() < 0.5
     assert draw(DDPMPipeline, tiny_unet().half(), ours).isfinite().all()
