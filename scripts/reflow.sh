@@ -47,6 +47,7 @@ for stage in features classifier; do
     read -ra stages <<<"${stages[*]/$stage/}"
   fi
 done
+[ ${#stages[@]} -gt 0 ] || fail "STAGES=$STAGES: configs/$name has no config for any of these"
 declare -A keys=()
 for word in "$@"; do
   stage=${word%%.*}

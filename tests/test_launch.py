@@ -236,6 +236,9 @@ def test_an_unknown_stage_is_refused(slurm):
     done = call(slurm | {"STAGES": "flow paris"}, "scripts/reflow.sh", "ring")
     assert done.returncode == 2
     assert "there is no stage paris" in done.stderr
+    done = call(slurm | {"STAGES": "features classifier"}, "scripts/reflow.sh", "ring")
+    assert done.returncode == 2
+    assert "configs/ring has no config for any of these" in done.stderr
 
 
 @pytest.mark.slow
