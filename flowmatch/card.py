@@ -46,6 +46,8 @@ OUR_NOTES = "diffusers has no pipeline for this network, so its own lies in this
 GRID = """; it sets the uniform grid
 of any number of steps by itself. Always pass `num_inference_steps`.
 """
+GRIDS = """: any number of
+steps, uniform or short at the noise (`shift=`), by Euler, Heun, AB2 and others (`solver=`)"""
 CARD = """---
 library_name: diffusers
 tags: [flow-matching, rectified-flow, reflow]
@@ -131,7 +133,7 @@ def text(
         steps=ONE_STEP if student.one_step else "it samples in one to four Euler steps.",
         snippet=kind.snippet,
         notes=kind.notes,
-        grid="" if student.one_step else ": the uniform grid for any number of steps, and Heun",
+        grid="" if student.one_step else GRIDS,
         table=table,
         differences=describe(differences, kind),
         digest=student.digest,

@@ -44,7 +44,7 @@ def table(result: dict[str, Any]) -> str:
     for a, b in zip(teacher["rows"], student["rows"], strict=True):
         steps = a["steps"] or f"converged ({reference})"
         lines.append(
-            f"| {steps} | {a['evaluations']} | {a['distance']:.3g} | {b['distance']:.3g} "
+            f"| {steps} | {evaluations(a, b)} | {a['distance']:.3g} | {b['distance']:.3g} "
             f"| {b['distance'] / converged:.2f} |"
         )
     lines += [
@@ -69,6 +69,12 @@ def table(result: dict[str, Any]) -> str:
         cells = [quality(name, floor) for name in shown]
         lines += [f"| real against real | {' | '.join(cells)} |"]
     return "\n".join(lines) + "\n"
+
+
+def evaluations(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> str:
+    """Write what a row cost, for each model where their samplers differ in it."""
+    a, b = teacher["evaluations"], student["evaluations"]
+    return f"{a}" if a == b else f"{a} / {b}"
 
 
 def quality(name: str, measured: Mapping[str, float]) -> str:

@@ -74,7 +74,7 @@ def page(
     *,
     real: Tensor,
     paths: charts.Paths,
-    folders: Mapping[str, str],
+    folders: Mapping[str, str | Path],
     config: str,
     facts: Mapping[str, str],
 ) -> str:
@@ -100,8 +100,8 @@ def page(
 
 
 CURVE = (
-    "Both axes are logarithmic. The dotted line is what chance makes of two sets of real data, each "
-    "half as large as the sets that are compared."
+    "Both axes are logarithmic. The dotted line is what chance makes of two sets of real data, of the "
+    "size that the last row of the table below tells."
 )
 GRID = "All pictures start from the same noises, image by image or point by point."
 
@@ -169,7 +169,7 @@ def tables(result: Mapping[str, Any]) -> str:
     body = [
         [
             draw.steps_name(a["steps"]),
-            str(a["evaluations"]),
+            draw.evaluations(a, b),
             *(f"{row['distance']:.3g}" for row in (a, b)),
             f"{b['distance'] / converged:.2f}",
         ]
@@ -247,7 +247,7 @@ def trajectories(paths: charts.Paths) -> tuple[str, str]:
     return text, f"<figure>{charts.picture(lambda: make(paths), alt)}</figure>"
 
 
-def training(folders: Mapping[str, str]) -> str:
+def training(folders: Mapping[str, str | Path]) -> str:
     """Draw the loss curves of the stages that the models came from, where their logs are there."""
     curves, said = {}, []
     for name, folder in folders.items():
@@ -270,7 +270,7 @@ def training(folders: Mapping[str, str]) -> str:
 def protocol(result: Mapping[str, Any], facts: Mapping[str, str]) -> str:
     """List everything that the numbers depend on."""
     known: dict[str, Any] = dict(result["protocol"])
-    known["samples in a half for the floor"] = result["floor"]["samples"]
+    known["samples on a side of the floor"] = result["floor"]["samples"]
     for name in ("teacher", "student"):
         straight = f"straightness {result[name]['normalised']:.3g} (0 is straight)"
         known[name] = f"reflow round {result[name]['round']}, {straight}"
@@ -282,7 +282,7 @@ def protocol(result: Mapping[str, Any], facts: Mapping[str, str]) -> str:
     return f"<dl>{''.join(rows)}</dl>"
 
 
-def configs_of(folders: Mapping[str, str]) -> list[tuple[str, str]]:
+def configs_of(folders: Mapping[str, str | Path]) -> list[tuple[str, str]]:
     """Read the configs of the stages that the models came from, where they are there."""
     files = {name: Path(folder) / "config.yaml" for name, folder in folders.items()}
     return [(name, file.read_text()) for name, file in files.items() if file.is_file()]

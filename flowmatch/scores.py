@@ -38,8 +38,8 @@ class Scorer:
         """kind: frechet, on the features of module (None: the values), or sliced_wasserstein.
 
         reference: [N, ...] real samples in random order. training: features of the images that the
-        models have seen, [M, D]; apart: the reference is the beginning of these very images, and is
-        to find neighbours other than itself.
+        models have seen, [M, D], in random order; apart: the reference is the beginning of these very
+        images, and is to find neighbours other than itself.
         """
         self.kind, self.module = kind, module
         self.training, self.apart = training, apart
@@ -51,13 +51,19 @@ class Scorer:
         return x if self.kind == "sliced_wasserstein" else features.embed(x, self.module)
 
     def floor(self) -> dict[str, float]:
-        """Measure one half of the real samples against the other, and all of them against training.
+        """Measure real samples against real ones, and all of them against training.
 
-        The two halves are disjoint; `samples` is the size of one.
+        They are the reference and as many images of training, so that chance is what it is for a
+        model; where these are too few or the same, the two halves of the reference. `samples` is the
+        size of a side.
         """
-        half = len(self.real) // 2
-        a, b = self.real[:half], self.real[half : 2 * half]
-        found: dict[str, float] = {"distance": self.distance(a, b), "samples": half}
+        n, seen = len(self.real), self.training
+        if seen is not None and not self.apart and len(seen) >= n:
+            a, b = self.real, seen[:n]
+        else:
+            n //= 2
+            a, b = self.real[:n], self.real[n : 2 * n]
+        found: dict[str, float] = {"distance": self.distance(a, b), "samples": n}
         if self.radius is not None:
             found |= self.qualities(a, metrics.radii(a, NEIGHBOURS), b)
         if self.training is not None:

@@ -62,6 +62,14 @@ class Teacher:
         return foreign.ForeignVelocity(self.net, self.diffusion, guidance)
 
 
+def run_of(folder: str | os.PathLike[str]) -> tuple[Path, str]:
+    """Give the run folder that a path names, itself or by one of its networks, and that network."""
+    folder = Path(folder)
+    if folder.name in NETS and manifest.sealed(folder.parent):
+        return folder.parent, folder.name
+    return folder, NETS[0]
+
+
 def load(path: str | os.PathLike[str], key: str) -> Teacher:
     """Load a teacher from the run folder of a training stage, or from what diffusers saved.
 
@@ -77,12 +85,11 @@ def load(path: str | os.PathLike[str], key: str) -> Teacher:
             return _pipeline(path, key)
         except NotReady:
             return _flow(nets.load(path, key))
-    of_run = folder.name in NETS and manifest.sealed(folder.parent)
-    if (folder / "config.json").is_file() and not of_run:
+    run, name = run_of(folder)
+    if (folder / "config.json").is_file() and run == folder:
         return _flow(nets.load(path, key))
     if (folder / "model_index.json").is_file() and not manifest.sealed(folder):
         return _pipeline(path, key)
-    run, name = (folder.parent, folder.name) if of_run else (folder, NETS[0])
     sealed = manifest.read(run, key, TRAINED)
     manifest.verify(run, key, sealed)
     facts, net = sealed["facts"], nets.load(run / name, key)

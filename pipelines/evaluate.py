@@ -307,7 +307,7 @@ def write(
         samples,
         real=data.reference(real, min(16 if real.images else 2000, real.count), 0)["x1"],
         paths={name: sampler.paths() for name, sampler in sampled.items()},
-        folders={name: getattr(folder.config, name) for name in rows},
+        folders={name: teachers.run_of(getattr(folder.config, name))[0] for name in rows},
         config=configs.dump(folder.config),
         facts={
             f"{name}, network": f"{type(net).__name__}, {net.num_parameters():,} parameters"

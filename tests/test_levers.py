@@ -209,5 +209,6 @@ def test_a_second_width_is_named_by_its_folder(base, tmp_path):
     run(evaluate, f"run_dir={tmp_path}/evaluate", *models, *SCORED, "steps=[1]")
     inputs = manifest.read(tmp_path / "evaluate", "x")["inputs"]
     assert inputs["student"] == second.digest
+    assert "Config of the student" in (tmp_path / "evaluate/report.html").read_text()
     with pytest.raises(UserError, match=r"fit.ema: width 0.4; expected more than 0, at most 0.289"):
         run(reflow, *reflow_words(base, tmp_path / "no", "fit.ema=[0.4]"))

@@ -39,8 +39,19 @@ def test_the_floor_compares_disjoint_halves_of_real_data():
     assert floor["distance"] == pytest.approx(metrics.frechet(flat[:20], flat[20:40]))
     assert floor["kernel"] == pytest.approx(metrics.kernel(flat[:20], flat[20:40]))
     assert floor["nearest"] == pytest.approx(metrics.nearest(flat, flat, apart=True))
-    unseen = scores.Scorer("frechet", real, None, images(50, 3).flatten(1)).floor()
-    assert unseen["nearest"] == pytest.approx(metrics.nearest(flat, images(50, 3).flatten(1)))
+
+
+def test_the_floor_is_of_the_size_of_a_row_where_there_are_images_of_training():
+    flat, training = images(41, 0).flatten(1), images(50, 3).flatten(1)
+    scorer = scores.Scorer("frechet", images(41, 0), None, training)
+    floor = scorer.floor()
+    assert floor["samples"] == 41
+    as_a_model = scorer.score(training[:41])
+    assert {name: floor[name] for name in ("distance", "kernel", "precision", "recall")} == {
+        name: as_a_model[name] for name in ("distance", "kernel", "precision", "recall")
+    }
+    assert floor["nearest"] == pytest.approx(metrics.nearest(flat, training))
+    assert scores.Scorer("frechet", images(41, 0), None, training[:40]).floor()["samples"] == 20
 
 
 def test_copies_of_training_images_are_found():

@@ -159,6 +159,9 @@ def test_grids_follow_their_formulas():
     assert grids.edm_grid(3)[1:3].tolist() == pytest.approx([1 / (1 + s) for s in sigmas[1:]])
     assert grids.edm_grid(1).tolist() == [0, 1]
     grid = grids.sigmoid_grid(10, 6.0)
+    ends = math.tanh(6.0 / 4)  # S(x) - 1/2 = tanh(x / 2) / 2
+    for i in range(11):
+        assert grid[i] == pytest.approx((1 + math.tanh(3.0 * (i / 10 - 0.5)) / ends) / 2)
     torch.testing.assert_close(grid, 1 - grid.flip(0))  # symmetric
     assert grid[1] < 0.05  # short steps at the ends
     torch.testing.assert_close(
