@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole chain, safe to repeat: a stage that is sealed says so and is passed over.
+# The whole chain, safe to repeat: a stage that is sealed says so and is passed over. It ends with the
+# seconds that each stage took, of this run alone where an earlier one was cut off.
 #
 #   scripts/reflow.sh [--dry-run] NAME [STAGE.key=value ...]   e.g. scripts/reflow.sh digits flow.fit.steps=100
 #
@@ -119,11 +120,15 @@ fi
 
 launcher=("$python" -m accelerate.commands.launch --config_file "$ACCELERATE_CONFIG")
 [ -z "${LAUNCHER:-}" ] || read -ra launcher <<<"$LAUNCHER"
+took=
 for stage in "${stages[@]}"; do
   if grep -q "is sealed: nothing to do" "$plans/$stage"; then
     cat "$plans/$stage"
     continue
   fi
   words_of "$stage"
+  SECONDS=0
   "${launcher[@]}" -m "pipelines.${module[$stage]}" "${words[@]}"
+  took+=", $stage $SECONDS"
 done
+[ -z "$took" ] || echo "reflow.sh: seconds by the clock: ${took#, }"

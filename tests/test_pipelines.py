@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -362,3 +363,7 @@ def test_a_second_round_follows_the_student_of_the_first(tmp_path):
     assert not (noises[0][:, None] == noises[1]).all(2).any()
     again = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert again.stdout.count("is sealed: nothing to do") == 7, again.stdout + again.stderr
+    order = ("flow", "pairs", "reflow", "pairs_2", "reflow_2", "evaluate", "export")
+    took = ", ".join(rf"{stage} \d+" for stage in order)
+    assert re.fullmatch(f"reflow.sh: seconds by the clock: {took}", done.stdout.splitlines()[-1])
+    assert "seconds" not in again.stdout
