@@ -23,7 +23,7 @@ class LossConfig(Config):
     )
     c: float = option(
         0.5,
-        "pseudo_huber, feature: where it turns from quadratic to linear, in units of |v|",
+        "pseudo_huber, feature (power=0): where it turns from quadratic to linear, in units of |v|",
         gt=0,
     )
     features: str | None = option(
@@ -36,19 +36,19 @@ class LossConfig(Config):
     )
     power: float = option(
         0.0,
-        "normalised: p of |e|^2 / (|e|^2 + eps)^p, the divisor held constant; 0 is |e|^2, 1 makes "
-        "each sample weigh the same",
+        "normalised, feature: an error's gradient is divided by (|e|^2 + eps)^p; 0 is |e|^2 (feature: "
+        "pseudo-Huber instead), 1 makes each sample weigh the same",
         ge=0,
         le=1,
     )
-    eps: float = option(1e-3, "normalised: eps, in units of |v|^2", gt=0)
+    eps: float = option(1e-3, "normalised, feature: eps, in units of |v|^2", gt=0)
 
     @pydantic.field_validator("power")
     @classmethod
     def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
         name = info.data.get("name", "normalised")
-        if value and name != "normalised":
-            raise ValueError(f"power belongs to normalised; the loss is {name}")
+        if value and name not in ("normalised", "feature"):
+            raise ValueError(f"power belongs to normalised and feature; the loss is {name}")
         return value
 
     @pydantic.field_validator("features")
@@ -71,16 +71,30 @@ def mse(v: Tensor, target: Tensor, c: LossConfig) -> Tensor:
 
 def pseudo_huber(v: Tensor, target: Tensor, c: LossConfig) -> Tensor:
     """sqrt(|e|^2 + c^2) - c, the root per sample (arXiv 2310.14189, eq. 7). [B, ...] -> [B]."""
-    return ((v - target).square().flatten(1).sum(1) + c.c**2).sqrt() - c.c
+    return (squared(v, target) + c.c**2).sqrt() - c.c
 
 
 def normalised(v: Tensor, target: Tensor, c: LossConfig) -> Tensor:
-    """|e|^2 / (sg|e|^2 + eps)^p, sg without gradient, |e|^2 summed over dimensions.
+    """`weighed` |e|^2, summed over dimensions. [B, ...] -> [B]."""
+    return weighed(squared(v, target), c)
 
-    (MeanFlow, arXiv 2505.13447; Simple ReFlow, arXiv 2410.07815.) [B, ...] -> [B].
+
+def squared(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|^2, summed over dimensions. [B, ...] -> [B]."""
+    return (a - b).square().flatten(1).sum(1)
+
+
+def weighed(square: Tensor, c: LossConfig) -> Tensor:
+    """((s + eps)^(1 - p) - eps^(1 - p)) / (1 - p), and log(1 + s / eps) for p = 1. s: [B] -> [B].
+
+    Its gradient is that of s / (sg s + eps)^p, sg without gradient (MeanFlow, arXiv 2505.13447; Simple
+    ReFlow, arXiv 2410.07815), whose own value says little: for p = 1 it is always 1. p = 0 is s, p = .5
+    twice pseudo-Huber with c^2 = eps.
     """
-    square = (v - target).square().flatten(1).sum(1)
-    return square / (square.detach() + c.eps) ** c.power
+    if c.power == 1:
+        return (square / c.eps).log1p()
+    rest = 1 - c.power
+    return ((square + c.eps) ** rest - c.eps**rest) / rest
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor, LossConfig], Tensor]] = {
@@ -104,8 +118,9 @@ def feature_loss(
     v: [B, ...] at x = x_t and t: [B] in [0, 1]; x0, x1: [B, ...], its pair. F(a, b) is the pseudo-Huber
     distance of module(a) and module(b), which the module gives as [B, ...] of any shape, such as the
     maps of an image classifier; gradients go through it, not to its parameters if they are frozen.
-    Both errors shrink with 1 - t, so the divisor is kept above NEAREST, which leaves a factor of at
-    most 1 at t = 1. Returns [B]. Raises UserError for shapes that do not fit.
+    With a power p > 0 it is `weighed` t |v - (x1 - x0)|^2 + |module(a) - module(b)|^2 / (1 - t)^2.
+    Errors at the end shrink with 1 - t, so the divisor is kept above NEAREST, which leaves a factor of
+    at most 1 at t = 1. Returns [B]. Raises UserError for shapes that do not fit.
     """
     if not v.shape == x.shape == x0.shape == x1.shape or t.shape != x.shape[:1]:
         shapes = ", ".join(str(list(value.shape)) for value in (v, x, x0, x1, t))
@@ -115,8 +130,11 @@ def feature_loss(
     found = module(data_prediction(x, v, t))
     if found.ndim < 2 or len(found) != len(x):
         raise UserError(f"the feature module gives {list(found.shape)}; expected [{len(x)}, ...]")
-    features = pseudo_huber(found, wanted, c)
-    return t * pseudo_huber(v, velocity(x0, x1), c) + features / (1 - t).clamp(min=NEAREST)
+    left = (1 - t).clamp(min=NEAREST)
+    if c.power:
+        square = t * squared(v, velocity(x0, x1)) + squared(found, wanted) / left.square()
+        return weighed(square, c)
+    return t * pseudo_huber(v, velocity(x0, x1), c) + pseudo_huber(found, wanted, c) / left
 
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

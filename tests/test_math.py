@@ -70,22 +70,30 @@ def test_losses_are_per_sample():
     assert (losses.pseudo_huber(v, v, losses.LossConfig()) == 0).all()
 
 
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-def test_the_normalised_loss_holds_its_divisor_constant(power):
+@pytest.mark.parametrize("power", [0.0, 0.3, 0.5, 1.0])
+def test_the_normalised_loss_divides_the_gradient(power):
     v, target = torch.randn(2, 7, 3, 4, dtype=torch.float64)
     v = v * torch.logspace(-2, 2, 7, dtype=torch.float64)[:, None, None]
     v.requires_grad_()
     config = losses.LossConfig(name="normalised", power=power, eps=1e-3)
-    loss = losses.LOSSES["normalised"](v, target, config)
+    loss = losses.normalised(v, target, config)
     square = (v - target).square().sum((1, 2))
-    torch.testing.assert_close(loss, square / (square + 1e-3) ** power)
     (slope,) = torch.autograd.grad(loss.sum(), v)
-    weight = (square.detach() + 1e-3) ** -power
-    torch.testing.assert_close(slope, 2 * (v - target).detach() * weight[:, None, None])
+    (expected,) = torch.autograd.grad((square / (square.detach() + 1e-3) ** power).sum(), v)
+    torch.testing.assert_close(slope, expected)
+    if power == 0:
+        torch.testing.assert_close(loss, square)
+    if power == 0.5:
+        huber = losses.LossConfig(name="pseudo_huber", c=1e-3**0.5)
+        torch.testing.assert_close(loss, 2 * losses.pseudo_huber(v, target, huber))
+    assert (losses.normalised(target, target, config) == 0).all()
+    assert (
+        losses.normalised(2 * v - target, target, config) > loss
+    ).all()  # it falls with the error
 
 
 def test_a_power_without_its_loss_is_refused():
-    with pytest.raises(UserError, match="power belongs to normalised; the loss is mse"):
+    with pytest.raises(UserError, match="power belongs to normalised and feature; the loss is mse"):
         validate(losses.LossConfig, {"power": 0.5})
 
 
@@ -127,12 +135,27 @@ def test_the_feature_loss_is_its_formula_and_finite_at_both_ends():
     assert (slope.flatten(1).norm(dim=1) > 1e-3).all()
 
 
-def test_the_gradient_of_the_feature_loss_is_its_slope():
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_a_power_weighs_the_feature_loss_as_a_whole(power):
+    x0, x1, v = torch.randn(3, 6, 1, 5, 5, dtype=torch.float64)
+    t = torch.tensor([0, 0.2, 0.5, 0.9, 0.98, 1], dtype=torch.float64)
+    x, net = path.interpolate(x0, x1, t), features()
+    end = x + (1 - t)[:, None, None, None] * v
+    square = (net(end) - net(x1)).square().sum((1, 2, 3)) / (1 - t).clamp(min=1e-2) ** 2
+    square = square + t * (v - (x1 - x0)).square().sum((1, 2, 3))
+    loss = losses.feature_loss(v, x, x0, x1, t, net, SEEN.model_copy(update={"power": power}))
+    eps = SEEN.eps
+    whole = (1 + square / eps).log() if power == 1 else 2 * ((square + eps) ** 0.5 - eps**0.5)
+    torch.testing.assert_close(loss, whole)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_the_gradient_of_the_feature_loss_is_its_slope(power):
     """Central differences, in float64, through the frozen module."""
     x0, x1, v, direction = torch.randn(4, 5, 1, 5, 5, dtype=torch.float64)
     t = torch.tensor([0, 0.2, 0.5, 0.9, 1], dtype=torch.float64)
     net = features()
-    loss = losses.build(SEEN, net)
+    loss = losses.build(SEEN.model_copy(update={"power": power}), net)
 
     def total(v):
         return loss(v, path.interpolate(x0, x1, t), x0, x1, t).sum()
