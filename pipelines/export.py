@@ -46,6 +46,11 @@ def main(config: ExportConfig, dry_run: bool) -> None:
     with faults:
         student = teachers.load(config.student, "student")
         inputs["student"] = student.digest
+        if student.diffusion is not None:
+            raise UserError(
+                f"student={config.student} is a diffusion model, which predicts "
+                f"{student.diffusion.prediction}; an export is of a velocity: name a reflow of it"
+            )
         if student.two_times:  # stock networks take one time: r = 1 goes into a bias
             folded = second_time.fold(student.net)
             student = dataclasses.replace(student, net=folded, one_step=True)

@@ -19,7 +19,7 @@ from diffusers import (
 
 from flowmatch import foreign, grids, manifest, shards, solvers, teachers, toy
 from flowmatch.config import NotReady, UserError
-from pipelines import evaluate, generate_pairs, reflow
+from pipelines import evaluate, export, generate_pairs, reflow
 from tests.test_nets import UNET
 
 TARGET = toy.Mixture([0.4, 0.6], [[1.5, 0.0], [-1.0, 1.0]], 0.3 * torch.eye(2).expand(2, 2, 2))
@@ -209,6 +209,13 @@ def test_reflow_starts_from_it_and_evaluate_compares_with_it(tmp_path):
     wide = save(tmp_path / "wide", unet(out=2), ddpm())
     with pytest.raises(UserError, match="no network for velocities"):
         reflow.check_match(teachers.load(wide, "start"), [])
+
+
+def test_it_is_not_exported_as_the_flow_that_it_is_not(tmp_path):
+    teacher = save(tmp_path / "ddpm", unet(), ddpm())
+    values = {"run_dir": str(tmp_path / "export"), "student": str(teacher), "device": "cpu"}
+    with pytest.raises(UserError, match="diffusion model, which predicts epsilon"):
+        export.main(export.ExportConfig.model_validate(values), dry_run=True)
 
 
 def test_a_flow_pipeline_is_a_flow_model_and_a_variance_is_left_out(tmp_path):
