@@ -205,11 +205,11 @@ def check_match(start: teachers.Teacher, sets: list[pairs.PairData]) -> None:
                 f"{data.key}={data.folder} holds {list(data.shape)}; the network at start= takes "
                 f"{list(start.shape)}"
             )
-        if data.has_labels != (start.classes is not None):
-            have = "labels" if data.has_labels else "no labels"
-            want = "none" if start.classes is None else f"{start.classes} classes"
+        classes = data.sealed["facts"].get("classes")
+        if classes != start.classes:
             faults.append(
-                f"{data.key}={data.folder} has {have}; the network at start= takes {want}"
+                f"{data.key}={data.folder} has {classes or 'no'} classes; the network at start= takes "
+                f"{start.classes or 'none'}"
             )
         if data.has_prompts:
             faults.append(f"{data.key}={data.folder} has prompts; no network here takes text")

@@ -231,7 +231,7 @@ def test_a_class_conditional_chain_on_real_digits(tmp_path, monkeypatch):
     assert [row["evaluations"] for row in rows] == [2, 4]  # guidance counts two
     assert set(streams) == {noise.EVALUATION}  # a student is never scored on the noise of its pairs
     run(train_flow, f"run_dir={tmp_path}/plain", "data.source=digits", *network, *small)
-    with pytest.raises(UserError, match="has labels; the network at start= takes none"):
+    with pytest.raises(UserError, match="has 10 classes; the network at start= takes none"):
         run(reflow, f"run_dir={tmp_path}/no", f"start={tmp_path}/plain", entry, *small)
 
 
@@ -281,6 +281,18 @@ def test_an_evaluation_with_a_reference_and_a_classifier_of_its_own(tmp_path):
     ):
         with pytest.raises(UserError, match=fault):
             run(evaluate, f"run_dir={tmp_path}/no", *words, *more)
+
+
+def test_reflow_refuses_pairs_of_another_number_of_classes(tmp_path):
+    for name, classes in (("flow", 4), ("fewer", 3), ("more", 5)):
+        trained(tmp_path / name, "VelocityMLP", {"hidden": 8}, (2,), classes, round_=0)
+    generate(tmp_path, "solver.steps=1")
+    words = [f"pairs=[{{path: {tmp_path}/pairs}}]", "fit.steps=1", "fit.batch_size=4"]
+    for name, classes in (("fewer", 3), ("more", 5)):
+        expected = f"has 4 classes; the network at start= takes {classes}"
+        with pytest.raises(UserError, match=expected):
+            run(reflow, f"run_dir={tmp_path}/no", f"start={tmp_path}/{name}", *words)
+    assert not (tmp_path / "no").exists()
 
 
 def test_several_sets_of_pairs_mix_by_weight(tmp_path):
