@@ -76,6 +76,21 @@ def required(meaning: str, *, run: bool = False, **bounds: Any) -> Any:
     return option(PydanticUndefined, meaning, run=run, **bounds)
 
 
+def used(
+    model: type[Config], value: Any, info: pydantic.ValidationInfo, by: str, *names: str
+) -> Any:
+    """Refuse a value other than the default where the choice `by` leaves it without effect.
+
+    names: the choices that look at it. For a field_validator of a field that comes after `by`.
+    """
+    chosen, field = info.data.get(by), str(info.field_name)
+    default = model.model_fields[field].get_default()
+    if chosen is not None and chosen not in names and value != default:
+        belongs = f"{field} belongs to {by}={' and '.join(names)}"
+        raise ValueError(f"{belongs}; with {by}={chosen} leave it out, or at {default}")
+    return value
+
+
 def is_run(field: FieldInfo) -> bool:
     """Tell whether a field is a run field."""
     extra = field.json_schema_extra

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import pydantic
 import torch
 from torch import Tensor
 
-from flowmatch.config import Config, UserError, option
+from flowmatch.config import Config, UserError, option, used
 
 Batch = dict[str, Any]
 Coupling = Callable[[Batch, Callable[[tuple[int, ...]], Tensor]], tuple[Tensor, Tensor]]
@@ -26,6 +27,11 @@ class CouplingConfig(Config):
         "the micro-batch of a process must be a multiple of it",
         ge=2,
     )
+
+    @pydantic.field_validator("block")
+    @classmethod
+    def _used(cls, value: int, info: pydantic.ValidationInfo) -> int:
+        return used(cls, value, info, "name", "optimal_transport")
 
 
 def independent(batch: Batch, draw: Callable[[tuple[int, ...]], Tensor]) -> tuple[Tensor, Tensor]:

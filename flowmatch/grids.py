@@ -8,7 +8,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from flowmatch.config import Config, UserError, option
+from flowmatch.config import Config, UserError, option, used
 
 
 class GridConfig(Config):
@@ -28,6 +28,12 @@ class GridConfig(Config):
     sigma_min: float = option(0.002, "grid=edm: sigma of the last point before t = 1", gt=0)
     sigma_max: float = option(80.0, "grid=edm: sigma from which points are laid", gt=0)
     points: list[float] = option([], "grid=list: its N + 1 times", validate_default=True)
+
+    @pydantic.field_validator("shift", "kappa", "rho", "sigma_min", "sigma_max")
+    @classmethod
+    def _of_grid(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        grid = {"shift": "shift", "kappa": "sigmoid"}.get(str(info.field_name), "edm")
+        return used(cls, value, info, "grid", grid)
 
     @pydantic.field_validator("sigma_max")
     @classmethod

@@ -7,7 +7,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from flowmatch.config import Config, UserError, option
+from flowmatch.config import Config, UserError, option, used
 from flowmatch.path import data_prediction, velocity
 
 NEAREST = 1e-2  # least 1 - t by which the feature loss divides
@@ -43,13 +43,11 @@ class LossConfig(Config):
     )
     eps: float = option(1e-3, "normalised, feature: eps, in units of |v|^2", gt=0)
 
-    @pydantic.field_validator("power")
+    @pydantic.field_validator("c", "power", "eps")
     @classmethod
     def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
-        name = info.data.get("name", "normalised")
-        if value and name not in ("normalised", "feature"):
-            raise ValueError(f"power belongs to normalised and feature; the loss is {name}")
-        return value
+        name = "pseudo_huber" if info.field_name == "c" else "normalised"
+        return used(cls, value, info, "name", name, "feature")
 
     @pydantic.field_validator("features")
     @classmethod

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmatch import losses, path, times
-from flowmatch.config import Config, UserError, option
+from flowmatch.config import Config, UserError, option, used
 
 Field = Callable[..., Tensor]  # (x, t, cond, r) -> velocity
 Cond = dict[str, Tensor] | None
@@ -48,10 +48,7 @@ class ObjectiveConfig(Config):
     @pydantic.field_validator("equal", "end", "step")
     @classmethod
     def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
-        name, field = info.data.get("name", "meanflow"), str(info.field_name)
-        if value != cls.model_fields[field].default and name != "meanflow":
-            raise ValueError(f"{field} belongs to meanflow; the objective is {name}")
-        return value
+        return used(cls, value, info, "name", "meanflow")
 
 
 def later(t: Tensor, w: Tensor, c: ObjectiveConfig) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from flowmatch import grids, noise, path, solvers
-from flowmatch.config import UserError, option
+from flowmatch.config import UserError, option, used
 from flowmatch.grids import GridConfig
 from flowmatch.solvers import VelocityField
 
@@ -57,12 +57,7 @@ class SamplerConfig(GridConfig):
     @pydantic.field_validator("c", "eta")
     @classmethod
     def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
-        field = info.field_name or ""
-        user = {"c": "sde", "eta": "ddim"}[field]
-        name = info.data.get("name", user)
-        if name != user and value != SamplerConfig.model_fields[field].default:
-            raise ValueError(f"{field} belongs to {user}; the sampler is {name}")
-        return value
+        return used(cls, value, info, "name", {"c": "sde", "eta": "ddim"}[str(info.field_name)])
 
 
 class FreshNoise:

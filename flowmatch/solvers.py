@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flowmatch import grids
-from flowmatch.config import UserError, option
+from flowmatch.config import UserError, option, used
 from flowmatch.grids import GridConfig, check_times
 from flowmatch.grids import uniform_grid as uniform_grid
 
@@ -102,6 +102,11 @@ class SolverConfig(GridConfig):
         if value == "dopri5" and info.data.get("grid", "uniform") != "uniform":
             raise ValueError(f"it chooses its own steps; leave out grid={info.data['grid']}")
         return value
+
+    @pydantic.field_validator("rtol", "atol")
+    @classmethod
+    def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        return used(cls, value, info, "name", "dopri5")
 
     @pydantic.field_validator("steps")
     @classmethod

@@ -3,6 +3,7 @@
 import shutil
 from typing import Any, Literal
 
+import pydantic
 import torch
 from torch import Tensor
 
@@ -73,6 +74,14 @@ class FitConfig(Config):
     save_every: int = option(1000, "updates between two checkpoints", run=True, ge=1)
     keep: int = option(2, "newest checkpoints kept", run=True, ge=1)
     trackers: list[str] = option([], "Accelerate's trackers, such as [tensorboard]", run=True)
+
+    @pydantic.field_validator("ema")
+    @classmethod
+    def _one_kind(cls, value: list[float], info: pydantic.ValidationInfo) -> list[float]:
+        decay = info.data.get("ema_decay")
+        if value and decay not in (None, cls.model_fields["ema_decay"].default):
+            raise ValueError(f"ema_decay={decay} is that of another average; give one of them")
+        return value
 
 
 class State:

@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+import pydantic
 import torch
 from torch import Tensor
 
-from flowmatch.config import Config, option
+from flowmatch.config import Config, option, used
 
 
 class TimesConfig(Config):
@@ -26,6 +27,12 @@ class TimesConfig(Config):
     std: float = option(1.0, "logit_normal: standard deviation of logit(t)", gt=0)
     a: float = option(4.0, "u_shape: steepness; 0 is uniform, 4 is 2-rectified flow++'s", gt=0)
     zero: float = option(0.0, "share of times set to exactly t = 0", ge=0, le=1)
+
+    @pydantic.field_validator("mean", "std", "a")
+    @classmethod
+    def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        name = "u_shape" if info.field_name == "a" else "logit_normal"
+        return used(cls, value, info, "name", name)
 
 
 def uniform(u: Tensor, c: TimesConfig) -> Tensor:

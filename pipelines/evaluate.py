@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic
+
 from flowmatch import config as configs
 from flowmatch import (
     data,
@@ -26,7 +28,7 @@ from flowmatch import (
     stage,
     teachers,
 )
-from flowmatch.config import UserError, option, required
+from flowmatch.config import UserError, option, required, used
 from flowmatch.data import DataConfig
 from flowmatch.folders import write_atomic
 from flowmatch.rows import Row, Sampler
@@ -85,6 +87,11 @@ class EvaluateConfig(stage.StageConfig):
         None, "torch-fidelity's weights file of Inception; nothing is downloaded", run=True
     )
 
+    @pydantic.field_validator("converged_tolerance")
+    @classmethod
+    def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        return used(cls, value, info, "converged_solver", "dopri5")
+
     def rows_of(self, name: str) -> tuple[str, SamplerConfig]:
         """Give the key and the config of how a model's rows are sampled. name: teacher or student."""
         if name == "student" and self.student_solver is not None:
@@ -94,10 +101,9 @@ class EvaluateConfig(stage.StageConfig):
     @property
     def converged(self) -> SolverConfig:
         """How the reference is integrated."""
-        tolerance = self.converged_tolerance
-        return SolverConfig(
-            name=self.converged_solver, steps=self.converged_steps, rtol=tolerance, atol=tolerance
-        )
+        solver, tolerance = self.converged_solver, self.converged_tolerance
+        own = {"rtol": tolerance, "atol": tolerance} if solver == "dopri5" else {}
+        return SolverConfig(name=solver, steps=self.converged_steps, **own)
 
 
 def main(config: EvaluateConfig, dry_run: bool) -> None:

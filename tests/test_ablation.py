@@ -30,7 +30,7 @@ recipes:
   - name: plain
     says: uniform times
     parts:
-      - words: [times.name=uniform, times.zero=0.0, loss.name=mse]
+      - words: [times.name=uniform, times.zero=0.0, loss.name=mse, loss.c=0.5]
   - name: distil
     says: then t = 0
     parts:

@@ -7,6 +7,7 @@ import pytest
 
 from flowmatch import config as configs
 from flowmatch.config import Config, NotReady, UserError, option, required
+from pipelines import evaluate, generate_pairs, train_flow
 
 
 class Inner(Config):
@@ -162,3 +163,43 @@ def test_a_config_in_a_store_that_refuses_is_our_error(monkeypatch):
     assert line.startswith(
         "memory://b/config.yaml: the store refuses (NoCredentials: Unable to locate credentials)"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["times.name=uniform", "times.std=0.5"], "times.std.*belongs to name=logit_normal"),
+        (["times.name=noise_heavy", "times.a=5.0"], "times.a.*belongs to name=u_shape"),
+        (["loss.name=mse", "loss.c=0.1"], "loss.c.*belongs to name=pseudo_huber and feature"),
+        (["loss.name=pseudo_huber", "loss.eps=0.1"], "loss.eps.*belongs to name=normalised"),
+        (["coupling.name=independent", "coupling.block=32"], "coupling.block.*belongs to name=optimal_transport"),
+        (["fit.ema=[0.05]", "fit.ema_decay=0.9"], "fit.ema.*ema_decay=0.9 is that of"),
+    ],
+)
+def test_what_a_choice_leaves_without_effect_is_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        configs.load(train_flow.FlowConfig, ["configs/ring/flow.yaml", *words])
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        "{name: ab2, shift: 9.0}",
+        "{grid: shift, kappa: 2.0}",
+        "{rho: 3.0}",
+        "{grid: sigmoid, sigma_max: 70.0}",
+        "{name: heun, rtol: 1.0e-3}",
+    ],
+)
+def test_what_a_grid_or_solver_does_not_look_at_is_refused(solver):
+    words = [f"{key}=runs/x" for key in ("teacher", "run_dir")]
+    with pytest.raises(UserError, match="belongs to"):
+        configs.load(generate_pairs.PairsConfig, [*words, f"solver={solver}"])
+
+
+def test_the_tolerance_of_the_reference_is_that_of_its_adaptive_solver():
+    words = ["configs/ring/evaluate.yaml", "converged_tolerance=1.0e-4"]
+    with pytest.raises(UserError, match="belongs to converged_solver=dopri5"):
+        configs.load(evaluate.EvaluateConfig, words)
+    config, _ = configs.load(evaluate.EvaluateConfig, [*words, "converged_solver=dopri5"])
+    assert (config.converged.rtol, config.converged.atol) == (1e-4, 1e-4)

@@ -93,13 +93,15 @@ def test_the_normalised_loss_divides_the_gradient(power):
 
 
 def test_a_power_without_its_loss_is_refused():
-    with pytest.raises(UserError, match="power belongs to normalised and feature; the loss is mse"):
+    with pytest.raises(
+        UserError, match="power belongs to name=normalised and feature; with name=mse leave it"
+    ):
         validate(losses.LossConfig, {"power": 0.5})
 
 
 @pytest.mark.parametrize("share", ["equal", "end"])
 def test_a_share_without_its_objective_is_refused(share):
-    with pytest.raises(UserError, match=f"{share} belongs to meanflow; the objective is velocity"):
+    with pytest.raises(UserError, match=f"{share} belongs to name=meanflow; with name=velocity"):
         validate(ObjectiveConfig, {share: 0.4})
     validate(ObjectiveConfig, ObjectiveConfig().model_dump())  # as config.yaml holds it
     validate(ObjectiveConfig, {"name": "meanflow", share: 0.4})

@@ -251,8 +251,11 @@ def test_bad_input_is_refused(call, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "euler", "c": 0.5}, "c belongs to sde; the sampler is euler"),
-        ({"name": "sde", "eta": 0.5}, "eta belongs to ddim; the sampler is sde"),
+        (
+            {"name": "euler", "c": 0.5},
+            "c belongs to name=sde; with name=euler leave it out, or at 1.0",
+        ),
+        ({"name": "sde", "eta": 0.5}, "eta belongs to name=ddim; with name=sde"),
         ({"name": "sde", "c": 3.0}, "less than or equal to 2"),
         ({"name": "dopri5"}, "'anchored'"),
     ],
