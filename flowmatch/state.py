@@ -142,6 +142,8 @@ class State:
             counter = "cpu" if config.precision == "fp16" else device
             like = {"step": torch.zeros((), device=counter)}
             for name, parameter in net.named_parameters():
+                if f"{name}/step" not in saved["optimizer"]:
+                    continue  # a frozen one, such as the frequencies of a Fourier embedding
                 old = {key: saved["optimizer"][f"{name}/{key}"] for key in ADAMW}
                 self.adamw.state[parameter] = {
                     key: sharding.lay_out(old[key], like.get(key, parameter)) for key in ADAMW

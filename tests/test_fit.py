@@ -33,7 +33,7 @@ def net(classes=None):
     return nets.build(NetConfig(name="VelocityMLP", hidden=16), (2,), classes, 0)
 
 
-def unet(dropout=0.0, levels=1):
+def unet(dropout=0.0, levels=1, **more):
     config = NetConfig(
         name="UNet2DModel",
         block_out_channels=[8] * levels,
@@ -43,6 +43,7 @@ def unet(dropout=0.0, levels=1):
         up_block_types=["UpBlock2D"] * levels,
         add_attention=False,
         dropout=dropout,
+        **more,
     )
     return nets.build(config, (1, 4, 4), None, 0)
 
@@ -257,6 +258,29 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, stop_at):
     assert [(x["step"], x["loss"], x["lr"]) for x in again] == [
         (x["step"], x["loss"], x["lr"]) for x in lines
     ]
+
+
+def test_what_is_frozen_resumes_bit_for_bit_too(tmp_path):
+    """AdamW keeps nothing of the frequencies of a Fourier embedding."""
+
+    def fourier():
+        return unet(time_embedding_type="fourier")
+
+    calls = {"steps": 4, "batch_size": 8, "log_every": 1, "save_every": 2}
+    whole, lines = train(tmp_path / "whole", stream=images, network=fourier(), **calls)
+
+    def stopping(counters):
+        if counters[0] >= 3 * 8:
+            raise InterruptedError
+        return images(counters)
+
+    with pytest.raises(InterruptedError):
+        train(tmp_path / "cut", stream=stopping, network=fourier(), **calls)
+    cut, again = train(tmp_path / "cut", stream=images, network=fourier(), **calls)
+    assert cut == whole
+    assert [(x["step"], x["loss"]) for x in again] == [(x["step"], x["loss"]) for x in lines]
+    frozen = "time_proj.weight"
+    assert torch.equal(weights(tmp_path / "cut")[frozen], fourier().state_dict()[frozen])
 
 
 def test_sigterm_before_the_first_update_leaves_nothing_to_resume_from(tmp_path, monkeypatch):
