@@ -171,6 +171,20 @@ def perceptual(
     return Perceptual(classifier).to(device), manifest.digest(path), looks
 
 
+def check_images(data: Any, key: str, alone: bool = True) -> None:
+    """Raise UserError, naming `key`, where a classifier cannot learn from a `data.Data`.
+
+    alone: a fifth of it is held out, and must be an image at least.
+    """
+    if data.label is None or not data.images:
+        raise UserError(f"{key}: expected images with labels; set {key}.labels=true")
+    if alone and data.count < 5:
+        raise UserError(
+            f"{key}: {data.count} images, of which a fifth is to measure the accuracy of the "
+            "classifier; expected 5 or more"
+        )
+
+
 def train_classifier(
     data: Any,
     seed: int,
@@ -185,10 +199,9 @@ def train_classifier(
 
     data, held_out: a `data.Data` of images with labels; without held_out a fifth of data, 4,000 at
     most, is kept for it. The result depends on data and seed alone, at one thread of one build of
-    torch. show: told the steps done. Raises UserError for data without labels or images.
+    torch. show: told the steps done. Raises UserError where `check_images` does.
     """
-    if data.label is None or not data.images:
-        raise UserError("a classifier needs images with labels; set data.labels=true")
+    check_images(data, "data", alone=held_out is None)
     shuffled = noise.Order(data.count, seed)(np.arange(data.count))  # no mirror images
     part = min(data.count // 5, 4000) if held_out is None else 0
     held, kept = np.split(shuffled, [part])

@@ -29,14 +29,21 @@ def main(config: ClassifierConfig, dry_run: bool) -> None:
     """Plan, then train on the CPU, measure and seal."""
     faults = configs.Faults()
     inputs, sets = {}, {}
+    with faults:
+        if config.device == "cuda":
+            raise UserError(
+                "device=cuda: a classifier is trained on the CPU, where it depends on data and seed "
+                "alone; leave device out"
+            )
     for key in ("data", "held_out"):
         with faults:
             given = getattr(config, key)
             if given is not None:
                 sets[key] = found = data.load(given)
                 inputs[key] = found.digest
-                if not found.images or found.label is None:
-                    raise UserError(f"{key}: expected images with labels; set {key}.labels=true")
+                features.check_images(found, key, alone=config.held_out is None)
+                if found.flip:
+                    raise UserError(f"{key}.flip=true: no mirror images are learnt; leave it out")
     if len(sets) == 2 and not faults.errors:
         with faults:
             ours, theirs = [(list(found.shape), found.classes) for found in sets.values()]

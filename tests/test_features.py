@@ -199,6 +199,27 @@ def test_the_stage_names_what_it_cannot_learn_from(tmp_path):
     ]
 
 
+def test_the_stage_refuses_what_it_would_not_do(tmp_path):
+    """In a dry run, all at once: a GPU, mirror images, too few to keep any apart."""
+    for n in (4, 5):
+        x, y = np.zeros((n, 8, 8), np.uint8), np.arange(n) % 2
+        np.savez(tmp_path / f"{n}.npz", x=x, y=y)
+    source = f"source: npz, labels: true, path: {tmp_path}"
+
+    def faults(*words):
+        config = load(train_classifier.ClassifierConfig, [f"run_dir={tmp_path}/no", *words])[0]
+        with pytest.raises(UserError) as error:
+            train_classifier.main(config, True)
+        return [fault.partition(":")[0] for fault in error.value.faults]
+
+    few = f"data={{{source}/4.npz}}"
+    assert faults(few, "device=cuda") == ["device=cuda", "data"]
+    mirrored = f"held_out={{{source}/4.npz, flip: true}}"
+    assert faults(few, "data.flip=true", mirrored) == ["data.flip=true", "held_out.flip=true"]
+    words = [f"data={{{source}/5.npz}}", "steps=2", "batch_size=2", f"run_dir={tmp_path}/five"]
+    train_classifier.main(load(train_classifier.ClassifierConfig, words)[0], False)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not FASHION.is_dir(), reason="dataset-fashion-mnist is not installed")
 def test_the_classifier_learns_fashion_mnist(tmp_path):
