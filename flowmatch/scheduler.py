@@ -1,9 +1,9 @@
 """RectifiedFlowScheduler: few steps along a rectified flow, in diffusers' terms.
 
 There sigma = 1 is noise and 0 is data, x = sigma noise + (1 - sigma) data, the network predicts
-noise - data and sees timestep = 1000 sigma, and an Euler step is
-prev = x + (sigma_next - sigma) output. The stock flow scheduler spaces N default steps from 1000
-to 1 and appends 0, so its two steps are one and a no-op; this one takes sigma = 1 - i/N, then 0.
+noise - data and sees timestep = 1000 sigma, and an Euler step is prev = x + (sigma_next - sigma) output.
+The stock flow scheduler spaces N default steps from 1000 to 1 and appends 0, so its two steps are one
+and a no-op; this one takes sigma = 1 - i/N, then 0.
 
 This file needs torch and diffusers alone, so that it can be copied beside exported weights.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 # step to a place in it (0: sigma, 1: sigma_next) along the mean of all slopes so far, with weights.
 # The first evaluation is at place 0, each later one where the stage before it went.
 Stage = tuple[float, tuple[int, ...]]  # (place, weights)
+Time = float | Tensor
 SOLVERS: dict[str, tuple[Stage, ...]] = {
     "euler": ((1, (1,)),),
     "midpoint": ((0.5, (1,)), (1, (0, 1))),
@@ -30,6 +31,11 @@ SOLVERS: dict[str, tuple[Stage, ...]] = {
     "rk4": ((0.5, (1,)), (0.5, (0, 1)), (1, (0, 0, 1)), (1, (1, 2, 2, 1))),
     "ab2": ((1, (1,)),),  # its first step; the others are `adams_bashforth`
 }
+# In another class's config: what makes another grid of it, or means another network, if not this.
+FLAGS = "karras_sigmas exponential_sigmas beta_sigmas lu_lambdas dynamic_shifting"
+USUAL: dict[str, Any] = {f"use_{flag}": False for flag in FLAGS.split()}
+USUAL |= {"invert_sigmas": False, "stochastic_sampling": False, "shift_terminal": None}
+USUAL |= {"final_sigmas_type": "zero", "prediction_type": "flow_prediction"}
 
 
 def runge_kutta(x: Tensor, h: float, slopes: list[Tensor], stage: Stage) -> Tensor:
@@ -81,24 +87,20 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
     SDE with w^2 = 2 churn sigma, churn in [0, 2]. Both take a score from the velocity, which holds
     for an independent coupling only: refused for reflow_round >= 1.
 
-    The scheduler is a state machine: `timesteps` lists every evaluation of the network, `order` of
-    them a step, and `sigmas` the sigma of each and a closing 0. Call `step` once for each timestep.
+    A state machine: `timesteps` lists every evaluation of the network, `order` of them a step, and
+    `sigmas` the sigma of each and a closing 0. Call `step` once for each timestep.
 
-    The state is never half precision: arithmetic is in float32 (float64 for a float64 sample), and
-    the result has the dtype of the SAMPLE passed in, not of the network's output. Behind a sample of
-    half precision the scheduler keeps the float32 value, from which it goes on where the sample comes
-    back unchanged.
+    The state is never half precision: arithmetic is in float32 (float64 for a float64 sample), and the
+    result has the dtype of the SAMPLE passed in, not of the network's output. Behind a half-precision
+    sample stays the float32 value, from which it goes on where the sample comes back unchanged.
     """
 
     if __name__.startswith("flowmatch."):  # not as remote code, where there is no such package
         __module__ = "flowmatch"  # what model_index.json records and later looks up
 
-    # diffusers drops the keys of these from a foreign config without a warning
-    _compatibles: ClassVar[list[str]] = [
-        "FlowMatchEulerDiscreteScheduler",
-        "FlowMatchHeunDiscreteScheduler",
-        "DPMSolverMultistepScheduler",
-    ]
+    # diffusers drops the keys of these from a foreign config without a warning: see from_config
+    _compatibles: ClassVar[list[str]] = ["DPMSolverMultistepScheduler"]
+    _compatibles += ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
     init_noise_sigma = 1.0
 
     @register_to_config
@@ -112,6 +114,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         shift: float = 1.0,
     ):
         noise, noisy = f"eta={eta}, churn={churn}", bool(eta or churn)
+        no_score = "after reflow noise and data are not independent, so the velocity gives no score"
         in_range = 0 <= eta <= 1 and 0 <= churn <= 2  # NaN is not
         for wrong, message in (
             (solver not in SOLVERS, f"solver={solver!r}: expected one of {', '.join(SOLVERS)}"),
@@ -121,11 +124,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
             (not in_range, f"{noise}: expected eta in [0, 1] and churn in [0, 2]"),
             (eta and churn, f"{noise}: these are two samplers; leave one of them at 0"),
             (noisy and solver != "euler", f"{noise} with {solver=}: only Euler's steps take noise"),
-            (
-                noisy and reflow_round,
-                f"{noise} with {reflow_round=}: after reflow noise and data are not independent, so"
-                " the velocity gives no score, which these samplers need; leave both at 0",
-            ),
+            (noisy and reflow_round, f"{noise} with {reflow_round=}: {no_score}; leave both at 0"),
         ):
             if wrong:
                 raise ValueError(message)
@@ -137,6 +136,25 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         self.order = len(SOLVERS[solver])
         self.set_timesteps(num_train_timesteps)
         self.num_inference_steps: int | None = None  # the grid is not chosen yet
+
+    @classmethod
+    def from_config(cls, config: Any, *others: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Take over another flow scheduler's config, with its `flow_shift` as `shift`.
+
+        Raises ValueError for what of it would be lost and bends the grid. So does shift_terminal: 1/N
+        is uniform in N steps, not in other numbers of them, and nothing here says how many come.
+        """
+        config = {**config, **{k: kwargs.pop(k) for k in (*USUAL, "flow_shift") if k in kwargs}}
+        lost = {k: config[k] for k, usual in USUAL.items() if (config.get(k) or usual) != usual}
+        if lost:
+            given, plain = (", ".join(f"{k}={d[k]!r}" for k in lost) for d in (lost, USUAL))
+            raise ValueError(
+                f"{given}: steps here are uniform or moved by shift alone, for networks that predict "
+                f"noise - data; to go on with that, pass {plain} as well"
+            )
+        if "flow_shift" in config:
+            kwargs = {"shift": config.pop("flow_shift") or 1, **kwargs}
+        return super().from_config(config, *others, **kwargs)
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
@@ -168,10 +186,8 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         points = torch.as_tensor(given, dtype=torch.float32, device="cpu")
         falling = points.ndim == 1 and len(points) > 0 and bool((points[1:] < points[:-1]).all())
         if not (falling and points[0] <= top and points[-1] > 0):  # NaN fails too
-            raise ValueError(
-                f"{name}={given}: expected strictly falling numbers in (0, {top}]; "
-                "the final 0 is appended by the scheduler"
-            )
+            expected = f"expected strictly falling numbers in (0, {top}]"
+            raise ValueError(f"{name}={given}: {expected}; the final 0 is appended by itself")
         if steps not in (None, len(points)):
             raise ValueError(f"num_inference_steps={steps}, but {name} has {len(points)} entries")
         self.num_inference_steps = len(points)
@@ -183,18 +199,15 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def _lay_out(self, sigmas: Tensor, times: Tensor, device: Any) -> None:
         """List the evaluations of a grid. sigmas, times: float32 [N], without the final 0."""
-        places = [0.0, *(place for place, _ in SOLVERS[self.config["solver"]])]
-        place = torch.tensor(places[:-1], dtype=torch.float64)
-        zero = sigmas.new_zeros(1)
-        grid, time = (torch.cat([points, zero]).double() for points in (sigmas, times))
+        place = torch.tensor([0.0, *(p for p, _ in SOLVERS[self.config["solver"]][:-1])]).double()
+        both = torch.stack([sigmas, times]).double()
+        both = torch.cat([both, both.new_zeros(2, 1)], dim=1)  # of sigmas and of times, [2, N + 1]
         # in float64 places 0 and 1 are exactly the points of the grid
-        inner, timesteps = (
-            ((1 - place) * points[:-1, None] + place * points[1:, None]).flatten().float()
-            for points in (grid, time)
-        )
-        self.sigmas = torch.cat([inner, zero])
+        inner = (1 - place) * both[:, :-1, None] + place * both[:, 1:, None]
+        sigmas, timesteps = inner.flatten(1).float()
+        self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
         self.timesteps = timesteps.to(device)
-        self._grid: list[float] = grid.tolist()
+        self._grid: list[float] = both[0].tolist()
         self._times: list[float] = timesteps.tolist()
         self.step_index: int | None = None  # in `timesteps`, of the next evaluation
         self.begin_index: int | None = None  # and of the first, where set_begin_index gave it
@@ -205,15 +218,11 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at timesteps[begin_index], a multiple of `order` (image to image)."""
         if not 0 <= begin_index < len(self.timesteps) or begin_index % self.order:
-            raise ValueError(
-                f"begin_index={begin_index}: expected a multiple of order={self.order} below "
-                f"{len(self.timesteps)}, the number of timesteps"
-            )
+            fits = f"a multiple of order={self.order} below {len(self.timesteps)}"
+            raise ValueError(f"{begin_index=}: expected {fits}, the number of timesteps")
         self.begin_index = begin_index
 
-    def index_for_timestep(
-        self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None
-    ) -> int:
+    def index_for_timestep(self, timestep: Time, schedule_timesteps: Tensor | None = None) -> int:
         """Find the position in `timesteps` of the step that begins at this timestep.
 
         Heun evaluates most times twice, at the end of a step and at the beginning of the next; the
@@ -223,56 +232,49 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         times = self._times if schedule_timesteps is None else schedule_timesteps.tolist()
         starts = times[:: self.order]
         if time not in starts:
-            listed = ", ".join(f"{start:g}" for start in starts[:8])
-            raise ValueError(
-                f"timestep={time:g}: no step of this schedule begins there; pass one of "
-                f"scheduler.timesteps: [{listed}{', ...' * (len(starts) > 8)}]"
-            )
+            listed = ", ".join([f"{start:g}" for start in starts[:8]] + ["..."] * (len(starts) > 8))
+            why = "no step of this schedule begins there; pass one of scheduler.timesteps"
+            raise ValueError(f"timestep={time:g}: {why}: [{listed}]")
         return self.order * starts.index(time)
 
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Time | None = None) -> Tensor:
         """Return the sample as it is: a flow network takes it unscaled."""
         return sample
 
     def step(
         self,
         model_output: Tensor,
-        timestep: float | Tensor,
+        timestep: Time,
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """Take the network's output at `timestep`, and say at which sample to evaluate it next.
 
-        model_output: noise - data, [B, ...] as sample. timestep: the entry of `timesteps` whose
-        turn it is. sample: the noise, or what `step` returned last; within a step (Heun's second
-        evaluation) it is not read, the step goes on from its beginning. generator: what eta and
-        churn draw from, one, or one a sample, which then does not depend on its batch; torch's own
-        where a pipeline passes none (StableDiffusion3Pipeline). Returns prev_sample in the dtype of
-        sample. Raises ValueError for an integer timestep, or one whose turn it is not.
+        model_output: noise - data, [B, ...] as sample. timestep: the entry of `timesteps` whose turn it
+        is. sample: the noise, or what `step` returned last; within a step (Heun's second evaluation) it
+        is not read, the step goes on from its beginning. generator: what eta and churn draw from, one,
+        or one a sample, which then does not depend on its batch; torch's own where a pipeline
+        (StableDiffusion3Pipeline) passes none. Returns prev_sample in the dtype of sample. Raises
+        ValueError for an integer timestep, or one whose turn it is not.
         """
         time = _one_time(timestep)
         if self.num_inference_steps is None:
             raise ValueError("step before set_timesteps: call scheduler.set_timesteps(N) first")
         if model_output.shape != sample.shape:
-            raise ValueError(
-                f"model_output is {list(model_output.shape)}, sample {list(sample.shape)}: expected"
-                " the same; a network that predicts a variance too is no velocity network"
-            )
+            shapes = f"model_output is {list(model_output.shape)}, sample {list(sample.shape)}"
+            why = "a network that predicts a variance too is no velocity network"
+            raise ValueError(f"{shapes}: expected the same; {why}")
         if isinstance(generator, list) and len(generator) != len(sample):
             raise ValueError(f"generator is a list of {len(generator)}: expected {len(sample)}")
         index = self.step_index if self.step_index is not None else self.begin_index
         if index is None:
             index = self.index_for_timestep(time)
-        if index >= len(self._times):
-            raise ValueError(
-                f"step past the end: all {len(self._times)} evaluations are done; call set_timesteps"
-            )
-        if time != self._times[index]:
-            raise ValueError(
-                f"timestep={time:g}, but evaluation {index} of this schedule is at "
-                f"{self._times[index]:g}; go through scheduler.timesteps in order"
-            )
+        if index >= (n := len(self._times)):
+            raise ValueError(f"step past the end: all {n} evaluations are done; call set_timesteps")
+        if time != (due := self._times[index]):
+            at = f"evaluation {index} of this schedule is at {due:g}"
+            raise ValueError(f"timestep={time:g}, but {at}; take scheduler.timesteps in order")
         if not self._slopes:
             self._x = sample.to(torch.promote_types(sample.dtype, torch.float32))
             kept = self._unrounded
@@ -296,7 +298,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
             self._unrounded = end if prev_sample.dtype != end.dtype else None
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
 
-    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
+    def scale_noise(self, sample: Tensor, timestep: Time, noise: Tensor) -> Tensor:
         """Put data on the straight path, sigma noise + (1 - sigma) sample (arXiv 2209.03003).
 
         sample, noise: [B, ...]; timestep: a number, 0-dim, [1] or [B], anywhere in [0, 1000], on the
@@ -323,8 +325,6 @@ def _one_time(timestep: Any) -> float:
     if time.numel() != 1:
         raise ValueError(f"timestep is {list(time.shape)}: expected one for the whole batch")
     if not time.is_floating_point():
-        raise ValueError(
-            f"timestep={timestep} is an integer, so an index or a rounded time; pass one of "
-            "scheduler.timesteps, which are floats"
-        )
+        what = "an integer, so an index or a rounded time, and these are floats"
+        raise ValueError(f"timestep={timestep} is {what}; pass one of scheduler.timesteps")
     return time.float().item()

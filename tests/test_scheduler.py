@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 import flowmatch
 from flowmatch import grids, samplers, solvers
 from flowmatch.pipeline import ReflowPipeline
-from flowmatch.scheduler import SOLVERS, RectifiedFlowScheduler
+from flowmatch.scheduler import SOLVERS, USUAL, RectifiedFlowScheduler
 
 torch.set_num_threads(1)
 
@@ -548,11 +548,17 @@ def test_config_survives_the_disk(tmp_path, diffusers_log):
     assert diffusers_log == []
 
 
+def flow_dpm(**config):
+    """Make the stock scheduler for other numbers of steps, on a straight path unless config says so."""
+    config = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} | config
+    return DPMSolverMultistepScheduler(**config)
+
+
 @pytest.mark.parametrize(
     "stock",
     [
         FlowMatchEulerDiscreteScheduler(shift=2.0),
-        DPMSolverMultistepScheduler(solver_order=1, use_flow_sigmas=True),
+        flow_dpm(solver_order=1),
     ],
     ids=lambda scheduler: type(scheduler).__name__,
 )
@@ -570,6 +576,57 @@ def test_from_config_is_quiet_both_ways(stock, tmp_path, diffusers_log):
     # but a solver that would be lost is told
     type(stock).from_config(RectifiedFlowScheduler(solver="heun").config)
     assert "'solver': 'heun'" in diffusers_log[0]
+
+
+def test_the_shift_of_another_class_is_ours(tmp_path):
+    stock = flow_dpm(flow_shift=3.0)
+    stock.save_pretrained(tmp_path)
+    for ours in (
+        RectifiedFlowScheduler.from_config(stock.config),
+        RectifiedFlowScheduler.from_config(flow_dpm().config, flow_shift=3.0),
+        RectifiedFlowScheduler.from_pretrained(tmp_path),
+    ):
+        ours.set_timesteps(4)
+        assert ours.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+        again = RectifiedFlowScheduler.from_config(ours.config, shift=1.0)
+        assert again.config.shift == 1
+        assert RectifiedFlowScheduler.from_config(again.config).config.shift == 1
+    assert RectifiedFlowScheduler.from_config(stock.config, shift=2.0).config.shift == 2
+
+
+@pytest.mark.parametrize(
+    "stock",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        FlowMatchEulerDiscreteScheduler(shift_terminal=0.25),
+        FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+        FlowMatchEulerDiscreteScheduler(use_exponential_sigmas=True),
+        FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True),
+        FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
+        FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        flow_dpm(use_lu_lambdas=True),
+        flow_dpm(final_sigmas_type="sigma_min"),
+        flow_dpm(prediction_type="epsilon"),
+    ],
+)
+def test_a_config_that_bends_the_grid_is_refused(stock, tmp_path, diffusers_log):
+    default = type(stock)().config if "Euler" in type(stock).__name__ else flow_dpm().config
+    (key,) = (key for key in USUAL if stock.config.get(key) != default.get(key))
+    given = {key: stock.config[key]}
+    stock.save_pretrained(tmp_path)
+    for load in (
+        lambda **words: RectifiedFlowScheduler.from_config(stock.config, **words),
+        lambda **words: RectifiedFlowScheduler.from_pretrained(tmp_path, **words),
+    ):
+        with pytest.raises(ValueError, match=f"{key}={given[key]!r}: .* pass {key}={USUAL[key]!r}"):
+            load()
+        ours = load(**{key: USUAL[key]})  # as the message says
+        assert ours.config.shift == stock.config.get("shift", 1)
+        type(stock).from_config(ours.config).set_timesteps(3)
+        RectifiedFlowScheduler.from_config(ours.config)
+        with pytest.raises(ValueError, match=f"{key}="):
+            RectifiedFlowScheduler.from_config(default, **given)
+    assert diffusers_log == []
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
