@@ -6,7 +6,6 @@ it is. Every distance stands beside the distance of real data to real data.
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from flowmatch import (
     draw,
     features,
     grids,
-    manifest,
+    judge,
     metrics,
     noise,
     report,
@@ -135,11 +134,11 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
         with faults:
             models["teacher"].check_teaches("teacher")
     if "data" in sets:
-        kind = kind_of(config, sets["data"])
+        kind = judge.kind_of(config.distance, sets["data"])
         with faults:
-            look = features_of(config, sets["data"], kind, inputs)
+            look = judge.look_of(config, sets["data"], kind, inputs)
             if look.module is not None:
-                refuse_own_judge(look.module, models)
+                judge.refuse_own(look.module, models)
         with faults:
             for name, made in (sets | models).items():
                 if made.shape != sets["data"].shape:
@@ -185,61 +184,13 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     accelerator.end_training()
 
 
-def kind_of(config: EvaluateConfig, real: data.Data) -> str:
-    """Choose the distance."""
-    if config.distance != "auto":
-        return config.distance
-    return "frechet" if real.images else "sliced_wasserstein"
-
-
-@dataclass(frozen=True)
-class Look:
-    """What images are scored on. module: None for the values, or for a classifier to be trained."""
-
-    module: Any
-    facts: dict[str, Any]
-
-
-def features_of(config: EvaluateConfig, real: data.Data, kind: str, inputs: dict[str, str]) -> Look:
-    """Load what images are scored on, but for a classifier that is to be trained; name the input."""
-    name = config.features
-    if config.classifier is not None and name != "classifier":
-        raise UserError(f"classifier={config.classifier} is not looked at: features={name!r}")
-    if name == "inception":
-        module = features.Inception(config.inception_weights or "(not given)")
-        inputs["inception"] = metrics.module_digest(module)
-        return Look(module, {})
-    if name == "values" or kind == "sliced_wasserstein":
-        return Look(None, {})
-    if config.classifier is not None:
-        module, facts = features.load(config.classifier, "classifier", real.shape)
-        inputs["classifier"] = manifest.digest(config.classifier)
-        return Look(module, {"held_out_accuracy": facts["accuracy"]})
-    if real.images and real.label is None:
-        raise UserError(
-            "features='classifier' needs data.labels=true, or classifier= (or use features=values)"
-        )
-    return Look(None, {})
-
-
-def refuse_own_judge(module: Any, models: dict[str, teachers.Teacher]) -> None:
-    """Raise UserError where a model was trained to please the features that are to score it."""
-    judge = metrics.module_digest(module)
-    for name, model in models.items():
-        if judge in model.features:
-            raise UserError(
-                f"{name} was trained with loss.features on the very classifier that is to score it, "
-                "and would look better than it is; score it on another (classifier=, of another seed)"
-            )
-
-
 def score(
     config: EvaluateConfig,
     sets: dict[str, data.Data],
     sampled: dict[str, Sampler],
     rows: dict[str, list[Row]],
     kind: str,
-    look: Look,
+    look: judge.Look,
 ) -> dict[str, Any]:
     """Measure all rows, and write down the protocol."""
     n, device = sampled["teacher"].samples, sampled["teacher"].accelerator.device
@@ -265,7 +216,7 @@ def score(
         protocol["features"] = {"name": config.features, **look.facts}
         if config.features == "classifier" and net is None:
             net, accuracy = features.train_classifier(training, config.seed)
-            refuse_own_judge(net, {name: sampler.model for name, sampler in sampled.items()})
+            judge.refuse_own(net, {name: sampler.model for name, sampler in sampled.items()})
             protocol["features"]["held_out_accuracy"] = accuracy
         if net is not None:
             protocol["features"]["sha256"] = metrics.module_digest(net)

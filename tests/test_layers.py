@@ -34,7 +34,7 @@ LAYERS = {
     "models": [
         *("second_time", "nets", "foreign", "images", "sources", "tables", "data", "teachers"),
         "batches",
-        *("features", "scores", "rows"),
+        *("features", "judge", "scores", "rows"),
     ],
     "loop": ["stage", "run", "sharding", "compiled", "state", "fit"],
     "draw": ["draw", "plane", "charts", "report", "card"],

@@ -1,0 +1,83 @@
+"""The plan of an evaluation: what cannot be sampled or scored is refused before anything is."""
+
+import numpy as np
+import pytest
+
+from flowmatch import nets
+from flowmatch.config import UserError, load
+from flowmatch.nets import NetConfig
+from pipelines import evaluate
+from tests.stages import UNET
+
+
+def model(folder, shape, classes=None):
+    """A flow model of diffusers' convention, untrained."""
+    kind = {"name": "UNet2DModel", **UNET} if len(shape) == 3 else {"name": "VelocityMLP"}
+    nets.save(nets.build(NetConfig(**kind), shape, classes, 0), folder)
+    return folder
+
+
+def stored(file, shape, labels=False, n=24, seed=0):
+    """Random uint8 images, or latents as floats."""
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 256, (n, *shape[1:], shape[0]), dtype=np.uint8)
+    x = rng.normal(size=(n, *shape)).astype("f4") if shape[0] == 4 else x
+    np.savez(file, x=x, **({"y": np.arange(n) % 2} if labels else {}))
+    return file
+
+
+def planned(root, teacher, data, *words, student=None):
+    """Plan an evaluation; return its faults."""
+    models = [f"teacher={teacher}", f"student={student or teacher}"]
+    few = ["steps=[1]", "samples=16", "converged_steps=1", "device=cpu", f"run_dir={root}/evaluate"]
+    config, _ = load(evaluate.EvaluateConfig, [*models, f"data={{{data}}}", *few, *words])
+    try:
+        evaluate.main(config, True)
+    except UserError as error:
+        return error.faults
+    return []
+
+
+@pytest.fixture
+def points(tmp_path):
+    return tmp_path, model(tmp_path / "mlp", (2,)), "source: ring, samples: 100"
+
+
+def test_what_images_are_scored_on_is_refused_for_points_and_latents(points):
+    root, net, ring = points
+    (fault,) = planned(root, net, ring, "distance=frechet")
+    assert "features='classifier' looks at images" in fault
+    assert "use distance=sliced_wasserstein, or features=values" in fault
+    assert planned(root, net, ring, "distance=frechet", "features=values") == []
+    net = model(root / "unet", (4, 8, 8))
+    latents = f"source: latents, path: {stored(root / 'latents.npz', (4, 8, 8), labels=True)}"
+    for labels in ("", ", labels: true"):
+        (fault,) = planned(root, net, latents + labels, "distance=frechet")
+        assert "looks at images; the data holds [4, 8, 8], which are none" in fault
+    assert planned(root, net, latents) == []
+
+
+def test_values_too_many_for_a_frechet_distance_are_refused_with_a_way_on(tmp_path):
+    net = model(tmp_path / "unet", (3, 64, 64))
+    images = f"source: npz, path: {stored(tmp_path / 'images.npz', (3, 64, 64), labels=True)}"
+    ways = "features=inception with inception_weights=FILE, or features=classifier with classifier="
+    (fault,) = planned(tmp_path, net, images, "features=values")
+    assert "takes 4096 values a sample, the data has 12288" in fault
+    assert ways in fault
+    (fault,) = planned(tmp_path, net, images)  # no labels: the values are no way on
+    assert "needs data.labels=true, or classifier=" in fault
+    assert ways in fault
+    assert "use features=values" not in fault
+    assert planned(tmp_path, net, images + ", labels: true") == []
+
+
+def test_what_is_not_looked_at_is_refused(points):
+    root, net, ring = points
+    given = ["classifier=nowhere", "inception_weights=nowhere", "features=inception"]
+    found = planned(root, net, ring, *given)
+    assert [fault.partition(" ")[0] for fault in found] == [given[2], given[0], given[1]]
+    assert all("distance=sliced_wasserstein" in fault for fault in found)
+    digits = "source: digits"
+    net = model(root / "unet", (1, 8, 8))
+    (fault,) = planned(root, net, digits, "features=values", given[1])
+    assert fault == "inception_weights=nowhere is not looked at: features='values'; leave it out"
