@@ -13,11 +13,47 @@ import torch
 from torch import Tensor
 
 from flowmatch import grids, metrics, noise, samplers, solvers, teachers
+from flowmatch.config import UserError
+from flowmatch.data import Data
 from flowmatch.samplers import SamplerConfig
 from flowmatch.solvers import SolverConfig, VelocityField
 
 Span = tuple[float, float]  # the times of noise and data
 PATHS, PATH_STEPS = 64, 32  # shown of the paths from noise to data
+
+
+def check(models: dict[str, teachers.Teacher], real: Data | None, guidance: float) -> None:
+    """Raise UserError where models cannot be guided so, or are of different classes.
+
+    real: the data, whose classes count where it gives labels and a model takes them.
+    """
+    faults = []
+    for name, model in models.items():
+        try:
+            model.velocity(guidance)
+        except UserError as error:
+            faults += [f"{name}: {fault}" for fault in error.faults]
+    classes = {name: model.classes for name, model in models.items()}
+    if real is not None and real.classes is not None and any(classes.values()):
+        classes["data"] = real.classes
+    if len(set(classes.values())) > 1:
+        found = ", ".join(f"{name} {number or 'none'}" for name, number in classes.items())
+        faults.append(f"numbers of classes differ: {found}; name what was trained on the same ones")
+    if faults:
+        raise UserError(faults)
+
+
+def evaluations(
+    model: teachers.Teacher,
+    guidance: float,
+    steps: list[int],
+    solver: SamplerConfig,
+    converged: SolverConfig,
+) -> int:
+    """Count the evaluations of the network that all rows take a sample, without those of dopri5."""
+    followed = samplers.evaluations(solver.name) * sum(steps) + (converged.evaluations or 0)
+    last = model.velocity(guidance).extra * (len(steps) + 1)
+    return (followed + last) * (1 if guidance == 1 else 2)
 
 
 @dataclass(frozen=True)
@@ -46,7 +82,7 @@ class Sampler:
     @functools.cached_property
     def velocity(self) -> Any:
         """The velocity field, which counts its evaluations."""
-        return self.model.velocity(self.guidance if self.model.classes else 1.0)
+        return self.model.velocity(self.guidance)
 
     def rows(self, steps: list[int], solver: SamplerConfig, converged: SolverConfig) -> list[Row]:
         """Sample with every number of steps, then converged."""

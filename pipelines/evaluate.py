@@ -21,6 +21,7 @@ from flowmatch import (
     metrics,
     noise,
     report,
+    rows,
     run,
     samplers,
     scores,
@@ -133,6 +134,8 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     if "teacher" in models:
         with faults:
             models["teacher"].check_teaches("teacher")
+    with faults:
+        rows.check(models, sets.get("data"), config.guidance)
     if "data" in sets:
         kind = judge.kind_of(config.distance, sets["data"])
         with faults:
@@ -153,14 +156,15 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
         raise UserError(
             f"{samples} samples: images are scored on {2 * scores.NEIGHBOURS + 2} or more"
         )
-    each = [
-        samplers.evaluations(config.rows_of(name)[1].name) * sum(config.steps) for name in models
-    ]
-    reference = config.converged.evaluations
-    evaluations = samples * (sum(each) + 2 * (reference or 0))
+    converged = config.converged
+    evaluations = samples * sum(
+        rows.evaluations(model, config.guidance, config.steps, config.rows_of(name)[1], converged)
+        for name, model in models.items()
+    )
     plan = [
         f"{samples} samples a row, {kind} distance to {samples} of {real.count} real ones",
-        f"{evaluations:,} network evaluations{'' if reference else ', and those of dopri5,'} for "
+        f"{evaluations:,} network evaluations"
+        f"{'' if converged.evaluations else ', and those of dopri5,'} for "
         f"{len(config.steps) + 1} rows of 2 models, on {device}",
     ]
     if not stage.begin("evaluate", config, inputs, plan, dry_run):
@@ -175,7 +179,7 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
             for name, model in models.items()
         }
         found = {  # collective: every rank
-            name: sampler.rows(config.steps, config.rows_of(name)[1], config.converged)
+            name: sampler.rows(config.steps, config.rows_of(name)[1], converged)
             for name, sampler in sampled.items()
         }
         if stage.leads():
@@ -188,7 +192,7 @@ def score(
     config: EvaluateConfig,
     sets: dict[str, data.Data],
     sampled: dict[str, Sampler],
-    rows: dict[str, list[Row]],
+    made: dict[str, list[Row]],
     kind: str,
     look: judge.Look,
 ) -> dict[str, Any]:
@@ -226,8 +230,8 @@ def score(
         protocol |= {"neighbours": scores.NEIGHBOURS, "training_samples": seen}
     scorer = scores.Scorer(kind, reference, net, known, apart="reference" not in sets)
     result: dict[str, Any] = {"protocol": protocol, "floor": scorer.floor()}
-    truth = rows["teacher"][-1].x
-    for name, found in rows.items():
+    truth = made["teacher"][-1].x
+    for name, found in made.items():
         result[name] = {
             "round": sampled[name].model.round,
             **sampled[name].straightness(),
@@ -246,13 +250,13 @@ def score(
 def write(
     folder: run.Run,
     result: dict[str, Any],
-    rows: dict[str, list[Row]],
+    made: dict[str, list[Row]],
     sampled: dict[str, Sampler],
     real: data.Data,
 ) -> None:
     """Write metrics.json, the table, the pictures and the report, and seal."""
     place = Path(folder.folder)
-    samples = {name: {r.steps: r.x for r in found} for name, found in rows.items()}
+    samples = {name: {r.steps: r.x for r in found} for name, found in made.items()}
     write_atomic(place / "metrics.json", json.dumps(result, indent=1) + "\n")
     write_atomic(place / "table.md", draw.table(result))
     draw.curve(place / "curve.png", result)
@@ -264,7 +268,7 @@ def write(
         samples,
         real=data.reference(real, min(16 if real.images else 2000, real.count), 0)["x1"],
         paths={name: sampler.paths() for name, sampler in sampled.items()},
-        folders={name: teachers.run_of(getattr(folder.config, name))[0] for name in rows},
+        folders={name: teachers.run_of(getattr(folder.config, name))[0] for name in made},
         config=configs.dump(folder.config),
         facts={
             f"{name}, network": f"{type(net).__name__}, {net.num_parameters():,} parameters"

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from diffusers import DDPMPipeline, DDPMScheduler
 
 from flowmatch import nets
 from flowmatch.config import UserError, load
@@ -81,3 +82,45 @@ def test_what_is_not_looked_at_is_refused(points):
     net = model(root / "unet", (1, 8, 8))
     (fault,) = planned(root, net, digits, "features=values", given[1])
     assert fault == "inception_weights=nowhere is not looked at: features='values'; leave it out"
+
+
+def test_guidance_and_classes_that_models_do_not_share_are_refused(tmp_path):
+    """An unlabelled model was sampled without guidance, and its table told of it."""
+    names = {None: "none", 3: "three", 4: "four", 10: "ten"}
+    models = {k: model(tmp_path / name, (1, 8, 8), k) for k, name in names.items()}
+    words = ["source: digits", "features=values"]
+    found = planned(tmp_path, models[None], *words, "guidance=2.0")
+    expected = "guidance=2.0: this network takes no labels; use guidance=1"
+    assert found == [f"teacher: {expected}", f"student: {expected}"]
+    differ = "numbers of classes differ: teacher 4, student {}; name what was trained on the same"
+    for k in (3, None):
+        (fault,) = planned(tmp_path, models[4], *words, student=models[k])
+        assert fault.startswith(differ.format(k or "none"))
+    labelled = ["source: digits, labels: true", "features=values"]
+    (fault,) = planned(tmp_path, models[4], *labelled)
+    assert "teacher 4, student 4, data 10;" in fault
+    assert (
+        planned(tmp_path, models[10], *labelled) == planned(tmp_path, models[None], *labelled) == []
+    )
+
+
+def test_a_diffusion_model_without_a_null_class_is_not_guided(tmp_path):
+    net = model(tmp_path / "unet", (1, 8, 8), 9)
+    DDPMPipeline(nets.load(net, "net"), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    student = model(tmp_path / "student", (1, 8, 8), 10)
+    words = ["source: digits", "features=values", "guidance=2.0"]
+    (fault,) = planned(tmp_path, tmp_path / "ddpm", *words, student=student)
+    assert fault.startswith("teacher: guidance=2.0: this teacher has no null class")
+
+
+def test_the_plan_counts_what_guidance_and_a_last_step_cost(tmp_path, capsys):
+    net = model(tmp_path / "unet", (1, 8, 8), 10)
+    words = ["source: digits", "features=values", "steps=[1,2]", "converged_steps=4"]
+    assert planned(tmp_path, net, *words) == []
+    assert f"{16 * 2 * (3 + 8):,} network evaluations for 3 rows" in capsys.readouterr().out
+    assert planned(tmp_path, net, *words, "guidance=2.0") == []
+    assert f"{16 * 2 * 2 * (3 + 8):,} network evaluations for" in capsys.readouterr().out
+    plain = model(tmp_path / "plain", (1, 8, 8))
+    DDPMPipeline(nets.load(plain, "net"), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    assert planned(tmp_path, tmp_path / "ddpm", *words, student=plain) == []
+    assert f"{16 * (3 + 8 + 3) + 16 * (3 + 8):,} network eval" in capsys.readouterr().out
