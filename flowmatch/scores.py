@@ -24,6 +24,15 @@ def embed_data(data: Data, count: int, seed: int, module: Any, device: torch.dev
     return torch.cat([features.embed(data.batch(part)["x1"].to(device), module) for part in parts])
 
 
+def same(a: Data, b: Data) -> bool:
+    """Tell whether two sets of one shape hold the same items: as many, and 64 of them are equal.
+
+    Their digests do not tell: those of files are of a whole folder, whatever the split.
+    """
+    ids = Order(a.count, 0)(np.arange(min(64, a.count)))
+    return a.count == b.count and torch.equal(a.batch(ids)["x1"], b.batch(ids)["x1"])
+
+
 class Scorer:
     """Real samples that others are held against, with what is known of them already."""
 

@@ -1,14 +1,19 @@
 """The plan of an evaluation: what cannot be sampled or scored is refused before anything is."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from flowmatch import nets
+from flowmatch import nets, scores
 from flowmatch.config import UserError, load
+from flowmatch.data import DataConfig
+from flowmatch.data import load as load_data
 from flowmatch.nets import NetConfig
 from pipelines import evaluate
-from tests.stages import UNET
+from tests.stages import UNET, run
 
 
 def model(folder, shape, classes=None):
@@ -124,3 +129,29 @@ def test_the_plan_counts_what_guidance_and_a_last_step_cost(tmp_path, capsys):
     DDPMPipeline(nets.load(plain, "net"), DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     assert planned(tmp_path, tmp_path / "ddpm", *words, student=plain) == []
     assert f"{16 * (3 + 8 + 3) + 16 * (3 + 8):,} network eval" in capsys.readouterr().out
+
+
+def test_a_reference_that_is_the_data_is_none(tmp_path, capsys):
+    """The floor of its images to themselves would be 0; a digest may be of two splits."""
+    net = model(tmp_path / "unet", (1, 8, 8))
+    train = f"source: npz, path: {stored(tmp_path / 'train.npz', (1, 8, 8), labels=True)}"
+    test = f"source: npz, path: {stored(tmp_path / 'test.npz', (1, 8, 8), seed=1)}"
+    words = ["features=values", f"teacher={net}", f"student={net}", "steps=[1]", "samples=24"]
+    words += [f"data={{{train}}}", "converged_steps=1"]
+    found = {}
+    for name, reference in (("none", None), ("same", f"{train}, labels: true"), ("other", test)):
+        more = [] if reference is None else [f"reference={{{reference}}}"]
+        run(evaluate, f"run_dir={tmp_path}/{name}", *words, *more)
+        result = json.loads((tmp_path / name / "metrics.json").read_text())
+        found[name] = result["floor"], "reference" in result["protocol"]
+        told = "reference holds what data holds" in capsys.readouterr().out
+        assert told == (name == "same")
+    assert found["same"] == found["none"]
+    assert found["same"][0]["nearest"] > 0
+    assert found["other"][0] != found["none"][0]
+    assert found["other"][1]
+    data = [
+        load_data(DataConfig(source="npz", path=f"{tmp_path}/{n}.npz")) for n in ("train", "test")
+    ]
+    same = [dataclasses.replace(d, digest="that of the folder") for d in data]
+    assert not scores.same(*same)
