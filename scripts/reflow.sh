@@ -43,16 +43,17 @@ name=$1
 shift
 [ -d "configs/$name" ] || fail "configs/$name does not exist"
 for stage in features classifier; do
-  if [ ! -f "configs/$name/$stage.yaml" ]; then
-    unset "module[$stage]"
-    read -ra stages <<<"${stages[*]/$stage/}"
-  fi
+  [ -n "${STAGES:-}" ] || [ -f "configs/$name/$stage.yaml" ] || read -ra stages <<<"${stages[*]/$stage/}"
 done
-[ ${#stages[@]} -gt 0 ] || fail "STAGES=$STAGES: configs/$name has no config for any of these"
+has_config() { # STAGE WORDS: or fail with these words
+  [ -f "configs/$name/${1%_*}.yaml" ] || fail "$2: configs/$name/${1%_*}.yaml does not exist"
+}
+for stage in "${stages[@]}"; do has_config "$stage" "STAGES=${stages[*]}"; done
 declare -A keys=()
 for word in "$@"; do
   stage=${word%%.*}
   [[ $word == *.*=* && -n ${module[$stage]:-} ]] || fail "$word is not STAGE.key=value"
+  has_config "$stage" "$word"
   keys[$stage]+="${word#*.}"$'\n'
 done
 
@@ -109,7 +110,7 @@ for stage in "${stages[@]}"; do
 done
 [ "$status" -eq 0 ] || exit "$status"
 for stage in features classifier; do  # what no stage is going to make would be missed after hours
-  [ -z "${module[$stage]:-}" ] || continue
+  [ ! -f "configs/$name/$stage.yaml" ] || continue
   ! grep -h "=runs/$name/$stage does not exist" "$plans"/* >&2 ||
     fail "configs/$name/$stage.yaml does not exist either"
 done

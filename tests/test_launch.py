@@ -238,7 +238,14 @@ def test_an_unknown_stage_is_refused(slurm):
     assert "there is no stage paris" in done.stderr
     done = call(slurm | {"STAGES": "features classifier"}, "scripts/reflow.sh", "ring")
     assert done.returncode == 2
-    assert "configs/ring has no config for any of these" in done.stderr
+    assert "features classifier: configs/ring/features.yaml does not exist" in done.stderr
+    done = call(slurm | {"STAGES": "flow classifier"}, "scripts/reflow.sh", "digits")
+    assert done.returncode == 2
+    assert "STAGES=flow classifier: configs/digits/classifier.yaml does not exist" in done.stderr
+    done = call(slurm, "scripts/reflow.sh", "digits", "classifier.steps=3")
+    assert done.returncode == 2
+    assert "classifier.steps=3: configs/digits/classifier.yaml does not exist" in done.stderr
+    assert not calls(slurm, "python")
 
 
 @pytest.mark.slow
