@@ -95,13 +95,21 @@ if [ -z "${ACCELERATE_CONFIG:-}" ]; then
   fi
 fi
 
-# Plan every stage first: a mistake in any config comes to light before the first one works for hours.
+# Plan every stage first: a mistake in any config comes to light before the first one works for hours. A
+# plan counts the processes that are going to run, and waits for none of them.
+processes=${PROCESSES:-}
+if [ -z "$processes${LAUNCHER:-}" ]; then
+  [ -f "$ACCELERATE_CONFIG" ] || fail "ACCELERATE_CONFIG=$ACCELERATE_CONFIG does not exist"
+  processes=$(sed -n 's/^num_processes: *\([0-9]*\).*/\1/p' "$ACCELERATE_CONFIG")
+fi
+job=()
+[ "${processes:-1}" = 1 ] || job=(env RANK=0 LOCAL_RANK=0 "WORLD_SIZE=$processes")
 plans=$(mktemp -d)
 trap 'rm -rf "$plans"' EXIT
 declare -A process=()
 for stage in "${stages[@]}"; do
   words_of "$stage"
-  "$python" -m "pipelines.${module[$stage]}" "${words[@]}" --dry-run >"$plans/$stage" &
+  "${job[@]}" "$python" -m "pipelines.${module[$stage]}" "${words[@]}" --dry-run >"$plans/$stage" &
   process[$stage]=$!
 done
 status=0

@@ -248,6 +248,23 @@ def test_an_unknown_stage_is_refused(slurm):
     assert not calls(slurm, "python")
 
 
+def test_a_plan_counts_the_processes_that_the_launcher_starts(slurm, tmp_path):
+    environment = slurm | {"PYTHON": sys.executable, "STAGES": "flow"}
+    environment |= {"ACCELERATE_CONFIG": "configs/accelerate/cpu_2.yaml"}
+    command = ["scripts/reflow.sh", "--dry-run", "ring", "flow.device=cpu"]
+    odd = [*command, f"flow.run_dir={tmp_path}/none", "flow.fit.batch_size=127"]
+    done = call(environment, *odd)
+    assert done.returncode == 2
+    assert "batch_size=127" in done.stderr
+    assert call(environment | {"LAUNCHER": "x", "PROCESSES": ""}, *odd).returncode == 0
+    assert call(environment | {"LAUNCHER": "x", "PROCESSES": "2"}, *odd).returncode == 2
+    sharded = [*command, f"flow.run_dir={tmp_path}/none", "flow.fit.shard=true"]
+    done = call(environment, *sharded)
+    assert done.returncode == 0, done.stderr
+    done = call(environment | {"ACCELERATE_CONFIG": "configs/accelerate/none.yaml"}, *command)
+    assert "ACCELERATE_CONFIG=configs/accelerate/none.yaml does not exist" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_queued_chain_runs_to_its_export(slurm, tmp_path):
     environment = slurm | {"PYTHON": sys.executable, "WORKERS": "2"}

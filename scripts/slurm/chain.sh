@@ -4,15 +4,16 @@
 #   scripts/slurm/chain.sh NAME [STAGE.key=value ...]
 #
 # Each job starts when the one before has ended well. Read from the environment: ROUNDS (as by
-# scripts/reflow.sh), WORKERS (members of an array, default 4), TRAIN, PAIRS and CHECK (words for sbatch
-# of the training jobs, of an array's member, and of the rest), and sbatch's own, such as SBATCH_ACCOUNT,
-# SBATCH_PARTITION:
+# scripts/reflow.sh), PROCESSES (that it plans with, default 1; fit.shard=true needs it), WORKERS (members
+# of an array, default 4), TRAIN, PAIRS and CHECK (words for sbatch of the training jobs, of an array's
+# member, and of the rest), and sbatch's own, such as SBATCH_ACCOUNT, SBATCH_PARTITION:
 #
 #   TRAIN="--nodes=2 --gpus-per-node=8" PAIRS="--gpus-per-node=1" WORKERS=16 scripts/slurm/chain.sh NAME
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-scripts/reflow.sh --dry-run "$@"  # a mistake in any config comes to light before a job waits in the queue
+# A mistake in any config comes to light before a job waits in the queue.
+LAUNCHER=scripts/slurm/job.sh scripts/reflow.sh --dry-run "$@"
 
 last=
 submit() { # STAGE WORDS-FOR-SBATCH KEYS...: queue one stage behind the one before

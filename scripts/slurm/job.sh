@@ -14,7 +14,7 @@ set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 [ -f scripts/reflow.sh ] || { echo "job.sh: submit from the root of the checkout" >&2; exit 2; }
 
-export LAUNCHER=scripts/slurm/node.sh
+export LAUNCHER=scripts/slurm/node.sh PROCESSES=$((${SLURM_NNODES:-1} * ${SLURM_GPUS_ON_NODE:-1}))
 [ "${SLURM_NNODES:-1}" -eq 1 ] || LAUNCHER="srun --ntasks-per-node=1 --kill-on-bad-exit $LAUNCHER"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # else the launcher kills what still saves after 30 seconds
 
