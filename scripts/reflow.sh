@@ -9,9 +9,12 @@
 # NAME has a config for them). --dry-run prints the plan of every stage and stops. Read from the
 # environment: PYTHON (default python), ACCELERATE_CONFIG (default: two CPU processes, or one GPU where
 # there is one), STAGES (default: all, in order), LAUNCHER (default: accelerate launch with that config),
-# and ROUNDS (default 1): round k > 1 follows the student of the round before to new pairs, from noise of
-# its own, in runs/NAME/pairs_k, and reflows again in reflow_k; evaluate_k and export_k are of the last
-# round. A key of pairs or reflow holds for every round, one of pairs_2 for that round alone.
+# PROCESSES (how many the plan counts with; default: num_processes of that config, 1 with a LAUNCHER), and
+# ROUNDS (default 1): round k > 1 follows the student of the round before to new pairs, from noise of its
+# own, in runs/NAME/pairs_k, and reflows again in reflow_k; evaluate_k and export_k are of the last round.
+# A key of pairs or reflow holds for every round, one of pairs_2 for that round alone; but what names a
+# folder (run_dir, teacher, start, pairs) is the first round's: later ones follow the round before, and
+# take their own from pairs_2.run_dir and the like.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -59,19 +62,24 @@ done
 
 # What the later rounds put between a stage's keys and their own.
 declare -A between=()
-read -r _ seed _ < <(grep '^seed:' "configs/$name/pairs.yaml") || seed=0
-seed=$(grep '^seed=' <<<"${keys[pairs]:-}" | tail -n 1 | cut -d= -f2 | grep . || echo "$seed")
-teacher=runs/$name/reflow
-for ((k = 2; k <= rounds; k++)); do
-  root=runs/$name
-  between[pairs_$k]="run_dir=$root/pairs_$k"$'\n'"teacher=$teacher"$'\n'"seed=$((seed + k - 1))"$'\n'
-  between[reflow_$k]="run_dir=$root/reflow_$k"$'\n'"start=$teacher"$'\n'"pairs=[{path: $root/pairs_$k}]"$'\n'
-  teacher=$root/reflow_$k
-done
+value_of() { # STAGE KEY [DEFAULT]: what its keys say, else the default, else its config
+  grep "^$2=" <<<"${keys[$1]:-}" | tail -n 1 | cut -d= -f2- | grep . && return
+  [ -z "${3:-}" ] || { echo "$3"; return; }
+  sed -n "s/^$2: *//p" "configs/$name/$1.yaml" | sed 's/ *#.*//'
+}
+root=runs/$name
 if [ "$rounds" -gt 1 ]; then
+  seed=$(value_of pairs seed)
+  teacher=$(value_of reflow run_dir)
+  for ((k = 2; k <= rounds; k++)); do
+    between[pairs_$k]="run_dir=$root/pairs_$k"$'\n'"teacher=$teacher"$'\n'"seed=$((seed + k - 1))"$'\n'
+    between[reflow_$k]="run_dir=$root/reflow_$k"$'\n'"start=$teacher"$'\n'
+    between[reflow_$k]+="pairs=[{path: $(value_of "pairs_$k" run_dir "$root/pairs_$k")}]"$'\n'
+    teacher=$(value_of "reflow_$k" run_dir "$root/reflow_$k")
+  done
   between[evaluate]="run_dir=$root/evaluate_$rounds"$'\n'"student=$teacher"$'\n'
   between[export]="run_dir=$root/export_$rounds"$'\n'"student=$teacher"$'\n'
-  between[export]+="evaluation=$root/evaluate_$rounds"$'\n'
+  between[export]+="evaluation=$(value_of evaluate run_dir "$root/evaluate_$rounds")"$'\n'
 fi
 words_of() { # STAGE: its config and its keys, into `words`
   local first=${1%_*}

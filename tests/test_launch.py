@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -246,6 +247,27 @@ def test_an_unknown_stage_is_refused(slurm):
     assert done.returncode == 2
     assert "classifier.steps=3: configs/digits/classifier.yaml does not exist" in done.stderr
     assert not calls(slurm, "python")
+
+
+def test_later_rounds_follow_the_folders_of_earlier_ones(slurm):
+    keys = ["pairs.run_dir=a", "reflow.pairs=[{path: a}]", "reflow.run_dir=b", "pairs_2.run_dir=c"]
+    keys += ["reflow_3.run_dir=d", "evaluate.run_dir=e", "pairs.seed=5"]
+    done = call(slurm | {"ROUNDS": "3"}, "scripts/reflow.sh", "ring", *keys)
+    assert done.returncode == 0, done.stderr
+    runs = [line.split(" -m pipelines.")[-1] for line in calls(slurm, "python")]
+    last = [dict(re.findall(r"(\w+)=(\[.*?\]|\S+)", run)) for run in runs]  # a later word wins
+    names = ["flow", "pairs", "reflow", "pairs_2", "reflow_2", "pairs_3", "reflow_3"]
+    found = dict(zip(names, last, strict=False))
+    root = "runs/ring"
+    assert found["pairs"] == {"run_dir": "a", "seed": "5"}
+    assert found["reflow"] == {"pairs": "[{path: a}]", "run_dir": "b"}
+    assert found["pairs_2"] == {"run_dir": "c", "teacher": "b", "seed": "6"}
+    second, pairs = f"{root}/reflow_2", f"{root}/pairs_3"
+    assert found["reflow_2"] == {"run_dir": second, "start": "b", "pairs": "[{path: c}]"}
+    assert found["pairs_3"] == {"run_dir": pairs, "teacher": second, "seed": "7"}
+    assert found["reflow_3"] == {"run_dir": "d", "start": second, "pairs": f"[{{path: {pairs}}}]"}
+    assert last[-2] == {"run_dir": "e", "student": "d"}
+    assert last[-1] == {"run_dir": f"{root}/export_3", "student": "d", "evaluation": "e"}
 
 
 def test_a_plan_counts_the_processes_that_the_launcher_starts(slurm, tmp_path):
