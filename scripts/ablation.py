@@ -6,8 +6,10 @@ Teacher, pairs and judge are made once; a recipe is one or more reflow stages, o
 share the updates of configs/NAME/reflow.yaml. The seed is that of reflow: which pairs and times an
 update sees. Every seed is scored on the same noise by the same judge. Each run is a stage's folder below
 runs/NAME/ablation: repeat the command, and what is sealed is passed over. STAGE is one of flow pairs
-reflow classifier evaluate; reflow's keys hold for all recipes. --table writes the table of what is
-there, and runs nothing.
+reflow classifier evaluate; reflow's keys hold for all recipes, but for what a recipe sets itself. Which
+run works on what is not the caller's to say: those keys are refused, and `pairs` of reflow.yaml gives
+way, whole, to the pairs made here; a recipe may name its own. --table writes the table of what is there,
+and runs nothing.
 """
 
 import argparse
@@ -27,6 +29,11 @@ from pipelines.reflow import ReflowConfig
 
 MODULES = {"flow": "train_flow", "pairs": "generate_pairs", "reflow": "reflow"}
 MODULES |= {"classifier": "train_classifier", "evaluate": "evaluate"}
+OWN = {stage: ["run_dir"] for stage in MODULES}  # the keys that each run gets here
+OWN["pairs"] += ["teacher"]
+OWN["reflow"] += ["start", "pairs", "seed"]
+OWN["classifier"] += ["seed"]
+OWN["evaluate"] += ["teacher", "student"]
 SHOWN = (1, 2, 4, 8, None)  # numbers of steps; None is converged
 
 
@@ -77,6 +84,12 @@ class Ablation:
             if stage not in MODULES or "=" not in rest:
                 raise UserError(
                     f"{word} is not STAGE.key=value; STAGE is one of {', '.join(MODULES)}"
+                )
+            own = [*OWN[stage], *["classifier"] * (stage == "evaluate" and bool(config.classifier))]
+            if (key := rest.partition("=")[0].split(".")[0]) in own:
+                raise UserError(
+                    f"{word} would be lost: {key} of {stage} is set for each run of the table (--seeds "
+                    "and --runs say how many and where); leave it out"
                 )
             self.words[stage].append(rest)
         self.base = [str(self.configs / "reflow.yaml"), *config.words, *self.words["reflow"]]

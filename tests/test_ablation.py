@@ -1,6 +1,7 @@
 """The ablation table: every recipe through the stages, by one command that may be repeated."""
 
 import json
+import re
 import runpy
 import shutil
 import statistics
@@ -127,6 +128,12 @@ def test_a_row_shows_distance_rmse_and_recall_at_one_step():
 def test_mistakes_are_named_before_any_work(ring, tmp_path):
     with pytest.raises(UserError, match="flw.fit.steps=3 is not STAGE.key=value"):
         Ablation("ring", tmp_path, 1, ["flw.fit.steps=3"])
+    for word in (
+        *("flow.run_dir=x", "pairs.teacher=x", "reflow.seed=7", "reflow.pairs=[{path: mine}]"),
+        *("reflow.start=x", "reflow.run_dir=x", "evaluate.student=x", "evaluate.teacher=x"),
+    ):
+        with pytest.raises(UserError, match=f"{re.escape(word)} would be lost: .* is set for each"):
+            Ablation("ring", tmp_path, 1, [word])
     path = tmp_path / "configs/ring/ablation.yaml"
     path.write_text(RECIPES.replace("share: 0.5", "share: 0.4"))
     with pytest.raises(UserError, match="distil: its parts share 0.8 of the updates"):
