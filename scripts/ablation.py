@@ -71,7 +71,7 @@ class Ablation:
     """The runs of one experiment."""
 
     def __init__(self, name: str, runs: Path, seeds: int, given: list[str]):
-        """given: STAGE.key=value. Raises UserError for a stage that there is not."""
+        """given: STAGE.key=value. Raises UserError for another stage, and a key that is set here."""
         self.writing = threading.Lock()
         self.configs, self.seeds = Path("configs") / name, seeds
         self.runs, self.root = runs / name, runs / name / "ablation"
@@ -159,8 +159,8 @@ class Ablation:
             self.table()
 
     def table(self) -> str:
-        """Write table.md of the runs that are sealed; return it."""
-        rows, last = [], None
+        """Write table.md of the runs that are sealed; return it. Raises UserError where none is."""
+        rows, last, updates = [], None, set()
         for recipe in self.config.recipes:
             found, seconds = [], []
             for seed in range(self.seeds):
@@ -168,11 +168,13 @@ class Ablation:
                 if manifest.sealed(place):
                     last = json.loads((place / "metrics.json").read_text())
                     found.append(last["student"])
-                    seconds.append(sum(map(seconds_of, self.parts(recipe, seed))))
+                    parts = self.parts(recipe, seed)
+                    seconds.append(sum(map(seconds_of, parts)))
+                    updates.add(sum(fit_of(part)["steps"] for part in parts))
             if found:
                 rows.append(line(recipe.says, found, f"{statistics.median(seconds):.0f}"))
         if last is None:
-            return "ablation: nothing is scored yet"
+            raise UserError(f"{self.root} holds no evaluation yet; run without --table")
         floor, protocol = last["floor"], last["protocol"]
         names = [f"@{steps}" if steps else "converged" for steps in SHOWN]
         head = ["recipe", "seeds", *names, "RMSE @1", "recall @1", "training, s"]
@@ -181,10 +183,11 @@ class Ablation:
             "|---" * len(head) + "|",
             line("teacher", [last["teacher"]]),
         ]
+        steps = " or ".join(map(str, sorted(updates)))
         text = "\n".join([*lines, *rows]) + (
             f"\n\n{protocol['distance']} distance, {protocol['samples']} samples, mean and standard "
             f"deviation over the seeds of reflow; real against real, {floor['samples']} each: "
-            f"{floor['distance']:.3g}. RMSE: to the converged teacher on the same noise. {self.steps} "
+            f"{floor['distance']:.3g}. RMSE: to the converged teacher on the same noise. {steps} "
             "updates a recipe, on the same pairs; the seconds are those of training alone, as logged.\n"
         )
         write_atomic(self.root / "table.md", text)
@@ -210,9 +213,14 @@ def spread(values: list[float]) -> str:
     return f"{mean} +- {statistics.stdev(values):.2g}" if len(values) > 1 else mean
 
 
+def fit_of(folder: Path) -> dict[str, Any]:
+    """Read what a sealed training stage says of its loop."""
+    return manifest.read(folder, "run_dir")["config"]["fit"]
+
+
 def seconds_of(folder: Path) -> float:
     """Estimate the seconds that a training stage took, from the images a second that it logged."""
-    log, fit = folder / "metrics.jsonl", manifest.read(folder, "run_dir")["config"]["fit"]
+    log, fit = folder / "metrics.jsonl", fit_of(folder)
     lines = log.read_text().splitlines() if log.is_file() else []
     if not lines:  # of fewer updates than fit.log_every
         return 0.0
@@ -220,13 +228,22 @@ def seconds_of(folder: Path) -> float:
     return fit["steps"] * fit["batch_size"] / rate
 
 
+def positive(text: str) -> int:
+    """Read a number of 1 or more."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return number
+
+
 def main() -> int:
     """Run what is missing, whatever fails; print the table; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", help="a folder of configs/ that holds an ablation.yaml")
     parser.add_argument("words", nargs="*", metavar="STAGE.key=value")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each recipe (default 3)")
-    parser.add_argument("--jobs", type=int, default=1, help="recipes at a time (default 1)")
+    parser.add_argument(
+        "--seeds", type=positive, default=3, help="seeds of each recipe (default 3)"
+    )
+    parser.add_argument("--jobs", type=positive, default=1, help="recipes at a time (default 1)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs/NAME lies")
     parser.add_argument("--only", metavar="A,B", help="these recipes alone")
     parser.add_argument("--table", action="store_true", help="write the table, run nothing")
@@ -248,7 +265,8 @@ def main() -> int:
                 for done in [pool.submit(ablation.run, *each) for each in every]:
                     with faults:
                         done.result()
-        print(ablation.table())
+        with faults:
+            print(ablation.table())
         faults.check()
     except UserError as error:
         for fault in error.faults:

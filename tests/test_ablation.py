@@ -113,6 +113,9 @@ def test_each_recipe_is_trained_and_scored_and_the_table_is_the_mean_of_its_seed
     assert rows["uniform times"][-3].strip() == spread(rmse)
     assert rows["uniform times"][-2].strip() == ""  # points have no recall
     assert rows["uniform times"][4].strip() == ""  # four steps were not asked for
+    assert "same noise. 8 updates a recipe" in table
+    later = Ablation("ring", tmp_path / "runs", 2, []).table()  # the runs say it, not reflow.yaml
+    assert later == table
     before = (root / "table.md").read_bytes()
     ablation.run(ablation.config.recipes[0], 0)  # repeated: all is sealed
     assert (root / "table.md").read_bytes() == before
@@ -198,6 +201,21 @@ def test_a_recipe_that_fails_leaves_the_others_their_rows(ring, tmp_path, monkey
     assert "plain/seed_0/evaluate: evaluate exits 2" in err
     assert "| then t = 0 | 1 |" in out
     assert "uniform times" not in out
+    argv[1:2] = ["ring", "--table"]
+    assert repeat()[0] == 0
+    argv[argv.index("--runs") + 1] = str(tmp_path / "nothing")
+    status, out, err = repeat()
+    assert (status, out) == (2, "")
+    assert "nothing/ring/ablation holds no evaluation yet" in err
+    for word in ("--jobs=0", "--seeds=0"):
+        argv.append(word)
+        with pytest.raises(SystemExit, match="2"):
+            repeat()
+        assert "0: expected 1 or more" in capsys.readouterr().err
+        argv.pop()
+    argv[1:3] = ["ring"]
+    argv[argv.index("--runs") + 1] = str(tmp_path / "runs")
+
     fails.clear()
     status, out, _ = repeat()
     assert status == 0
