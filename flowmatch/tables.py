@@ -21,6 +21,7 @@ SUFFIXES = {
     "parquet": [".parquet"],
     "webdataset": [".tar"],
 }
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 HASHED = 1 << 30  # bytes: up to here a digest reads contents, above it names and sizes
 
 
@@ -90,17 +91,26 @@ def _split_files(
 ) -> tuple[list[Path], str | list[str]]:
     """Pick the files of a split: those below the subfolder SPLIT, else those named SPLIT-*.
 
-    What has neither is all one split, train. Returns the files, and how to name them to datasets.
+    What has neither is all one split, train; so is what has train/ or train-* beside names that are no
+    split's: a class, or pictures, of trains. Images of a split have a number after it. Returns the
+    files, and how to name them to datasets.
     """
     below = folder / split
-    inside = [file for file in files if below in file.parents]
-    named = [file for file in files if re.match(rf"{re.escape(split)}[-_.]", file.name)]
+    data = [file for file in files if file.suffix.lower() in SUFFIXES[builder]]
+    inside = [file for file in data if below in file.parents]
+    number = r"\d" if builder == "imagefolder" else ""
+    named = [file for file in data if re.match(rf"{re.escape(split)}[-_.]{number}", file.name)]
+    if split == "train":
+        tops = {file.relative_to(folder).parts[0] for file in data if file.parent != folder}
+        inside = inside if tops <= SPLITS else []
+        others = re.compile(rf"({'|'.join(SPLITS)})[-_.]{number}")
+        named = named if all(others.match(file.name) for file in data) else []
     if not inside and not named and split != "train":
         raise UserError(
             f"data.split={split}: data.path={path} has no such split: no subfolder {split}/, and "
             f"no file whose name starts with {split}- or {split}."
         )
-    picked = [f for f in inside or named or files if f.suffix.lower() in SUFFIXES[builder]]
+    picked = inside or named or data
     whole = Path(path).expanduser().is_dir() and (inside or not named)
     if builder == "imagefolder" and whole:  # one pattern: a million names are slow
         return picked, f"{glob.escape(str(below if inside else folder))}/**"

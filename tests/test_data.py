@@ -214,6 +214,29 @@ def test_image_folder_with_splits_whatever_classes_are_called(tmp_path):
     assert torch.equal(all_of(load(path=str(tmp_path), split="val"))["x1"], expected(x[4:]))
 
 
+def test_a_class_or_a_picture_of_trains_is_no_split(tmp_path):
+    x = pictures(8)
+    folder_of(tmp_path / "set", x[:4])
+    (tmp_path / "set" / "b").rename(tmp_path / "set" / "train")
+    for k, file in enumerate(sorted((tmp_path / "set" / "train").iterdir())):
+        file.rename(file.with_name(f"train_{k}.png"))
+    found = load(path=str(tmp_path / "set"), labels=True)
+    assert torch.equal(all_of(found)["x1"], expected(x[:4]))
+    assert found.classes == 2
+    (tmp_path / "flat").mkdir()
+    for name, image in zip(("beach", "train-1", "train-station", "wood"), x[4:], strict=True):
+        Image.fromarray(image).save(tmp_path / "flat" / f"{name}.png")
+    assert torch.equal(all_of(load(path=str(tmp_path / "flat")))["x1"], expected(x[4:]))
+
+
+def test_images_named_after_their_split(tmp_path):
+    x = pictures(4)
+    for name, image in zip(("test-0", "train-0", "train-1", "val-0"), x, strict=True):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    assert torch.equal(all_of(load(path=str(tmp_path)))["x1"], expected(x[1:3]))
+    assert torch.equal(all_of(load(path=str(tmp_path), split="val"))["x1"], expected(x[3:]))
+
+
 def test_parquet_file_folder_and_glob(tmp_path):
     x, labels = pictures(9, (6, 6)), [0, 1, 2] * 3
     for k, name in enumerate(("train-00000", "train-00001", "test-00000")):
