@@ -172,7 +172,10 @@ def test_a_config_in_a_store_that_refuses_is_our_error(monkeypatch):
         (["times.name=noise_heavy", "times.a=5.0"], "times.a.*belongs to name=u_shape"),
         (["loss.name=mse", "loss.c=0.1"], "loss.c.*belongs to name=pseudo_huber and feature"),
         (["loss.name=pseudo_huber", "loss.eps=0.1"], "loss.eps.*belongs to name=normalised"),
-        (["coupling.name=independent", "coupling.block=32"], "coupling.block.*belongs to name=optimal_transport"),
+        (
+            ["coupling.name=independent", "coupling.block=32"],
+            "coupling.block.*belongs to name=optimal_transport",
+        ),
         (["fit.ema=[0.05]", "fit.ema_decay=0.9"], "fit.ema.*ema_decay=0.9 is that of"),
     ],
 )
