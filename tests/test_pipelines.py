@@ -333,7 +333,7 @@ def test_reflow_sh_names_what_it_does_not_know():
         (["nothing"], "configs/nothing does not exist"),
         (["ring", "flw.fit.steps=3"], "flw.fit.steps=3 is not STAGE.key=value"),
         (["ring", "flow"], "flow is not STAGE.key=value"),
-        (["ring", "classifier.steps=3"], "classifier.steps=3 is not STAGE.key=value"),
+        (["ring", "classifier.steps=3"], "configs/ring/classifier.yaml does not exist"),
         (["ring", "pairs_2.shards=3"], "pairs_2.shards=3 is not STAGE.key=value"),
     ):
         code, err = call(*words)
