@@ -45,10 +45,8 @@ class GridConfig(Config):
     @pydantic.field_validator("points")
     @classmethod
     def _listed(cls, value: list[float], info: pydantic.ValidationInfo) -> list[float]:
-        listed = info.data.get("grid") == "list"
-        if value and not listed:
-            raise ValueError("points are the times of grid=list; leave them out, or set that")
-        if listed:
+        used(cls, value, info, "grid", "list")
+        if info.data.get("grid") == "list":
             check_times(value)
             if (value[0], value[-1]) != (0, 1):
                 raise ValueError("expected times from 0 to 1")

@@ -31,19 +31,20 @@ def look_of(config: Any, real: Data, kind: str, inputs: dict[str, str]) -> Look:
     names cannot look at the data.
     """
     name, classifier, weights = config.features, config.classifier, config.inception_weights
-    unused = f"distance={kind}" if kind == "sliced_wasserstein" else f"features={name!r}"
-    faults = [
-        f"{key}={given} is not looked at: {unused}; leave it out"
-        for key, given, of in (
-            ("features", "inception" if name == "inception" else None, name),
-            ("classifier", classifier, "classifier"),
-            ("inception_weights", weights, "inception"),
+    points = kind == "sliced_wasserstein"  # are scored as they are
+    unused = {}
+    if points and name == "inception":
+        unused["features"] = name
+    if classifier is not None and (points or name != "classifier"):
+        unused["classifier"] = classifier
+    if weights is not None and (points or name != "inception"):
+        unused["inception_weights"] = weights
+    if unused:
+        by = f"distance={kind}" if points else f"features={name!r}"
+        raise UserError(
+            [f"{key}={given} is not looked at: {by}; leave it out" for key, given in unused.items()]
         )
-        if given is not None and (kind == "sliced_wasserstein" or of != name)
-    ]
-    if faults:
-        raise UserError(faults)
-    if kind == "sliced_wasserstein":
+    if points:
         return Look(None, {})
     if not real.images and name != "values":
         raise UserError(

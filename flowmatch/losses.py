@@ -46,7 +46,12 @@ class LossConfig(Config):
     @pydantic.field_validator("c", "power", "eps")
     @classmethod
     def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
-        name = "pseudo_huber" if info.field_name == "c" else "normalised"
+        name, c = (
+            "pseudo_huber" if info.field_name == "c" else "normalised",
+            info.data.get("c", 0.5),
+        )
+        if info.field_name == "power" and value and c != cls.model_fields["c"].default:
+            raise ValueError(f"with a power there is no c to set; leave c={c} out, or power")
         return used(cls, value, info, "name", name, "feature")
 
     @pydantic.field_validator("features")
@@ -57,9 +62,7 @@ class LossConfig(Config):
             raise ValueError(
                 "name=feature needs the sealed folder of a train_classifier stage, or a .pt2"
             )
-        if name not in (None, "feature") and value is not None:
-            raise ValueError(f"features belongs to feature; the loss is {name}")
-        return value
+        return used(cls, value, info, "name", "feature")
 
 
 def mse(v: Tensor, target: Tensor, c: LossConfig) -> Tensor:

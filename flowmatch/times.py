@@ -2,8 +2,9 @@
 
 A time is thus a function of the same random number whatever the batch, rank or device. `density` is
 the closed form that the tests hold the samples against. Which one to use: logit-normal for stage 1
-(SD3, arXiv 2403.03206, sec. 3.1); for reflow a U shape (2-rectified flow++, arXiv 2405.20320, sec.
-4.1), half of it moved to exactly t = 0, where a one-step sampler evaluates the network.
+(SD3, arXiv 2403.03206, sec. 3.1); for reflow half of them at exactly t = 0, where a one-step sampler
+evaluates the network, the rest noise-heavy, or for eight steps and more of a U shape (2-rectified
+flow++, arXiv 2405.20320, sec. 4.1): docs/experiments.md.
 """
 
 import math

@@ -174,7 +174,7 @@ def test_the_gradient_of_the_feature_loss_is_its_slope(power):
     ("values", "message"),
     [
         ({"name": "feature"}, "name=feature needs the sealed folder of a train_classifier"),
-        ({"name": "mse", "features": "x"}, "features belongs to feature; the loss is mse"),
+        ({"name": "mse", "features": "x"}, "features belongs to name=feature; with name=mse"),
     ],
 )
 def test_feature_loss_and_features_come_together(values, message):
