@@ -46,12 +46,10 @@ class LossConfig(Config):
     @pydantic.field_validator("c", "power", "eps")
     @classmethod
     def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
-        name, c = (
-            "pseudo_huber" if info.field_name == "c" else "normalised",
-            info.data.get("c", 0.5),
-        )
-        if info.field_name == "power" and value and c != cls.model_fields["c"].default:
-            raise ValueError(f"with a power there is no c to set; leave c={c} out, or power")
+        usual = cls.model_fields["c"].default
+        if info.field_name == "power" and value and info.data.get("c", usual) != usual:
+            raise ValueError(f"with a power there is no c to set; leave c={info.data['c']} out")
+        name = "pseudo_huber" if info.field_name == "c" else "normalised"
         return used(cls, value, info, "name", name, "feature")
 
     @pydantic.field_validator("features")
