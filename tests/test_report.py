@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 
-from flowmatch import report
+from flowmatch import draw, report
 
 CHROMIUM = shutil.which("chromium")
 PROBE = """<script>
@@ -165,3 +165,20 @@ def test_a_browser_shows_the_page(tmp_path, images):
     assert narrow["overflow"] <= 0  # nothing is wider than the screen
     assert console == []
     assert (seen["ground"], narrow["ground"]) == ("rgb(255, 255, 255)", "rgb(22, 25, 29)")
+
+
+def test_the_tables_tell_what_each_model_costs_a_row():
+    teacher = {"rows": [row(1, 4.0), row(2, 3.0)], "normalised": 0.1}
+    dear = [r | {"evaluations": 2 * r["evaluations"]} for r in teacher["rows"][:1]]
+    result = {
+        "protocol": {
+            **{"distance": "frechet", "solver": "euler; converged: heun", "student_solver": "heun"},
+            **{"samples": 20, "real_samples": 20},
+        },
+        "floor": {"distance": 0.5, "samples": 10},
+        "teacher": teacher,
+        "student": {"rows": [*dear, row(2, 2.0)], "normalised": 0.1},
+    }
+    assert "| 1 | 1 / 2 | 4 | 4 |" in draw.table(result)
+    assert "| 2 | 2 | 3 | 2 |" in draw.table(result)
+    assert "<td>1 / 2</td>" in report.tables(result)
