@@ -12,6 +12,7 @@ from torch import Tensor
 from flowmatch import nets, noise, shards, solvers
 from flowmatch.data import Data
 from flowmatch.layout import Layout
+from flowmatch.precision import Precision, arithmetic
 from flowmatch.solvers import SolverConfig
 
 Array = Callable[[], np.ndarray]  # waits for what is still being made
@@ -43,10 +44,14 @@ class Maker:
         seed: int,
         compute_batch: int,
         solver: SolverConfig,
+        precision: Precision,
         compile: bool,
         look: Callable[[], None] = lambda: None,
     ):
-        """Put the network on the device. look: called before each evaluation; it may raise."""
+        """Put the network on the device. look: called before each evaluation; it may raise.
+
+        precision: of the network alone, see precision.arithmetic.
+        """
         velocity.net.to(device)
         if compile:  # every batch is a whole one: a single graph
             velocity.net.compile(fullgraph=True, dynamic=False)
@@ -59,8 +64,8 @@ class Maker:
             "threads": torch.get_num_threads(),
             "compile": compile,
         }
+        self.precision = precision
         torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = False  # a stored pair is float32, convolutions included
 
     @torch.inference_mode()
     def batches(self, k: int) -> Iterator[Batch]:
@@ -74,13 +79,14 @@ class Maker:
             x, label = self._given(k * size + start + np.arange(step))
             cond = None if label is None else {"label": self._to_device(label)}
             before = self.velocity.evaluations
-            found = carry(
-                self._to_device(x.astype(np.float32)),
-                lambda v, x, span: solvers.solve(
-                    self._looking(v), x, self.solver, span, backward=backward
-                ),
-                cond,
-            )
+            with arithmetic(self.precision, self.device):
+                found = carry(
+                    self._to_device(x.astype(np.float32)),
+                    lambda v, x, span: solvers.solve(
+                        self._looking(v), x, self.solver, span, backward=backward
+                    ),
+                    cond,
+                )
             keep = min(step, size - start)
             ends: list[Array] = [lambda kept=x[:keep]: kept, to_host(found[:keep])]  # type: ignore[misc]
             x0, x1 = reversed(ends) if backward else ends
@@ -159,7 +165,11 @@ def join(column: tuple[np.ndarray | None, ...]) -> Any:
 
 @torch.inference_mode()
 def measure_batch(
-    velocity: nets.Velocity, shape: tuple[int, ...], device: str, seconds: float = 2.0
+    velocity: nets.Velocity,
+    shape: tuple[int, ...],
+    device: str,
+    precision: Precision,
+    seconds: float = 2.0,
 ) -> str:
     """Say which batches fit and which is fastest a sample: doubled until memory or time runs out.
 
@@ -177,7 +187,8 @@ def measure_batch(
             x = torch.randn(size, *shape, device=device)
             for _ in range(2):  # the first call of a size chooses its kernels
                 began = time.perf_counter()
-                velocity(x, t, cond)
+                with arithmetic(precision, device):
+                    velocity(x, t, cond)
                 if on_gpu:
                     torch.cuda.synchronize(device)
                 now = time.perf_counter()

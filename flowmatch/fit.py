@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowmatch import compiled, ema, nets, noise, objectives, path, times
+from flowmatch import compiled, ema, nets, noise, objectives, path, precision, times
 from flowmatch import config as configs
 from flowmatch.config import UserError
 from flowmatch.coupling import Batch, Coupling
@@ -101,8 +101,7 @@ def check(config: FitConfig, device: str, processes: int) -> None:
         ema.gamma(width)
     if config.precision == "fp16" and device == "cpu":
         raise UserError("fit.precision='fp16' needs a GPU; use bf16 or fp32 on a CPU")
-    if config.precision == "tf32" and device == "cpu":
-        raise UserError("fit.precision='tf32' needs a GPU, CPUs have no TF32; use fp32")
+    precision.check("fit.precision", config.precision, device)
     if config.shard and processes == 1:
         raise UserError("fit.shard=true shares out over processes, and there is one; leave it out")
     if config.shard and config.precision == "fp16":
@@ -151,9 +150,7 @@ def fit(
         log_with=config.trackers or None,
         project_dir=str(run.folder),
     )
-    tf32 = config.precision == "tf32"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+    precision.allow_tf32(config.precision == "tf32")
     rank, world = accelerator.process_index, accelerator.num_processes
     micro, accumulation = split_batch(config, world)
     state = State(net, config, accelerator, run)

@@ -20,6 +20,7 @@ from flowmatch import (
     judge,
     metrics,
     noise,
+    precision,
     report,
     rows,
     run,
@@ -31,6 +32,7 @@ from flowmatch import (
 from flowmatch.config import UserError, option, required, used
 from flowmatch.data import DataConfig
 from flowmatch.folders import write_atomic
+from flowmatch.precision import Precision
 from flowmatch.rows import Row, Sampler
 from flowmatch.samplers import SamplerConfig
 from flowmatch.solvers import SolverConfig
@@ -65,6 +67,9 @@ class EvaluateConfig(stage.StageConfig):
     converged_tolerance: float = option(1e-5, "dopri5: rtol and atol of 'converged'", gt=0, lt=1)
     guidance: float = option(1.0, "classifier-free guidance scale; 1 is none")
     compute_batch: int = option(256, "samples integrated together", ge=1)
+    precision: Precision = option(
+        "fp32", "the networks' arithmetic (tf32: float32, multiplied in fewer bits, on a GPU)"
+    )
     distance: Literal["auto", "frechet", "sliced_wasserstein"] = option(
         "auto", "distance of sets; auto: frechet for images, sliced_wasserstein for points"
     )
@@ -112,6 +117,7 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     inputs: dict[str, str] = {}
     with faults:
         device = stage.pick_device(config.device)
+        precision.check("precision", config.precision, device)
         if not config.steps or min(config.steps) < 1:
             raise UserError(f"steps={config.steps}: expected one or more numbers, from 1")
     for name in ("teacher", "student"):
@@ -183,10 +189,11 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
             )
             for name, model in models.items()
         }
-        found = {  # collective: every rank
-            name: sampler.rows(config.steps, config.rows_of(name)[1], converged)
-            for name, sampler in sampled.items()
-        }
+        with precision.arithmetic(config.precision, accelerator.device):
+            found = {  # collective: every rank
+                name: sampler.rows(config.steps, config.rows_of(name)[1], converged)
+                for name, sampler in sampled.items()
+            }
         if stage.leads():
             result = score(config, sets, sampled, found, kind, look)
             write(folder, result, found, sampled, real)
@@ -213,6 +220,7 @@ def score(
         "data": training.digest,
         "noise": f"Philox, seed {config.seed}, stream {noise.EVALUATION}",
         "weights": "EMA, float32",
+        "arithmetic": config.precision,
         "solver": f"{samplers.describe(config.solver)}; converged: {config.converged_solver}",
         "guidance": config.guidance,
     }

@@ -12,12 +12,23 @@ from typing import Literal
 
 import pydantic
 
-from flowmatch import batches, claims, data, manifest, shards, stage, stores, teachers
+from flowmatch import (
+    batches,
+    claims,
+    data,
+    manifest,
+    precision,
+    shards,
+    stage,
+    stores,
+    teachers,
+)
 from flowmatch import config as configs
 from flowmatch.behind import Behind
 from flowmatch.config import UserError, option, required
 from flowmatch.data import DataConfig
 from flowmatch.layout import Layout
+from flowmatch.precision import Precision
 from flowmatch.progress import Progress
 from flowmatch.solvers import SolverConfig
 
@@ -44,6 +55,11 @@ class PairsConfig(stage.StageConfig):
     dtype: Literal["float16", "float32"] = option(
         "float16", "stored dtype; the noise stays exact; float32 with data", validate_default=True
     )
+    precision: Precision = option(
+        "fp32",
+        "the network's arithmetic (tf32: float32, multiplied in fewer bits, on a GPU); the state that "
+        "the solver carries stays float32",
+    )
     compile: bool = option(
         False,
         "compile the network by torch.compile; alters rounding, so let all workers of a set agree",
@@ -66,6 +82,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     faults = configs.Faults()
     with faults:
         device = stage.pick_device(config.device)
+        precision.check("precision", config.precision, device)
     with faults:
         teacher = teachers.load(config.teacher, "teacher")
         teacher.check_teaches("teacher")
@@ -111,7 +128,8 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         return lacks_card or bool(shards.missing(folder, every, fingerprint))
 
     if dry_run and not manifest.sealed(folder):
-        plan.append(batches.measure_batch(velocity, layout.shape, stage.worker_device(device)))
+        there = stage.worker_device(device)
+        plan.append(batches.measure_batch(velocity, layout.shape, there, config.precision))
     if not stage.begin("generate_pairs", config, inputs, plan, dry_run, unfinished):
         return
     look = stage.heed_sigterm()
@@ -123,7 +141,10 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         stage.worker_device(device),
         data=source,
         look=look,
-        **{name: getattr(config, name) for name in ("seed", "compute_batch", "solver", "compile")},
+        **{
+            name: getattr(config, name)
+            for name in ("seed", "compute_batch", "solver", "precision", "compile")
+        },
     )
     card = CARD.format(
         ends=INVERTED.format(digest=source.digest) if source else GENERATED,

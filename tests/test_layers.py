@@ -32,7 +32,8 @@ LAYERS = {
     ],
     "export": ["scheduler", "pipeline", "mlp"],
     "models": [
-        *("second_time", "nets", "foreign", "images", "sources", "tables", "data", "teachers"),
+        *("precision", "second_time", "nets", "foreign", "images", "sources", "tables", "data"),
+        "teachers",
         "batches",
         *("features", "judge", "scores", "rows"),
     ],

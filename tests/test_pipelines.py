@@ -172,7 +172,7 @@ def test_the_batch_that_does_not_fit_is_named():
 
     tried = []
     velocity = Narrow(nets.build(NetConfig(name="VelocityMLP"), (2,), None, 0))
-    line = batches.measure_batch(velocity, (2,), "cpu", seconds=60)
+    line = batches.measure_batch(velocity, (2,), "cpu", "fp32", seconds=60)
     assert "compute_batch: up to 8 fit (16 do not); fastest a sample " in line
     assert tried == [1, 1, 2, 2, 4, 4, 8, 8, 16]
 

@@ -1,18 +1,22 @@
 """Keys for precision and speed: what they may not change, and where they are refused."""
 
+import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from flowmatch import compiled, run
+from flowmatch import compiled, nets, pairs, run, solvers
 from flowmatch.config import UserError
 from flowmatch.fit import check, check_net
+from flowmatch.precision import arithmetic
 from flowmatch.state import FitConfig
-from tests import pairset
-from tests.test_fit import images, net, stream, train, unet, weights
+from pipelines import evaluate
+from tests import pairset, stages
+from tests.test_fit import IMAGES, images, net, stream, train, unet, weights
 
 SHORT = {"steps": 6, "batch_size": 8, "save_every": 3, "log_every": 1, "warmup": 2}
 COMPILE = torch.compile
@@ -148,14 +152,28 @@ def test_compiled_training_agrees_with_eager(tmp_path, kind):
 
 
 def test_float32_is_float32_wherever_a_network_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    run.start_accelerator("cpu")
+    assert not torch.backends.cudnn.allow_tf32
+
+    seen = []
+    forward = nets.Velocity.__call__
+
+    def looking(*words):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return forward(*words)
+
     pairset.make_teacher(tmp_path / "flow")
-    for work in (
-        lambda: run.start_accelerator("cpu"),
-        lambda: pairset.generate(*pairset.words(tmp_path)),
-    ):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-        work()
-        assert not torch.backends.cudnn.allow_tf32
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(nets.Velocity, "__call__", looking)
+    pairset.generate(*pairset.words(tmp_path))
+    assert seen
+    assert not any(seen)
+    assert torch.backends.cudnn.allow_tf32  # of whoever called
+    with arithmetic("tf32", "cpu"):
+        assert torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_what_machine_or_network_lacks_is_refused():
@@ -174,3 +192,45 @@ def test_what_machine_or_network_lacks_is_refused():
     with pytest.raises(UserError, match="VelocityMLP has no convolutions"):
         check_net(config(channels_last=True), net())
     check_net(config(channels_last=True, checkpointing=True), unet())
+
+
+def test_a_bf16_teacher_carries_a_state_of_float32(tmp_path):
+    """What is stored is what autocast's network and the solver's float32 give, and no bf16 number."""
+    pairset.make_teacher(tmp_path / "flow", None, (1, 4, 4), **stages.UNET, name="UNet2DModel")
+    words = ["dtype=float32", "solver.name=heun", "solver.steps=3", "compute_batch=10"]
+    made = {}
+    for precision in ("fp32", "bf16"):
+        more = [*words, f"precision={precision}"]
+        pairset.generate(*pairset.words(tmp_path, *more, folder=precision))
+        made[precision] = pairs.PairData(tmp_path / precision).batch(range(10))
+    x0, x1 = made["bf16"]["x0"], made["bf16"]["x1"]
+    assert torch.equal(x0, made["fp32"]["x0"])
+    assert 1e-4 < (x1 - made["fp32"]["x1"]).abs().max() < 0.1
+    assert (x1 != x1.bfloat16()).float().mean() > 0.9
+    v = nets.Velocity(nets.load(tmp_path / "flow" / "net", "net").eval())
+
+    def rounded(x, t):
+        with torch.autocast("cpu", torch.bfloat16):
+            return v(x, t)
+
+    with torch.no_grad():
+        expected = solvers.integrate(rounded, x0, solvers.uniform_grid(3), "heun")
+    assert torch.equal(x1, expected)
+    with pytest.raises(UserError, match="precision='tf32' needs a GPU"):
+        pairset.generate(*pairset.words(tmp_path, "precision=tf32", folder="tf32"))
+
+
+def test_an_evaluation_says_what_its_networks_multiply_in(tmp_path):
+    pairset.make_teacher(tmp_path / "flow", None, (1, 4, 4), **stages.UNET, name="UNet2DModel")
+    np.savez(tmp_path / "data.npz", x=IMAGES.clamp(-1, 1).movedim(1, -1).numpy())
+    places = [f"teacher={tmp_path}/flow", f"student={tmp_path}/flow", "features=values"]
+    data = ["data.source=npz", f"data.path={tmp_path}/data.npz", "steps=[1]", "converged_steps=2"]
+    found = {}
+    for precision in ("fp32", "bf16"):
+        where = [f"run_dir={tmp_path}/{precision}", f"precision={precision}"]
+        stages.run(evaluate, *places, *data, *where)
+        result = json.loads((tmp_path / precision / "metrics.json").read_text())
+        assert result["protocol"]["arithmetic"] == precision
+        found[precision] = result["student"]["rows"][0]["distance"]
+    assert found["bf16"] != found["fp32"]
+    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.05)

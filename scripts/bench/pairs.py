@@ -15,10 +15,12 @@ from scripts.bench.yardsticks import BareSampler, Figure, Load, alternate, summa
 
 
 def generation(folder: Path, load: Load, device: str) -> dict[str, Figure]:
-    """Time whole runs of stage two, from the teacher's files to the seal, and its writing alone."""
+    """Time whole runs of stage two, from the teacher's files to the seal, and its writing alone.
+
+    Nothing is compiled: a run of this size would do little else.
+    """
     net = nets.build(nets.NetConfig(**load.net), load.shape, None, 0)
     nets.save(net, folder / "teacher")
-    values = {"compile": True} if load.compile else {}
     config = generate_pairs.PairsConfig(
         run_dir=str(folder / "pairs"),
         teacher=str(folder / "teacher"),
@@ -27,7 +29,7 @@ def generation(folder: Path, load: Load, device: str) -> dict[str, Figure]:
         compute_batch=load.batch,
         solver=SolverConfig(name="euler", steps=load.evaluations),
         device="cpu" if device == "cpu" else "cuda",
-        **values,
+        precision=load.precision,
     )
     bare = BareSampler(net, load, device)
     made = 0

@@ -21,6 +21,7 @@ import torch
 
 from flowmatch import manifest, noise, shards
 from flowmatch.layout import Layout
+from flowmatch.precision import Precision, arithmetic
 
 Figure = dict[str, Any]  # median, low, high, rounds; target; what; other numbers of interest
 
@@ -41,8 +42,8 @@ class Load:
     net: dict[str, Any]
     shape: tuple[int, ...]
     batch: int
-    precision: str  # fit.precision
-    compile: bool
+    precision: Precision  # of training and of generation
+    compile: bool  # in training
     steps: int  # of training, a segment
     rounds: int  # of alternating segments
     evaluations: int  # of the teacher, a pair
@@ -61,7 +62,7 @@ def load_for(device: str, quick: bool) -> Load:
     large = {"name": "UNet2DModel", "block_out_channels": [128, 256, 256, 256]}  # 35M parameters
     large |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]}
     large |= {"up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"]}
-    return Load(large, (3, 32, 32), 512, "bf16", True, 20, 15, 16, 8192, 16384)
+    return Load(large, (3, 32, 32), 512, "bf16", True, 20, 9, 16, 8192, 16384)
 
 
 def alternate(
@@ -160,14 +161,14 @@ class BareSampler:
 
     def __init__(self, net: Any, load: Load, device: str):
         self.net = copy.deepcopy(net).to(device).eval()
-        self.model = torch.compile(self.net, dynamic=False) if load.compile else self.net
-        self.device = device
+        self.device, self.precision = device, load.precision
         self.x = torch.randn(load.batch, *load.shape, device=device)
         self.timestep = torch.full((load.batch,), 500.0, device=device)
 
     @torch.inference_mode()
     def forwards(self, n: int) -> None:
         """Make n forwards and wait for the device."""
-        for _ in range(n):
-            self.model(self.x, self.timestep)
+        with arithmetic(self.precision, self.device):
+            for _ in range(n):
+                self.net(self.x, self.timestep)
         synchronise(self.device)

@@ -1,0 +1,36 @@
+"""What networks multiply in where they are sampled; weights and the solver's state stay float32."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+from flowmatch.config import UserError
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+def check(key: str, precision: str, device: str) -> None:
+    """Raise UserError for a precision that the device does not have."""
+    if precision == "tf32" and device == "cpu":
+        raise UserError(f"{key}='tf32' needs a GPU, CPUs have no TF32; use fp32")
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let matrices and convolutions be multiplied in TF32, or in all bits of float32."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: str | torch.device) -> Iterator[None]:
+    """Let networks multiply in fp32 (all of its bits), tf32, or bf16 (autocast's), for a while."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    allow_tf32(precision == "tf32")
+    try:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, precision == "bf16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
