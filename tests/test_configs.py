@@ -11,7 +11,8 @@ from PIL import Image
 from flowmatch import features, manifest, nets, shards
 from flowmatch.config import load
 from flowmatch.nets import NetConfig
-from pipelines import evaluate, export, generate_pairs, reflow, train_flow
+from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
+from scripts.ablation import AblationConfig
 
 ROOT = Path(__file__).parent.parent
 SHAPES = {  # shape, classes, parameters of the network in millions, GB of all pairs
@@ -28,6 +29,27 @@ TINY = {
     "DiTTransformer2DModel": {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8}
     | {"patch_size": 2, "norm_num_groups": 4},
 }
+
+
+STAGES = {
+    **{"flow": train_flow.FlowConfig, "pairs": generate_pairs.PairsConfig},
+    **{"inverted": generate_pairs.PairsConfig, "reflow": reflow.ReflowConfig},
+    **{"distil": reflow.ReflowConfig, "meanflow": reflow.ReflowConfig},
+    **{"features": train_classifier.ClassifierConfig},
+    **{"classifier": train_classifier.ClassifierConfig},
+    **{"evaluate": evaluate.EvaluateConfig, "export": export.ExportConfig},
+    "ablation": AblationConfig,
+}
+FILES = sorted(
+    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "accelerate"
+)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_stage_reads_its_config_and_works_beside_the_others(path):
+    config, _ = load(STAGES[path.stem], [str(path)])
+    if path.stem != "ablation":
+        assert Path(config.run_dir).parent == Path("runs", path.parent.name)
 
 
 def stand_in(folder, name, shape, classes):
