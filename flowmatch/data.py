@@ -4,6 +4,7 @@ Items are numbered; the loop asks for numbers and gets float32 tensors. Images l
 Mirrored copies are items of their own, so an epoch is exact and flips need no random numbers.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,6 +81,10 @@ class DataConfig(Config):
         return value
 
 
+# the key of the data in what its readers say of it; not what a path has in it
+NAMED = re.compile(r"(?<![\w/.-])data(?=: |\.(path|split|labels|size|channels|flip|\w+_column)\b)")
+
+
 @dataclass(frozen=True)
 class Data(sources.Found):
     """A map-style set. Items 0 to count - 1 are as read; with flip, count + i is i mirrored."""
@@ -113,15 +118,18 @@ class Data(sources.Found):
         return batch
 
 
-def load(config: DataConfig) -> Data:
-    """Open the data that a config names.
+def load(config: DataConfig, key: str = "data") -> Data:
+    """Open the data that a config names. key: of that config.
 
     Cheap enough for a dry run: images are decoded when first asked for. Raises UserError saying
     what is missing or unfit.
     """
-    found = sources.SOURCES[config.source](config)
-    if config.flip and len(found.shape) != 3:
-        raise UserError(f"data.flip=true: samples of shape {list(found.shape)} are no images")
+    try:
+        found = sources.SOURCES[config.source](config)
+        if config.flip and len(found.shape) != 3:
+            raise UserError(f"data.flip=true: samples of shape {list(found.shape)} are no images")
+    except UserError as error:
+        raise UserError([NAMED.sub(key, line) for line in error.faults]) from None
     return Data(**vars(found), flip=config.flip)
 
 

@@ -35,6 +35,8 @@ def table(result: dict[str, Any]) -> str:
     converged = teacher["rows"][-1]["distance"]
     protocol, floor = result["protocol"], result["floor"]
     solver, reference = protocol["solver"].split("; converged: ")
+    rounded = protocol.get("arithmetic", "fp32")
+    weights = "EMA weights" + ("" if rounded == "fp32" else f" in {rounded}")
     if "student_solver" in protocol:
         solver = f"teacher {solver}, student {protocol['student_solver']}"
     lines = [
@@ -50,7 +52,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{protocol['distance']} distance, {protocol['samples']} samples against "
-        f"{protocol['real_samples']} real ones, EMA weights, {solver}; real against real, "
+        f"{protocol['real_samples']} real ones, {weights}, {solver}; real against real, "
         f"{floor['samples']} each: {floor['distance']:.3g}. Straightness, normalised (0 is straight): "
         f"teacher {teacher['normalised']:.3g}, student {student['normalised']:.3g}.",
     ]

@@ -18,6 +18,7 @@ from flowmatch.stores import Place
 FORMAT = 1  # raised when a manifest of an older format no longer means the same
 PAIR_FORMAT = 1  # raised when the same config would make other pairs
 NAME = "manifest.json"
+ADDED = {"precision": "fp32"}  # keys that older sets of pairs lack, and what they were made with
 
 
 class Damaged(UserError):
@@ -44,6 +45,7 @@ def pair_fingerprint(
     config: Mapping[str, Any], inputs: Mapping[str, str], round: int, pair_format: int = PAIR_FORMAT
 ) -> str:
     """Hash all that the bytes of a set of pairs come from. config: content fields only."""
+    config = {key: value for key, value in config.items() if ADDED.get(key) != value}
     value = {"format": pair_format, "config": config, "inputs": inputs, "round": round}
     return fingerprint(value)
 

@@ -14,7 +14,13 @@ Precision = Literal["fp32", "tf32", "bf16"]
 def check(key: str, precision: str, device: str) -> None:
     """Raise UserError for a precision that the device does not have."""
     if precision == "tf32" and device == "cpu":
-        raise UserError(f"{key}='tf32' needs a GPU, CPUs have no TF32; use fp32")
+        raise UserError(f"{key}='tf32' needs a GPU, and torch sees none here; use fp32")
+    wanting = device != "cpu" and precision in ("tf32", "bf16")
+    if wanting and torch.cuda.get_device_capability() < (8, 0):
+        raise UserError(
+            f"{key}={precision!r} needs a GPU since Ampere, {torch.cuda.get_device_name()} is older; "
+            "use fp32, or in training fp16"
+        )
 
 
 def allow_tf32(allowed: bool) -> None:

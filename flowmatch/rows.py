@@ -5,6 +5,7 @@ Samples are made in fixed batches that the processes share out, so their number 
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from flowmatch import grids, metrics, noise, samplers, solvers, teachers
 from flowmatch.config import UserError
 from flowmatch.data import Data
+from flowmatch.precision import Precision, arithmetic
 from flowmatch.samplers import SamplerConfig
 from flowmatch.solvers import SolverConfig, VelocityField
 
@@ -74,6 +76,7 @@ class Sampler:
     batch: int  # samples integrated together
     seed: int
     guidance: float
+    precision: Precision
     accelerator: Any
 
     def __post_init__(self) -> None:
@@ -83,6 +86,10 @@ class Sampler:
     def velocity(self) -> Any:
         """The velocity field, which counts its evaluations."""
         return self.model.velocity(self.guidance)
+
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """Let the network multiply in the precision asked for."""
+        return arithmetic(self.precision, self.accelerator.device)
 
     def rows(self, steps: list[int], solver: SamplerConfig, converged: SolverConfig) -> list[Row]:
         """Sample with every number of steps, then converged."""
@@ -130,7 +137,8 @@ class Sampler:
             ids = np.arange(first, first + batch)
             x0, cond = self.noise(ids)
             before = self.velocity.evaluations
-            parts.append(self.velocity.carry(x0, functools.partial(solve, ids=ids), cond))
+            with self.arithmetic():
+                parts.append(self.velocity.carry(x0, functools.partial(solve, ids=ids), cond))
             counts.append(self.velocity.evaluations - before)
         gathered = self.accelerator.gather(torch.stack(parts))  # [world * rounds, batch, ...]
         ordered = gathered.unflatten(0, (world, rounds)).transpose(0, 1).flatten(0, 2)
@@ -153,7 +161,10 @@ class Sampler:
         """Estimate the straightness on 256 samples."""
         x0, cond = self.noise(np.arange(256))
         span = self.velocity.span
-        return metrics.straightness(lambda x, t: self.velocity(x, t, cond), x0, steps=64, span=span)
+        with self.arithmetic():
+            return metrics.straightness(
+                lambda x, t: self.velocity(x, t, cond), x0, steps=64, span=span
+            )
 
     @torch.inference_mode()
     def paths(self) -> tuple[Tensor, Tensor]:
@@ -169,5 +180,6 @@ class Sampler:
                 states.append(solvers.integrate(v, states[-1], times[i : i + 2], "heun"))
             return states[-1]
 
-        self.velocity.carry(x0, follow, cond)
+        with self.arithmetic():
+            self.velocity.carry(x0, follow, cond)
         return times, torch.stack(states).cpu()

@@ -128,7 +128,7 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     for name, given in (("data", config.data), ("reference", config.reference)):
         with faults:
             if given is not None:
-                sets[name] = data.load(given)
+                sets[name] = data.load(given, name)
                 inputs[name] = sets[name].digest
     models: dict[str, teachers.Teacher] = {}
     for name in ("teacher", "student"):
@@ -185,15 +185,20 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
         stage.exit_on_sigterm()
         sampled = {
             name: Sampler(
-                model, samples, config.compute_batch, config.seed, config.guidance, accelerator
+                model,
+                samples,
+                config.compute_batch,
+                config.seed,
+                config.guidance,
+                config.precision,
+                accelerator,
             )
             for name, model in models.items()
         }
-        with precision.arithmetic(config.precision, accelerator.device):
-            found = {  # collective: every rank
-                name: sampler.rows(config.steps, config.rows_of(name)[1], converged)
-                for name, sampler in sampled.items()
-            }
+        found = {  # collective: every rank
+            name: sampler.rows(config.steps, config.rows_of(name)[1], converged)
+            for name, sampler in sampled.items()
+        }
         if stage.leads():
             result = score(config, sets, sampled, found, kind, look)
             write(folder, result, found, sampled, real)

@@ -242,7 +242,8 @@ def tell(folder: Store, found: dict[str, Any]) -> Iterator[str]:
     name = solver.get("name") if isinstance(solver, dict) else solver
     yield (
         f"  {found['kind']} by {name}, {found['evaluations']} evaluations a pair, "
-        f"guidance {config.get('guidance')}, seed {config.get('seed')}"
+        f"{config.get('precision', 'fp32')}, guidance {config.get('guidance')}, "
+        f"seed {config.get('seed')}"
     )
     for environment, count in found["environments"]:
         told = [f"{name} {value}" for name, value in environment.items() if value is not None]

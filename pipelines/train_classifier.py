@@ -39,7 +39,7 @@ def main(config: ClassifierConfig, dry_run: bool) -> None:
         with faults:
             given = getattr(config, key)
             if given is not None:
-                sets[key] = found = data.load(given)
+                sets[key] = found = data.load(given, key)
                 inputs[key] = found.digest
                 features.check_images(found, key, alone=config.held_out is None)
                 if found.flip:

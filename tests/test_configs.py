@@ -1,6 +1,7 @@
 """The experiments that need a GPU, planned on stand-ins of the right shape: every stage, every key."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,10 @@ FILES = sorted(
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_stage_reads_its_config_and_works_beside_the_others(path):
-    config, _ = load(STAGES[path.stem], [str(path)])
-    if path.stem != "ablation":
-        assert Path(config.run_dir).parent == Path("runs", path.parent.name)
+    load(STAGES[path.stem], [str(path)])
+    runs = re.findall(r"runs/([\w.-]+)/", path.read_text())
+    assert set(runs) <= {path.parent.name}
+    assert path.stem == "ablation" or runs
 
 
 def stand_in(folder, name, shape, classes):

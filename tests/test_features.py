@@ -216,6 +216,10 @@ def test_the_stage_refuses_what_it_would_not_do(tmp_path):
     assert faults(few, "device=cuda") == ["device=cuda", "data"]
     mirrored = f"held_out={{{source}/4.npz, flip: true}}"
     assert faults(few, "data.flip=true", mirrored) == ["data.flip=true", "held_out.flip=true"]
+    gone = f"held_out={{source: npz, labels: true, path: {tmp_path}/data.npz}}"  # its own key
+    assert faults(f"data={{{source}/5.npz}}", gone) == [
+        f"held_out.path={tmp_path}/data.npz does not exist"
+    ]
     words = [f"data={{{source}/5.npz}}", "steps=2", "batch_size=2", f"run_dir={tmp_path}/five"]
     train_classifier.main(load(train_classifier.ClassifierConfig, words)[0], False)
 

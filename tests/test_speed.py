@@ -1,6 +1,7 @@
 """Keys for precision and speed: what they may not change, and where they are refused."""
 
 import json
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from flowmatch import compiled, nets, pairs, run, solvers
+from flowmatch import compiled, manifest, nets, pairs, run, solvers
 from flowmatch.config import UserError
 from flowmatch.fit import check, check_net
 from flowmatch.precision import arithmetic
@@ -176,13 +177,19 @@ def test_float32_is_float32_wherever_a_network_runs(tmp_path, monkeypatch):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_what_machine_or_network_lacks_is_refused():
+def test_what_machine_or_network_lacks_is_refused(monkeypatch):
     def config(**values):
         return FitConfig(steps=1, batch_size=2, **values)
 
     with pytest.raises(UserError, match="'tf32' needs a GPU"):
         check(config(precision="tf32"), "cpu", 1)
-    check(config(precision="tf32"), "cuda", 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "V100")
+    for capability in ((7, 0), (8, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        for precision in ("fp32", "tf32", "bf16", "fp16"):
+            lacking = capability == (7, 0) and precision in ("tf32", "bf16")
+            with pytest.raises(UserError, match="V100 is older") if lacking else nullcontext():
+                check(config(precision=precision), "cuda", 1)
     with pytest.raises(UserError, match="in the middle of what fit.compile=true makes one graph"):
         check(config(shard=True, compile=True), "cpu", 2)
     with pytest.raises(UserError, match="leave fit.channels_last out"):
@@ -218,6 +225,31 @@ def test_a_bf16_teacher_carries_a_state_of_float32(tmp_path):
     assert torch.equal(x1, expected)
     with pytest.raises(UserError, match="precision='tf32' needs a GPU"):
         pairset.generate(*pairset.words(tmp_path, "precision=tf32", folder="tf32"))
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("bf16", "fp32")]
+    assert ["the network in bf16, guidance" in card for card in cards] == [True, False]
+
+
+def test_pairs_from_before_there_was_a_precision_are_repeated_and_grow(tmp_path, capsys):
+    pairset.make_teacher(tmp_path / "flow")
+    words = pairset.words(tmp_path)
+    pairset.generate(*words)
+    folder = tmp_path / "pairs"
+    seal = json.loads((folder / "manifest.json").read_text())
+    assert seal["config"].pop("precision") == "fp32"
+    given = (seal["config"], seal["inputs"], seal["facts"]["round"])
+    assert manifest.pair_fingerprint(*given) == seal["facts"]["fingerprint"]
+    other = manifest.pair_fingerprint(given[0] | {"precision": "bf16"}, *given[1:])
+    assert other != seal["facts"]["fingerprint"]
+    (folder / "manifest.json").write_text(json.dumps(seal))
+    text = (folder / "config.yaml").read_text()
+    assert "precision: fp32\n" in text
+    (folder / "config.yaml").write_text(text.replace("precision: fp32\n", ""))
+    tars = {path: path.read_bytes() for path in folder.glob("*.tar")}
+    pairset.generate(*words)
+    assert "is sealed: nothing to do" in capsys.readouterr().out
+    pairset.generate(*words, "shards=4")
+    assert {path: path.read_bytes() for path in tars} == tars
+    assert len(pairs.PairData(folder)) == 40
 
 
 def test_an_evaluation_says_what_its_networks_multiply_in(tmp_path):
