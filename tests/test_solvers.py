@@ -182,6 +182,18 @@ def test_shifted_steps_are_those_of_diffusers(shift):
     assert grids.make(grids.GridConfig(grid="shift"), 4)[1] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("shift", [3.0, 9.0])
+def test_two_evaluations_by_ab2_are_one_step_and_a_correction(shift):
+    """x0 + v(x0, 0) + (1 - t^2) / (2 t) (v(x_t, t) - v(x0, 0)), as the README says."""
+    x0, t = torch.randn(50, 2, dtype=torch.float64), 1 / (1 + shift)
+    v = toy.ring()
+    first = v(x0, 0.0)
+    second = v(x0 + t * first, t)
+    expected = x0 + first + (1 - t * t) / (2 * t) * (second - first)
+    found = solvers.integrate(v, x0, grids.shift_grid(2, shift), "ab2")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 def test_the_state_keeps_float32_or_float64_and_the_network_its_own_dtype():
     net = nets.build(nets.NetConfig(name="VelocityMLP", hidden=16), (2,), None, 0)
     v = nets.Velocity(net)
