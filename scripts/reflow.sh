@@ -14,7 +14,9 @@
 # own, in runs/NAME/pairs_k, and reflows again in reflow_k; evaluate_k and export_k are of the last round.
 # A key of pairs or reflow holds for every round, one of pairs_2 for that round alone; but what names a
 # folder (run_dir, teacher, start, pairs) is the first round's: later ones follow the round before, and
-# take their own from pairs_2.run_dir and the like.
+# take their own from pairs_2.run_dir and the like. What a second round is best made of (README.md):
+#
+#   ROUNDS=2 scripts/reflow.sh digits "pairs_2.solver={name: ab2, grid: shift, shift: 9, steps: 2}"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
