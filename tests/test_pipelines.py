@@ -352,6 +352,9 @@ def test_a_second_round_follows_the_student_of_the_first(tmp_path):
     words += ["pairs.shard_size=40", "pairs.solver.steps=2", "pairs.seed=5", "reflow.fit.steps=4"]
     words += ["reflow_2.fit.steps=3", "evaluate.samples=60", "evaluate.data.samples=60"]
     words += ["evaluate.converged_steps=2", "evaluate.steps=[1]"]
+    few = "{name: ab2, grid: shift, shift: 9, steps: 2}"  # as README.md makes a second round
+    assert few in (ROOT / "README.md").read_text()
+    words.append(f"pairs_2.solver={few}")
     environment = os.environ | {"ROUNDS": "2", "LAUNCHER": sys.executable, "PYTHON": sys.executable}
     script = ["bash", str(tmp_path / "scripts/reflow.sh"), "ring", *words]
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
@@ -368,6 +371,7 @@ def test_a_second_round_follows_the_student_of_the_first(tmp_path):
     assert seals["reflow_2"]["inputs"]["pairs.0"] == manifest.digest(runs / "pairs_2")
     assert seals["evaluate_2"]["inputs"]["student"] == seals["reflow_2"]["facts"]["net"]
     assert [seals[name]["config"]["seed"] for name in ("pairs", "pairs_2")] == [5, 6]
+    assert [seals[name]["facts"]["evaluations"] for name in ("pairs", "pairs_2")] == [4, 2]
     assert [seals[name]["config"]["fit"]["steps"] for name in ("reflow", "reflow_2")] == [4, 3]
     noises = [
         pairs.PairData(runs / name).batch(np.arange(40))["x0"] for name in ("pairs", "pairs_2")
