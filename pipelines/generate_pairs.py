@@ -150,7 +150,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         ends=INVERTED.format(digest=source.digest) if source else GENERATED,
         pairs=f"{pairs:,}",
         shape=list(teacher.shape),
-        solver=how(config.solver, evaluations, config.precision),
+        solver=how(config, evaluations),
         guidance=config.guidance,
         digest=teacher.digest,
         labels=(LABELS if layout.labels else "") + (INDEX if layout.index else ""),
@@ -235,9 +235,10 @@ def refuse_fewer(folder: stores.Store, number: int) -> None:
         )
 
 
-def how(solver: SolverConfig, evaluations: float | None, precision: str) -> str:
-    """Say in words how the pairs were integrated."""
-    rounded = "" if precision == "fp32" else f", the network in {precision}"
+def how(config: PairsConfig, evaluations: float | None) -> str:
+    """Say in words how the pairs are integrated."""
+    solver = config.solver
+    rounded = "" if config.precision == "fp32" else f", the network in {config.precision}"
     if evaluations is None:
         return f"dopri5 to rtol {solver.rtol:g}, atol {solver.atol:g}{rounded}"
     grid = "" if solver.grid == "uniform" else f" on a grid {solver.grid}"

@@ -15,7 +15,7 @@ from flowmatch.config import UserError
 from flowmatch.fit import check, check_net
 from flowmatch.precision import arithmetic
 from flowmatch.state import FitConfig
-from pipelines import evaluate
+from pipelines import evaluate, inspect_pairs
 from tests import pairset, stages
 from tests.test_fit import IMAGES, images, net, stream, train, unet, weights
 
@@ -201,7 +201,7 @@ def test_what_machine_or_network_lacks_is_refused(monkeypatch):
     check_net(config(channels_last=True, checkpointing=True), unet())
 
 
-def test_a_bf16_teacher_carries_a_state_of_float32(tmp_path):
+def test_a_bf16_teacher_carries_a_state_of_float32(tmp_path, capsys):
     """What is stored is what autocast's network and the solver's float32 give, and no bf16 number."""
     pairset.make_teacher(tmp_path / "flow", None, (1, 4, 4), **stages.UNET, name="UNet2DModel")
     words = ["dtype=float32", "solver.name=heun", "solver.steps=3", "compute_batch=10"]
@@ -227,6 +227,9 @@ def test_a_bf16_teacher_carries_a_state_of_float32(tmp_path):
         pairset.generate(*pairset.words(tmp_path, "precision=tf32", folder="tf32"))
     cards = [(tmp_path / name / "README.md").read_text() for name in ("bf16", "fp32")]
     assert ["the network in bf16, guidance" in card for card in cards] == [True, False]
+    for precision in made:
+        inspect_pairs.main([str(tmp_path / precision)])
+        assert f" evaluations a pair, {precision}, guidance" in capsys.readouterr().out
 
 
 def test_pairs_from_before_there_was_a_precision_are_repeated_and_grow(tmp_path, capsys):
@@ -263,6 +266,12 @@ def test_an_evaluation_says_what_its_networks_multiply_in(tmp_path):
         stages.run(evaluate, *places, *data, *where)
         result = json.loads((tmp_path / precision / "metrics.json").read_text())
         assert result["protocol"]["arithmetic"] == precision
-        found[precision] = result["student"]["rows"][0]["distance"]
-    assert found["bf16"] != found["fp32"]
-    assert found["bf16"] == pytest.approx(found["fp32"], rel=0.05)
+        table = (tmp_path / precision / "table.md").read_text()
+        assert ("EMA weights in bf16" in table) == (precision == "bf16")
+        found[precision] = (
+            result["student"]["rows"][0]["distance"],
+            result["student"]["straightness"],
+        )
+    for rounded, exact in zip(found["bf16"], found["fp32"], strict=True):
+        assert rounded != exact
+        assert rounded == pytest.approx(exact, rel=0.05)
