@@ -45,7 +45,7 @@ def pair_fingerprint(
     config: Mapping[str, Any], inputs: Mapping[str, str], round: int, pair_format: int = PAIR_FORMAT
 ) -> str:
     """Hash all that the bytes of a set of pairs come from. config: content fields only."""
-    config = {key: value for key, value in config.items() if ADDED.get(key) != value}
+    config = {key: value for key, value in config.items() if (key, value) not in ADDED.items()}
     value = {"format": pair_format, "config": config, "inputs": inputs, "round": round}
     return fingerprint(value)
 

@@ -241,6 +241,15 @@ def test_pairs_from_before_there_was_a_precision_are_repeated_and_grow(tmp_path,
     assert seal["config"].pop("precision") == "fp32"
     given = (seal["config"], seal["inputs"], seal["facts"]["round"])
     assert manifest.pair_fingerprint(*given) == seal["facts"]["fingerprint"]
+    names = (
+        "format",
+        "config",
+        "inputs",
+        "round",
+    )  # what was hashed before, keys without a value too
+    plain = dict(zip(names, (manifest.PAIR_FORMAT, *given), strict=True))
+    assert None in seal["config"].values()
+    assert manifest.fingerprint(plain) == seal["facts"]["fingerprint"]
     other = manifest.pair_fingerprint(given[0] | {"precision": "bf16"}, *given[1:])
     assert other != seal["facts"]["fingerprint"]
     (folder / "manifest.json").write_text(json.dumps(seal))
