@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from flowmatch import features
 from scripts.run_page import blocks
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +77,26 @@ def test_the_code_in_the_readme_that_needs_no_run_runs(tmp_path, monkeypatch):
     assert alone
     for code in alone:
         exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_lpips_of_the_readme_is_its_formula(tmp_path, monkeypatch):
+    """The loss sees the pixels and, beside them, LPIPS: sum_l mean_hw sum_c w_lc (a_lc - b_lc)^2."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = [code for _, code in blocks((ROOT / "README.md").read_text()) if "Lpips" in code]
+    torch.manual_seed(0)
+    code = re.sub(r"torch\.ones\((\d+)\)", r"torch.rand(\1)", code)
+    exec(compile(code, "README.md", "exec"), given := {})
+    module, _, _ = features.perceptual("looks.pt2", "loss.features", 3, (1, 8, 8), "cpu")
+    a, b = torch.randn(2, 3, 1, 8, 8)
+    wanted, maps = (a - b).square().flatten(1).sum(1), [a, b]
+    with torch.no_grad():
+        for layer, weight in zip(given["layers"], given["weights"], strict=True):
+            maps = [layer(x) for x in maps]
+            units = [x / x.square().sum(1, keepdim=True).sqrt() for x in maps]
+            away = (units[0] - units[1]).square() * weight[:, None, None]
+            wanted = wanted + away.sum(1).mean((1, 2))
+        found = (module(a) - module(b)).square().sum(1)
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_page_stops_at_the_block_that_fails_and_names_its_line(tmp_path):

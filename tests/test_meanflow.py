@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowmatch import nets, objectives, path, second_time, solvers, teachers, toy
 from flowmatch.config import UserError
@@ -175,6 +176,30 @@ def test_the_target_of_every_network_is_its_central_difference(kind):
     assert ((found - v).abs() > 1e-3).any()
 
 
+ATTENTION = [{"add_attention": True}, {"up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}]
+
+
+@pytest.mark.parametrize("values", ATTENTION)
+def test_small_differences_through_attention_are_the_derivative(values):
+    """The derivative by two reverse passes, since forward differentiation fails there."""
+    net = nets.build(NetConfig(**UNET | values), (1, 8, 8), None, 0).eval()
+    net = shaken(second_time.add(net, 0)).double()
+    net.time_proj = Exact(net.time_proj.num_channels)
+    x, v, t, r, _ = drawn((1, 8, 8), None, dtype=torch.float64)
+    velocity = nets.Velocity(net)
+
+    def u(x, t, r):
+        return velocity(x, t, None, r)
+
+    along = (v, torch.ones_like(t), torch.zeros_like(r))
+    with sdpa_kernel(SDPBackend.MATH):
+        _, slope = torch.autograd.functional.jvp(u, (x, t, r), along)
+    wanted = v + path.expand(r - t, x) * slope
+    found = objectives.average_target(u, x, t, r, v, 1e-6)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert ((found - v).abs() > 1e-3).any()
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_second_time_changes_nothing_at_first_and_folds_away_at_the_end(kind):
     net, shape, classes = build(kind)
@@ -205,9 +230,7 @@ def test_networks_without_a_place_for_a_second_time_are_refused():
         nets.build(NetConfig(**UNET, class_embed_type="timestep"), (1, 8, 8), None, 0)
 
 
-@pytest.mark.parametrize(
-    "values", [{"add_attention": True}, {"up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}]
-)
+@pytest.mark.parametrize("values", ATTENTION)
 def test_attention_takes_differences_and_refuses_the_derivative(tmp_path, values):
     make_teacher(tmp_path / "flow", None, (1, 8, 8), **(UNET | values))
     pairs_of(tmp_path, tmp_path / "flow")
@@ -364,16 +387,18 @@ def test_two_steps_of_an_average_velocity_land_on_the_flow():
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_network_of_one(tmp_path):
+@pytest.mark.parametrize("step", [0, 0.05])
+def test_two_processes_train_the_network_of_one(tmp_path, step):
     """DDP averages the gradients; the target, which passes it by, needs none."""
     make_teacher(tmp_path / "flow", None, (2,), **MLP)
     pairs_of(tmp_path, tmp_path / "flow")
+    many = [MEANFLOW, f"objective.step={step}", "fit.steps=20"]
     words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     words += ["configs/accelerate/cpu_2.yaml", "--main_process_port", "0", "-m", "pipelines.reflow"]
-    more = reflow_words(tmp_path, "two", f"{tmp_path}/flow", MEANFLOW, "device=cpu", "fit.steps=20")
+    more = reflow_words(tmp_path, "two", f"{tmp_path}/flow", *many, "device=cpu")
     done = subprocess.run([*words, *more], cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    words = reflow_words(tmp_path, "one", f"{tmp_path}/flow", MEANFLOW, "fit.steps=20")
+    words = reflow_words(tmp_path, "one", f"{tmp_path}/flow", *many)
     run(reflow, *words)
     one, two, start = (
         copy.deepcopy(nets.load(tmp_path / name / "net", "x").state_dict())
