@@ -85,9 +85,10 @@ def split_batch(config: FitConfig, processes: int) -> tuple[int, int]:
     share, rest = divmod(config.batch_size, processes)
     micro = min(config.micro_batch or share, share)
     if rest or not micro or share % micro:
-        unit = processes * (config.micro_batch or 1)
+        cap = config.micro_batch if config.micro_batch and config.micro_batch <= share else 1
+        unit = processes * cap
         use = max(unit, round(config.batch_size / unit) * unit)
-        per = f" x micro_batch {config.micro_batch}" if config.micro_batch else ""
+        per = f" x micro_batch {cap}" if cap > 1 else ""
         raise UserError(
             f"fit.batch_size={config.batch_size} is not a multiple of {processes} processes{per}; "
             f"use {use}"

@@ -116,9 +116,19 @@ def test_the_global_batch_is_the_setting(batch, micro, processes, expected):
 
 
 def test_a_batch_that_does_not_split_names_one_that_does():
-    config = FitConfig(steps=1, batch_size=250, micro_batch=32)
-    with pytest.raises(UserError, match="not a multiple of 8 processes x micro_batch 32; use 256"):
+    config = FitConfig(steps=1, batch_size=250, micro_batch=16)
+    with pytest.raises(UserError, match="not a multiple of 8 processes x micro_batch 16; use 256"):
         split_batch(config, 8)
+    for batch, micro, processes in np.ndindex(30, 12, 5):
+        batch, processes = batch + 1, processes + 1
+        more = {"steps": 1, "micro_batch": micro or None}
+        try:
+            split_batch(FitConfig(batch_size=batch, **more), processes)
+        except UserError as error:
+            use = int(str(error).rsplit(" ", 1)[1])
+            split_batch(FitConfig(batch_size=use, **more), processes)
+            unit = processes * (micro if 0 < micro <= batch // processes else 1)
+            assert abs(use - batch) < unit
     with pytest.raises(UserError, match="not a multiple of 3 processes; use 3"):
         split_batch(FitConfig(steps=1, batch_size=2), 3)
     with pytest.raises(UserError, match="needs a GPU"):
