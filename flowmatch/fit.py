@@ -161,7 +161,9 @@ def fit(
     if leads():
         run.cut_metrics(start)
     if config.trackers:
-        accelerator.init_trackers("flowmatch", configs.flatten(run.config.model_dump(mode="json")))
+        told = configs.flatten(run.config.model_dump(mode="json"))
+        told = {k: str(value) if isinstance(value, list) else value for k, value in told.items()}
+        accelerator.init_trackers("flowmatch", told)  # TensorBoard refuses lists
 
     def batch_at(step: int, index: int) -> Drawn:
         position = (index * world + rank) * micro + np.arange(micro)
@@ -183,13 +185,22 @@ def fit(
 
     with ThreadPoolExecutor(1, "batches") as pool, Progress(config, start) as progress:
         ahead = pool.submit(batch_at, state.step, 0)
-        if config.compile and start < config.steps:
+        if start < config.steps and (config.compile or world > 1):
             first = ahead.result().to(accelerator.device)
-            with accelerator.no_sync(state.model):
-                compiled.check(partial(errors, v, first, 0), net, config.precision)
+            if config.compile:
+                with accelerator.no_sync(state.model):
+                    compiled.check(partial(errors, v, first, 0), net, config.precision)
+            if world > 1 and not config.shard:
+                # DDP lays out its buckets anew after its first pass, and how they lie decides how a
+                # sum over three processes is rounded: a pass for nothing, so that a resumed run and
+                # an undisturbed one make all their updates by the same layout
+                accelerator.backward(errors(v, first, 0).mean())
+                state.optimizer.zero_grad(set_to_none=True)
             del first
+        logged = start
         while True:
-            if state.step % config.log_every == 0 and state.step > start:
+            if state.step % config.log_every == 0 and state.step > logged:
+                logged = state.step
                 values = {
                     **state.read(),
                     "lr": state.lr,

@@ -20,6 +20,8 @@ from flowmatch.objectives import ObjectiveConfig
 from flowmatch.stage import StageConfig
 from flowmatch.state import FitConfig, State
 from flowmatch.times import TimesConfig
+from pipelines import train_flow
+from tests import stages
 
 POINTS = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(50, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -385,10 +387,36 @@ def test_dropout_is_the_same_after_a_resume_and_off_in_what_is_saved(tmp_path):
     assert resumed == undisturbed
 
 
+def test_an_update_that_fp16_skips_is_logged_and_kept_once(tmp_path, monkeypatch):
+    """As its scaler does: twice the same samples, at the step of a log line and a checkpoint."""
+    updates, skip = State.update, [10, 16, 16]
+
+    def update(self, loss, cost):
+        if self.step in skip:
+            skip.remove(self.step)
+            self.optimizer.zero_grad(set_to_none=True)
+            return False
+        return updates(self, loss, cost)
+
+    whole = train(tmp_path / "a")
+    monkeypatch.setattr(State, "update", update)
+    files, lines = train(tmp_path / "b")
+    assert not skip
+    assert files == whole[0]
+    same = [
+        [{k: x for k, x in line.items() if k != "images_per_second"} for line in each]
+        for each in (lines, whole[1])
+    ]
+    assert same[0] == same[1]
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    _, lines = train(tmp_path, trackers=["tensorboard"])
+    words = ["data={source: ring, samples: 64}", "net={name: VelocityMLP, hidden: 8}"]
+    words += ["fit.batch_size=16", "fit.steps=6", "fit.log_every=2", "fit.trackers=[tensorboard]"]
+    stages.run(train_flow, f"run_dir={tmp_path}", *words)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     events = list(tmp_path.rglob("events.out.tfevents.*"))
     seen = {}
     for file in events:
