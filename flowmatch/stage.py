@@ -6,6 +6,7 @@ other content is an error that lists the keys.
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -120,8 +121,11 @@ def command(name: str, model: type[S], body: Callable[[S, bool], None], summary:
             say(f"{name}: later: {line}")
     except UserError as error:
         _fail(name, error)
-    except OSError as error:
-        if error.errno not in REFUSED:
+    except Exception as error:
+        # safetensors' own error, which is no OSError, has the number in its words
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number not in REFUSED:
             raise
         again = (
             "free space there or make it writable, and repeat the command: what is whole is kept"

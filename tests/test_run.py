@@ -183,6 +183,20 @@ def test_a_disk_that_refuses_is_named_and_exits_2(tmp_path):
     assert "Traceback" in err
 
 
+@pytest.mark.slow
+def test_a_checkpoint_that_finds_no_room_is_named_and_made_again(tmp_path):
+    """A limit of 10 KB on files; safetensors' error is its own, no OSError."""
+    words = [sys.executable, "-m", "pipelines.train_flow", "configs/ring/flow.yaml", "device=cpu"]
+    words += [f"run_dir={tmp_path}", "fit.steps=4", "fit.save_every=2"]
+    limited = ["sh", "-c", 'ulimit -f 20; exec "$@"', "sh"]
+    done = subprocess.run([*limited, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "train_flow: the disk refuses: " in done.stderr
+    assert "(os error 27); free space there" in done.stderr
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_missing_input_is_a_remark_for_a_plan_and_an_error_for_a_run(tmp_path):
     assert outcome(tmp_path, "fault=input")[0] == 2
     assert outcome(tmp_path, "fault=input", "--dry-run") == (
