@@ -36,20 +36,27 @@ class LossConfig(Config):
     )
     power: float = option(
         0.0,
-        "normalised, feature: an error's gradient is divided by (|e|^2 + eps)^p; 0 is |e|^2 (feature: "
-        "pseudo-Huber instead), 1 makes each sample weigh the same",
+        "normalised, feature: an error's gradient is divided by (|e|^2 + eps)^p; 1 makes each sample "
+        "weigh the same, 0 is for feature alone, and pseudo-Huber",
         ge=0,
         le=1,
+        validate_default=True,
     )
-    eps: float = option(1e-3, "normalised, feature: eps, in units of |v|^2", gt=0)
+    eps: float = option(1e-3, "normalised, feature (power>0): eps, in units of |v|^2", gt=0)
 
     @pydantic.field_validator("c", "power", "eps")
     @classmethod
     def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
-        usual = cls.model_fields["c"].default
-        if info.field_name == "power" and value and info.data.get("c", usual) != usual:
+        field, chosen = str(info.field_name), info.data.get("name")
+        usual = {key: cls.model_fields[key].default for key in ("c", "eps")}
+        if field == "power" and not value and chosen == "normalised":
+            raise ValueError("name=normalised needs one above 0, such as 1")
+        if field == "power" and value and info.data.get("c", usual["c"]) != usual["c"]:
             raise ValueError(f"with a power there is no c to set; leave c={info.data['c']} out")
-        name = "pseudo_huber" if info.field_name == "c" else "normalised"
+        bare = (chosen, info.data.get("power")) == ("feature", 0)
+        if field == "eps" and bare and value != usual["eps"]:
+            raise ValueError("with power=0 there is no eps to set; leave it out")
+        name = "pseudo_huber" if field == "c" else "normalised"
         return used(cls, value, info, "name", name, "feature")
 
     @pydantic.field_validator("features")

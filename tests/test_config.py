@@ -172,6 +172,8 @@ def test_a_config_in_a_store_that_refuses_is_our_error(monkeypatch):
         (["times.name=noise_heavy", "times.a=5.0"], "times.a.*belongs to name=u_shape"),
         (["loss.name=mse", "loss.c=0.1"], "loss.c.*belongs to name=pseudo_huber and feature"),
         (["loss={name: feature, features: x, c: 5.0, power: 1.0}"], "loss.power.*leave c=5.0 out"),
+        (["loss.name=normalised"], "loss.power=0.0: name=normalised needs one above 0"),
+        (["loss={name: feature, features: x, eps: 0.1}"], "loss.eps=0.1: with power=0 there is no"),
         (["loss.name=pseudo_huber", "loss.eps=0.1"], "loss.eps.*belongs to name=normalised"),
         (
             ["coupling.name=independent", "coupling.block=32"],

@@ -70,7 +70,7 @@ def test_losses_are_per_sample():
     assert (losses.pseudo_huber(v, v, losses.LossConfig()) == 0).all()
 
 
-@pytest.mark.parametrize("power", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("power", [0.3, 0.5, 1.0])
 def test_the_normalised_loss_divides_the_gradient(power):
     v, target = torch.randn(2, 7, 3, 4, dtype=torch.float64)
     v = v * torch.logspace(-2, 2, 7, dtype=torch.float64)[:, None, None]
@@ -81,8 +81,6 @@ def test_the_normalised_loss_divides_the_gradient(power):
     (slope,) = torch.autograd.grad(loss.sum(), v)
     (expected,) = torch.autograd.grad((square / (square.detach() + 1e-3) ** power).sum(), v)
     torch.testing.assert_close(slope, expected)
-    if power == 0:
-        torch.testing.assert_close(loss, square)
     if power == 0.5:
         huber = losses.LossConfig(name="pseudo_huber", c=1e-3**0.5)
         torch.testing.assert_close(loss, 2 * losses.pseudo_huber(v, target, huber))
