@@ -127,7 +127,7 @@ def curve_figure(result: Mapping[str, Any], wide: float, high: float, title: boo
     axes.spines[["top", "right"]].set_visible(False)
     if title:
         axes.set_title(finding(result), loc="left", fontsize=11, fontweight="bold")
-    axes.legend(frameon=False, loc="best", fontsize=9)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
     return figure
 
 
