@@ -75,8 +75,8 @@ class ReflowConfig(stage.StageConfig):
     fit: FitConfig = required("the training loop")
     objective: ObjectiveConfig = option(ObjectiveConfig(), "what is learnt on the pairs")
     times: TimesConfig = option(
-        TimesConfig(name="u_shape", zero=0.5),
-        "which times it sees: half at exactly 0, where one-step sampling looks",
+        TimesConfig(name="noise_heavy", zero=0.5),
+        "which times it sees: half at exactly 0, where one-step sampling looks, the others near it",
     )
     loss: LossConfig = option(LossConfig(name="pseudo_huber"), "loss on the velocity")
 
