@@ -32,15 +32,12 @@ from flowmatch.solvers import VelocityField
 Draw = Callable[[Tensor], Tensor]  # x: [B, ...] -> fresh standard normal noise like x
 
 STOCHASTIC = ("sde", "ddim", "ddpm", "renoise")
-SAMPLERS = (*solvers.FIXED, *STOCHASTIC, "anchored")
 
 
 class SamplerConfig(GridConfig):
     """How samples are drawn in a given number of steps."""
 
-    name: Literal[
-        "euler", "midpoint", "heun", "rk4", "ab2", "sde", "ddim", "ddpm", "renoise", "anchored"
-    ] = option(
+    name: Literal[solvers.Fixed, "sde", "ddim", "ddpm", "renoise", "anchored"] = option(
         "euler",
         "an ODE solver, or a sampler that adds noise (sde, ddim, ddpm: before reflow), or anchored "
         "(after reflow)",

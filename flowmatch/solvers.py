@@ -75,12 +75,13 @@ SOLVERS: dict[str, Step] = {"euler": euler, "midpoint": midpoint, "heun": heun, 
 MULTISTEP: dict[str, Callable[[], Step]] = {"ab2": AB2}  # each call makes one without history
 EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 1}  # of v, a step
 FIXED = tuple(EVALUATIONS)  # solvers that take the steps of a grid
+Fixed = Literal["euler", "midpoint", "heun", "rk4", "ab2"]  # the same, for configs
 
 
 class SolverConfig(GridConfig):
     """How an ODE is solved, from noise to data."""
 
-    name: Literal["euler", "midpoint", "heun", "rk4", "ab2", "dopri5"] = option(
+    name: Literal[Fixed, "dopri5"] = option(
         "heun", "ODE solver; dopri5 chooses its own steps, by rtol and atol"
     )
     steps: int = option(

@@ -35,7 +35,7 @@ from flowmatch.folders import write_atomic
 from flowmatch.precision import Precision
 from flowmatch.rows import Row, Sampler
 from flowmatch.samplers import SamplerConfig
-from flowmatch.solvers import SolverConfig
+from flowmatch.solvers import Fixed, SolverConfig
 
 
 class EvaluateConfig(stage.StageConfig):
@@ -58,7 +58,7 @@ class EvaluateConfig(stage.StageConfig):
     student_solver: SamplerConfig | None = option(
         None, "how the student's rows are sampled, where that differs"
     )
-    converged_solver: Literal["euler", "midpoint", "heun", "rk4", "ab2", "dopri5"] = option(
+    converged_solver: Literal[Fixed, "dopri5"] = option(
         "heun", "ODE solver of the reference 'converged', on uniform steps"
     )
     converged_steps: int = option(
