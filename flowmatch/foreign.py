@@ -160,20 +160,31 @@ def can_be_velocity(net: Any) -> bool:
     return net.config.out_channels == net.config.in_channels and not has_no_null(net)
 
 
-def read(path: str | os.PathLike[str], key: str) -> tuple[Any, Diffusion | None]:
-    """Read network and training schedule of a diffusers pipeline (folder or hub name).
+def read_index(path: str | os.PathLike[str], key: str) -> dict[str, Any]:
+    """Read the model_index.json of a diffusers pipeline (folder or hub name).
+
+    Raises UserError naming `key`; NotReady where none is found.
+    """
+    import diffusers
+
+    try:
+        return diffusers.DiffusionPipeline.load_config(path)
+    except (OSError, json.JSONDecodeError) as error:
+        kind = UserError if Path(path).is_dir() else NotReady
+        reason = " ".join(str(error).split())
+        raise kind(f"{key}={path}: no diffusers pipeline could be read there: {reason}") from None
+
+
+def read(
+    path: str | os.PathLike[str], key: str, index: dict[str, Any]
+) -> tuple[Any, Diffusion | None]:
+    """Read network and training schedule of a diffusers pipeline; index: its model_index.json.
 
     Returns None for the schedule of a flow model. Raises UserError, naming `key`, for a pipeline that
     needs text, or whose scheduler does not tell what its network predicts.
     """
     import diffusers
 
-    try:
-        index = diffusers.DiffusionPipeline.load_config(path)
-    except (OSError, json.JSONDecodeError) as error:
-        kind = UserError if Path(path).is_dir() else NotReady
-        reason = " ".join(str(error).split())
-        raise kind(f"{key}={path}: no diffusers pipeline could be read there: {reason}") from None
     parts = {name for name, value in index.items() if isinstance(value, list) and value[0]}
     found = [name for name in NETWORKS if name in parts]
     if len(found) != 1 or "scheduler" not in parts or parts - OTHERS - set(found):
@@ -185,9 +196,26 @@ def read(path: str | os.PathLike[str], key: str) -> tuple[Any, Diffusion | None]
     scheduler = getattr(diffusers, name, None)
     if scheduler is None:
         raise UserError(f"{key}={path}: its scheduler {name} is no class of diffusers")
-    return nets.load(path, key, subfolder=found[0]), diffusion_of(
-        scheduler.from_pretrained(path, subfolder="scheduler"), f"{key}={path}"
-    )
+    net = _part(path, found[0], lambda **where: nets.load(path, key, **where))
+    try:
+        loaded = _part(path, "scheduler", lambda **where: scheduler.from_pretrained(path, **where))
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{key}={path}: its scheduler cannot be read: {reason}") from None
+    return net, diffusion_of(loaded, f"{key}={path}")
+
+
+def _part(path: str | os.PathLike[str], name: str, load: Callable[..., Any]) -> Any:
+    """Load a part of a pipeline from its subfolder; where it has none, from the root.
+
+    So do diffusers and old pipelines on the hub, such as google/ddpm-cifar10-32.
+    """
+    if Path(path).is_dir():
+        return load(subfolder=name) if (Path(path) / name).is_dir() else load()
+    try:
+        return load(subfolder=name)
+    except (OSError, NotReady):
+        return load()
 
 
 def diffusion_of(scheduler: Any, given: str) -> Diffusion | None:

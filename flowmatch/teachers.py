@@ -82,14 +82,15 @@ def load(path: str | os.PathLike[str], key: str) -> Teacher:
     folder = Path(path)
     if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):  # a hub name
         try:
-            return _pipeline(path, key)
+            index = foreign.read_index(path, key)
         except NotReady:
             return _flow(nets.load(path, key))
+        return _pipeline(path, key, index)
     run, name = run_of(folder)
+    if (folder / "model_index.json").is_file() and not manifest.sealed(folder):
+        return _pipeline(path, key, foreign.read_index(path, key))
     if (folder / "config.json").is_file() and run == folder:
         return _flow(nets.load(path, key))
-    if (folder / "model_index.json").is_file() and not manifest.sealed(folder):
-        return _pipeline(path, key)
     sealed = manifest.read(run, key, TRAINED)
     manifest.verify(run, key, sealed)
     facts, net = sealed["facts"], nets.load(run / name, key)
@@ -106,8 +107,8 @@ def _flow(net: Any) -> Teacher:
     return Teacher(net, nets.digest(net), 0)
 
 
-def _pipeline(path: str | os.PathLike[str], key: str) -> Teacher:
-    net, diffusion = foreign.read(path, key)
+def _pipeline(path: str | os.PathLike[str], key: str, index: dict[str, Any]) -> Teacher:
+    net, diffusion = foreign.read(path, key, index)
     if diffusion is None:
         return _flow(net)
     if net.config.out_channels not in (net.config.in_channels, 2 * net.config.in_channels):

@@ -1,6 +1,10 @@
 """Diffusion models as teachers: closed forms, and diffusers' own sampler as the second opinion."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -225,6 +229,54 @@ def test_a_flow_pipeline_is_a_flow_model_and_a_variance_is_left_out(tmp_path):
     v = teachers.load(wide, "teacher").velocity()
     with torch.no_grad():
         assert v(torch.zeros(2, 1, 8, 8), 0.5).shape == (2, 1, 8, 8)
+
+
+def flat(folder, net, scheduler):
+    """As google/ddpm-cifar10-32 lies on the hub: all parts at the root."""
+    save(folder.with_name("nested"), net, scheduler)
+    net.save_pretrained(folder)
+    scheduler.save_pretrained(folder)
+    shutil.copy(folder.with_name("nested") / "model_index.json", folder)
+    return folder
+
+
+def test_a_pipeline_without_subfolders_is_no_flow_model(tmp_path):
+    found = teachers.load(flat(tmp_path / "flat", unet(), ddpm()), "teacher")
+    nested = teachers.load(tmp_path / "nested", "teacher")
+    assert found.diffusion == nested.diffusion is not None
+    assert found.digest == nested.digest
+    DDPMPipeline.from_pretrained(tmp_path / "flat")  # so does diffusers
+    (tmp_path / "flat/scheduler_config.json").unlink()
+    with pytest.raises(UserError, match="teacher=.*its scheduler cannot be read"):
+        teachers.load(tmp_path / "flat", "teacher")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["flat", "nested", "flow"])
+def test_a_name_on_the_hub_is_what_its_folder_is(tmp_path, layout):
+    """Through the hub's cache, without network."""
+    flat(tmp_path / "flat", unet(), ddpm())
+    unet().save_pretrained(tmp_path / "flow")
+    place, commit = tmp_path / "hub/models--someone--model", 40 * "0"
+    shutil.copytree(tmp_path / layout, place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs/main").write_text(commit)
+    code = (
+        "from flowmatch import teachers; t = teachers.load('someone/model', 'teacher');"
+        "print(t.diffusion and t.diffusion.prediction, t.digest)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    known = teachers.load(tmp_path / layout, "teacher")
+    assert done.stdout.split() == [
+        str(known.diffusion and known.diffusion.prediction),
+        known.digest,
+    ]
 
 
 def test_what_cannot_be_a_teacher_is_refused_with_the_reason(tmp_path):
