@@ -419,6 +419,26 @@ def test_above_a_gibibyte_names_and_sizes_are_hashed(tmp_path, monkeypatch):
     assert load(path=str(path)).digest != before
 
 
+def test_above_a_gibibyte_pieces_of_large_files_are_hashed(tmp_path, monkeypatch):
+    """Another array of the same name and size is other data."""
+    monkeypatch.setattr(tables, "HASHED", 64)
+    monkeypatch.setattr(tables, "PIECE", 8)
+    file, small = tmp_path / "x.npy", tmp_path / "y.npy"
+    small.write_bytes(bytes(10))
+    content = bytearray(1000)
+    file.write_bytes(content)
+    before = tables.digest_files(tmp_path, [file, small])
+    for place in (0, 7, 330, 332, 992, 999):  # the first, second and last of four pieces
+        changed = content.copy()
+        changed[place] = 1
+        file.write_bytes(changed)
+        assert tables.digest_files(tmp_path, [file, small]) != before
+    file.write_bytes(content)
+    assert tables.digest_files(tmp_path, [file, small]) == before
+    small.write_bytes(bytes(9) + b"1")  # short of its four pieces: hashed whole
+    assert tables.digest_files(tmp_path, [file, small]) != before
+
+
 def test_a_replaced_file_is_read_anew_though_its_time_is_kept(tmp_path):
     file = tmp_path / "a.parquet"
     for seed in range(2):
