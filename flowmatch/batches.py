@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowmatch import nets, noise, shards, solvers
+from flowmatch import grids, nets, noise, shards, solvers
 from flowmatch.data import Data
 from flowmatch.layout import Layout
 from flowmatch.precision import Precision, arithmetic
@@ -57,6 +57,8 @@ class Maker:
             velocity.net.compile(fullgraph=True, dynamic=False)
         self.layout, self.velocity, self.device, self.data = layout, velocity, device, data
         self.seed, self.compute_batch, self.solver, self.look = seed, compute_batch, solver, look
+        two = isinstance(velocity, nets.Velocity) and velocity.second is not None
+        self.jumps = two and solver.name == "euler" and data is None
         self.environment: dict[str, Any] = {
             "torch": torch.__version__,
             "numpy": np.__version__,
@@ -80,25 +82,23 @@ class Maker:
             cond = None if label is None else {"label": self._to_device(label)}
             before = self.velocity.evaluations
             with arithmetic(self.precision, self.device):
-                found = carry(
-                    self._to_device(x.astype(np.float32)),
-                    lambda v, x, span: solvers.solve(
-                        self._looking(v), x, self.solver, span, backward=backward
-                    ),
-                    cond,
-                )
+                found = carry(self._to_device(x.astype(np.float32)), self._solve, cond)
             keep = min(step, size - start)
             ends: list[Array] = [lambda kept=x[:keep]: kept, to_host(found[:keep])]  # type: ignore[misc]
             x0, x1 = reversed(ends) if backward else ends
             evaluations = self.velocity.evaluations - before
             yield Batch(x0, x1, None if label is None else label[:keep], evaluations)
 
-    def _looking(self, v: solvers.VelocityField) -> solvers.VelocityField:
-        def field(x: Tensor, t: Any) -> Tensor:
-            self.look()
-            return v(x, t)
+    def _solve(self, v: solvers.VelocityField, x: Tensor, span: tuple[float, float]) -> Tensor:
+        """Integrate a batch; by Euler a two-time network says where each step ends, as in evaluate."""
 
-        return field
+        def field(x: Tensor, *times: Any) -> Tensor:
+            self.look()
+            return v(x, *times)
+
+        if self.jumps:
+            return solvers.jumps(field, x, grids.make(self.solver, self.solver.steps))
+        return solvers.solve(field, x, self.solver, span, backward=self.data is not None)
 
     def _given(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Draw noise and labels, or read data; the data begins anew where padding goes past its end."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowmatch import nets, objectives, path, second_time, solvers, teachers, toy
+from flowmatch import nets, objectives, pairs, path, second_time, solvers, teachers, toy
 from flowmatch.config import UserError
 from flowmatch.losses import LossConfig
 from flowmatch.nets import NetConfig
@@ -355,6 +355,19 @@ def test_meanflow_goes_from_pairs_to_a_stock_export(tmp_path):
             lambda x, t, r: student.velocity()(x, t, None, r), x0, torch.tensor([0.0, 1.0])
         )
     torch.testing.assert_close(found, one, atol=2e-6, rtol=1e-5)
+
+    # its pairs by Euler end where evaluate's rows do, and not where its velocity at t = 0 points
+    few = ["shards=1", "shard_size=16", "block=16", "compute_batch=8", "dtype=float32"]
+    few += ["solver={name: euler, steps: 2}", f"run_dir={tmp_path}/again"]
+    run(generate_pairs, f"teacher={tmp_path}/meanflow", *few)
+    batch = pairs.PairData(tmp_path / "again").batch(range(16))
+    grid = torch.tensor([0.0, 0.5, 1.0])
+    with torch.no_grad():
+        u = student.velocity()
+        ends = solvers.jumps(lambda x, t, r: u(x, t, None, r), batch["x0"], grid)
+        slopes = solvers.integrate(u, batch["x0"], grid, "euler")
+    torch.testing.assert_close(batch["x1"], ends, atol=2e-6, rtol=1e-5)
+    assert (ends - slopes).abs().max() > 1e-3
 
     words = reflow_words(tmp_path, "no", f"{tmp_path}/meanflow")
     with pytest.raises(UserError, match="takes a second time .MeanFlow., which objective.name=vel"):
