@@ -62,7 +62,7 @@ def mosaic(x: Tensor) -> bytes:
 
 def scatter(x: Tensor, limit: float, colour: str) -> bytes:
     """Draw the first two values of samples as dots, within +-limit. x: [N, D] -> an SVG."""
-    dots = (100 + 96 / limit * x[: draw.POINTS, :2].numpy() * [1, -1]).round(1)
+    dots = (100 + 96 / limit * draw.on_plane(x[: draw.POINTS]).numpy() * [1, -1]).round(1)
     path = "".join(f"M{a:g} {b:g}h0" for a, b in dots.clip(0, 200))
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 200 200" width="200" height="200">'
@@ -75,11 +75,11 @@ def point_paths(paths: Paths) -> Any:
     """Draw the paths of points from noise (ring) to data (dot), first two values, a panel a model."""
     figure, axes = draw.canvas(WIDE, WIDE / 2 + 0.3, 1, len(paths))
     limit = max(1.08 * float(x[:, :SHOWN, :2].abs().max()) for _, x in paths.values())
-    for panel, (name, (_, x)) in zip(axes[0], paths.items(), strict=True):
-        colour = draw.COLOURS[name]
-        panel.plot(*x[:, :SHOWN, :2].unbind(-1), color=colour, linewidth=0.9, alpha=0.8)
-        panel.plot(*x[0, :SHOWN, :2].T, "o", color=colour, markersize=3.5, markerfacecolor="none")
-        panel.plot(*x[-1, :SHOWN, :2].T, "o", color=draw.DARK, markersize=2.5)
+    for panel, (name, (_, states)) in zip(axes[0], paths.items(), strict=True):
+        colour, x = draw.COLOURS[name], draw.on_plane(states)
+        panel.plot(*x[:, :SHOWN].unbind(-1), color=colour, linewidth=0.9, alpha=0.8)
+        panel.plot(*x[0, :SHOWN].T, "o", color=colour, markersize=3.5, markerfacecolor="none")
+        panel.plot(*x[-1, :SHOWN].T, "o", color=draw.DARK, markersize=2.5)
         panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
         panel.set_title(name, fontsize=11, fontweight="bold", color=colour)
         panel.spines[:].set_color(FAINT)

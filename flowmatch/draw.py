@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 COLOURS = {
@@ -134,8 +135,8 @@ def curve_figure(result: Mapping[str, Any], wide: float, high: float, title: boo
 def grid(path: str | os.PathLike[str], samples: Mapping[str, Mapping[int | None, Tensor]]) -> None:
     """Draw samples, rows teacher and student, columns numbers of steps, and save a PNG.
 
-    samples: model -> steps (None: converged) -> x: [N, C, H, W] in [-1, 1], or [N, 2]; sample i comes
-    from the same noise in every panel. Points of more than two dimensions show their first two.
+    samples: model -> steps (None: converged) -> x: [N, C, H, W] in [-1, 1], or points [N, D]; sample i
+    comes from the same noise in every panel.
     """
     columns = list(next(iter(samples.values())))
     figure, axes = canvas(
@@ -154,7 +155,7 @@ def grid(path: str | os.PathLike[str], samples: Mapping[str, Mapping[int | None,
                 panel.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
                 panel.spines[:].set_visible(False)
             else:
-                x = x[:POINTS]
+                x = on_plane(x[:POINTS])
                 colour = COLOURS.get(name, DARK)
                 panel.scatter(x[:, 0], x[:, 1], s=1.5, color=colour, alpha=0.5, linewidths=0)
                 panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
@@ -165,6 +166,11 @@ def grid(path: str | os.PathLike[str], samples: Mapping[str, Mapping[int | None,
                 colour = COLOURS.get(name, DARK)
                 panel.set_ylabel(name, fontsize=11, fontweight="bold", color=colour)
     figure.savefig(path, metadata={"Software": None})
+
+
+def on_plane(x: Tensor) -> Tensor:
+    """Give the first two values of points, a lone one beside 0. x: [..., D] -> [..., 2]."""
+    return torch.nn.functional.pad(x, (0, max(0, 2 - x.shape[-1])))[..., :2]
 
 
 def mosaic(x: np.ndarray) -> np.ndarray:

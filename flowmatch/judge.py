@@ -76,6 +76,18 @@ def look_of(config: Any, real: Data, kind: str, inputs: dict[str, str]) -> Look:
     return Look(None, {})
 
 
+def taught(look: Look, config: Any, training: Data, models: dict[str, teachers.Teacher]) -> Look:
+    """Train the classifier that samples are to be scored on, where the evaluation names none.
+
+    Raises UserError where a model was trained to please that very one.
+    """
+    if config.features != "classifier" or look.module is not None:
+        return look
+    net, accuracy = features.train_classifier(training, config.seed)
+    refuse_own(net, models)
+    return Look(net, {"held_out_accuracy": accuracy})
+
+
 def _ways(real: Data) -> str:
     """Say on what features data can be scored that is too wide for its values."""
     if not real.images:

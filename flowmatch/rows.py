@@ -64,7 +64,7 @@ class Row:
 
     steps: int | None
     evaluations: int  # of the network, a sample, as counted
-    x: Tensor  # [samples, ...] on rank 0's CPU
+    x: Tensor  # [samples, ...] on rank 0's CPU; no samples on another rank
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Sampler:
     def sample(  # collective: every rank
         self, solve: Callable[..., Tensor]
     ) -> tuple[Tensor, int]:
-        """Carry the noise of all samples; (x [samples, ...], evaluations a sample).
+        """Carry the noise of all samples; (x [samples, ...] on rank 0, evaluations a sample).
 
         solve(v, x0, span, ids=...) carries a batch.
 
@@ -144,7 +144,8 @@ class Sampler:
         ordered = gathered.unflatten(0, (world, rounds)).transpose(0, 1).flatten(0, 2)
         counted = self.accelerator.gather(torch.tensor(counts, device=gathered.device))
         counted = counted.unflatten(0, (world, rounds)).T.flatten()[: -(-self.samples // batch)]
-        return ordered[: self.samples].cpu(), round(counted.double().mean().item())
+        kept = self.samples if self.accelerator.is_main_process else 0
+        return ordered[:kept].cpu(), round(counted.double().mean().item())
 
     def noise(self, ids: np.ndarray) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Give the noise of some samples, and their labels."""

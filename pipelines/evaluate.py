@@ -15,7 +15,6 @@ from flowmatch import config as configs
 from flowmatch import (
     data,
     draw,
-    features,
     grids,
     judge,
     metrics,
@@ -183,6 +182,9 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     accelerator = run.start_accelerator(config.device)
     with run.Run("evaluate", config, inputs) as folder:
         stage.exit_on_sigterm()
+        if kind == "frechet" and stage.leads():  # before the samples, which its refusal would lose
+            training = dataclasses.replace(sets["data"], flip=False)
+            look = judge.taught(look, config, training, models)
         sampled = {
             name: Sampler(
                 model,
@@ -236,10 +238,6 @@ def score(
     net, known = look.module, None
     if kind == "frechet":
         protocol["features"] = {"name": config.features, **look.facts}
-        if config.features == "classifier" and net is None:
-            net, accuracy = features.train_classifier(training, config.seed)
-            judge.refuse_own(net, {name: sampler.model for name, sampler in sampled.items()})
-            protocol["features"]["held_out_accuracy"] = accuracy
         if net is not None:
             protocol["features"]["sha256"] = metrics.module_digest(net)
             net.to(device)

@@ -49,6 +49,17 @@ def points(tmp_path):
     return tmp_path, model(tmp_path / "mlp", (2,)), "source: ring, samples: 100"
 
 
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_points_of_any_number_of_dimensions_are_scored_and_drawn(tmp_path, dimensions):
+    teacher = model(tmp_path / "mlp", (dimensions,))
+    x = np.random.default_rng(0).normal(size=(40, dimensions)).astype("f4")
+    np.save(tmp_path / "x.npy", x)
+    words = [f"teacher={teacher}", f"student={teacher}", "samples=16", "steps=[1]"]
+    words += [f"data={{source: npz, path: {tmp_path}/x.npy}}", "converged_steps=1"]
+    run(evaluate, f"run_dir={tmp_path}/evaluate", *words)
+    assert (tmp_path / "evaluate/report.html").is_file()
+
+
 def test_what_images_are_scored_on_is_refused_for_points_and_latents(points):
     root, net, ring = points
     (fault,) = planned(root, net, ring, "distance=frechet")

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from flowmatch import features, manifest, nets, pairs, path, teachers
+from flowmatch import features, manifest, nets, pairs, path, rows, teachers
 from flowmatch.config import UserError
 from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
 from tests import stages
@@ -39,7 +39,7 @@ def facts(folder):
     return manifest.read(folder, "x")["facts"]
 
 
-def test_reflow_learns_by_a_feature_loss_that_never_scores_it(base, tmp_path):
+def test_reflow_learns_by_a_feature_loss_that_never_scores_it(base, tmp_path, monkeypatch):
     loss = f"loss={{name: feature, c: 0.5, features: {base}/classifier_0}}"
     run(reflow, *reflow_words(base, tmp_path / "reflow", loss))
     seal = manifest.read(tmp_path / "reflow", "student")
@@ -80,6 +80,13 @@ def test_reflow_learns_by_a_feature_loss_that_never_scores_it(base, tmp_path):
     with pytest.raises(UserError, match="student was trained with loss.features on the very class"):
         run(evaluate, f"run_dir={tmp_path}/no", *words, own)
     run(evaluate, f"run_dir={tmp_path}/evaluate", *words, f"classifier={base}/classifier_1")
+
+    # one that the evaluation trains is found out before any sample is made
+    taught = (features.load(f"{base}/classifier_0", "x", (1, 8, 8))[0], 0.9)
+    monkeypatch.setattr(features, "train_classifier", lambda *given: taught)
+    monkeypatch.setattr(rows.Sampler, "rows", None)
+    with pytest.raises(UserError, match="student was trained with loss.features on the very class"):
+        run(evaluate, f"run_dir={tmp_path}/no", *words, "data.labels=true")
 
 
 def test_a_feature_loss_is_refused_where_it_means_nothing(base, tmp_path):
