@@ -42,6 +42,10 @@ image = pipe(class_labels=0, guidance_scale=1.0, num_inference_steps=1).images[0
 """
 LABELS_ANY = {"right": "any number of steps", "exact": EXACT_N}
 LABELS_ONE = {"right": "that step", "exact": "`scheduler_1/` is exact"}
+LATENT_NOTES = """
+Samples are latents, as they come. `vae.decode(sample[None] / vae.config.scaling_factor)`, by the VAE
+that coded the data, makes pictures of them.
+"""
 OUR_NOTES = "diffusers has no pipeline for this network, so its own lies in this folder"
 GRID = """; it sets the uniform grid
 of any number of steps by itself. Always pass `num_inference_steps`.
@@ -92,9 +96,9 @@ class Kind:
 
 
 def kind_of(student: teachers.Teacher) -> Kind:
-    """Choose the pipeline: a stock one for a UNet2DModel, ours for everything else."""
-    unet = type(student.net).__name__ == "UNet2DModel"
-    one = student.one_step
+    """Choose the pipeline: a stock one for a UNet2DModel of pictures, ours for everything else."""
+    coded, one = latent(student), student.one_step
+    unet = type(student.net).__name__ == "UNet2DModel" and not coded
     if unet and student.classes is None:
         notes = ONE_STEP_NOTES if one else DDPM_NOTES
         return Kind("DDPMPipeline", True, STOCK.format("num_inference_steps=1"), notes)
@@ -104,9 +108,16 @@ def kind_of(student: teachers.Teacher) -> Kind:
         notes = ONE_STEP_ONLY + notes if one else notes
         return Kind("ConsistencyModelPipeline", True, snippet, notes)
     arguments = "num_inference_steps=1" + (", class_labels=0" if student.classes else "")
-    arguments += "" if len(student.shape) == 3 else ', output_type="np"'
+    if len(student.shape) < 3 or coded:
+        arguments += f', output_type="{"latent" if coded else "np"}"'
     notes = f"{ONE_STEP_ONLY}{OUR_NOTES}.\n" if one else OUR_NOTES + GRID
+    notes += LATENT_NOTES if coded else ""
     return Kind("ReflowPipeline", False, OURS.format(arguments), notes)
+
+
+def latent(student: teachers.Teacher) -> bool:
+    """Tell whether its samples are latents: three axes, and no picture's number of channels."""
+    return len(student.shape) == 3 and student.shape[0] not in (1, 3)
 
 
 def describe(differences: dict[int, dict[str, float]], kind: Kind) -> str:

@@ -62,8 +62,8 @@ class ReflowPipeline(DiffusionPipeline):
         v = v_null + w (v_cond - v_null) (arXiv 2207.12598); 1 is none, anything else evaluates the
         network for both. generator: one, or one a sample, which then does not depend on its batch;
         a seed gives the noise that it gives in DDPMPipeline. latents: the noise instead,
-        [batch_size, ...]. output_type: "pil", "np" ([B, H, W, C]) or "pt" ([B, C, H, W]) in [0, 1];
-        points come as they are, [B, D], as "np" or "pt".
+        [batch_size, ...]. output_type: "pil", "np" ([B, H, W, C]) or "pt" ([B, C, H, W]) in [0, 1],
+        "latent" as they come, for a VAE to decode; points come as they are, [B, D], as "np" or "pt".
         Returns ImagePipelineOutput with `images`, or a tuple of it. Raises ValueError for arguments
         that do not fit, and for a scheduler that cannot take these steps.
         """
@@ -90,9 +90,9 @@ class ReflowPipeline(DiffusionPipeline):
             x = self.scheduler.step(output, t, x, return_dict=False, **extra)[0]
 
         samples: Any = x
-        if len(shape) == 4:
+        if len(shape) == 4 and output_type != "latent":
             samples = (x / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
+        if output_type not in ("pt", "latent"):
             samples = samples.cpu().numpy()
             if len(shape) == 4:
                 samples = samples.transpose(0, 2, 3, 1)
@@ -211,7 +211,7 @@ class ReflowPipeline(DiffusionPipeline):
             raise ValueError(
                 f"generator is a list of {len(generator)}: expected one, or batch_size={batch_size}"
             )
-        kinds = ("pil", "np", "pt") if len(shape) == 4 else ("np", "pt")
+        kinds = ("pil", "np", "pt", "latent") if len(shape) == 4 else ("np", "pt")
         if output_type not in kinds:
             raise ValueError(
                 f"output_type={output_type!r}: expected one of {', '.join(kinds)} for samples of "
@@ -219,7 +219,7 @@ class ReflowPipeline(DiffusionPipeline):
             )
         if output_type == "pil" and shape[1] not in (1, 3, 4):
             raise ValueError(
-                f"output_type='pil': no picture has {shape[1]} channels; expected 'np' or 'pt'"
+                f"output_type='pil': no picture has {shape[1]} channels; expected 'latent', 'np' or 'pt'"
             )
         if self.unet.training:
             raise ValueError("unet is in training mode, so dropout is on: call unet.eval() first")

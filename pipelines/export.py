@@ -165,6 +165,7 @@ def check(
         "steps": steps,
         "pipeline": kind.name,
         "samples": SAMPLES,
+        "kind": "latent" if card.latent(student) else "np",
         "labels": None if student.classes is None else labels(student).tolist(),
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -207,14 +208,14 @@ def labels(student: teachers.Teacher) -> Tensor:
 
 @torch.no_grad()
 def own_samples(student: teachers.Teacher, steps: int) -> Tensor:
-    """Sample with our solver, the noise drawn as DDPMPipeline draws it; images in [0, 1]."""
+    """Sample with our solver, the noise drawn as DDPMPipeline draws it; pictures in [0, 1]."""
     from diffusers.utils.torch_utils import randn_tensor
 
     x0 = randn_tensor((SAMPLES, *student.shape), generator=torch.Generator().manual_seed(0))
     v = nets.Velocity(student.net)
     cond = None if student.classes is None else {"label": labels(student)}
     x = solvers.integrate(lambda x, t: v(x, t, cond), x0, solvers.uniform_grid(steps))
-    return (x / 2 + 0.5).clamp(0, 1) if len(student.shape) == 3 else x
+    return (x / 2 + 0.5).clamp(0, 1) if student.shape[0] in (1, 3) and x.ndim == 4 else x
 
 
 if __name__ == "__main__":

@@ -188,8 +188,9 @@ def chain(
             yield link | {"path": path, "what": "not here"}
             continue
         link["path"] = str(here)
-        if here.sizes(["config.json"]) != [None]:
-            yield link | {"what": "a diffusers model"}
+        sealed_at, index, lone = here.sizes(["manifest.json", "model_index.json", "config.json"])
+        if sealed_at is None and (index is not None or lone is not None):
+            yield link | {"what": f"a diffusers {'model' if index is None else 'pipeline'}"}
             continue
         try:
             source, own = manifest.read_hashed(here, name)

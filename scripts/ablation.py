@@ -122,7 +122,8 @@ class Ablation:
         words = [str(self.configs / "pairs.yaml"), *self.words["pairs"], f"teacher={flow}"]
         self.launch("pairs", pairs, words)
         if self.config.inverted is not None:
-            words = [*self.config.inverted, f"teacher={flow}"]
+            first, *own = self.config.inverted
+            words = [first, *self.words["pairs"], *own, f"teacher={flow}"]
             self.launch("pairs", self.root / "inverted", words)
         if self.config.classifier is not None:
             for seed, name in enumerate(("judge", "eyes")):

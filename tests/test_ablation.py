@@ -46,7 +46,12 @@ recipes:
 TINY = [
     *("flow.data.samples=200", "flow.net.hidden=8", "flow.fit.steps=4", "flow.fit.batch_size=16"),
     *("pairs.shards=1", "pairs.shard_size=40", "pairs.compute_batch=40", "pairs.block=40"),
-    *("pairs.solver.steps=2", "reflow.fit.steps=8", "reflow.fit.batch_size=16"),
+    *(
+        "pairs.solver.steps=2",
+        "pairs.solver.name=midpoint",
+        "reflow.fit.steps=8",
+        "reflow.fit.batch_size=16",
+    ),
     *("reflow.fit.log_every=2", "reflow.fit.warmup=2", "evaluate.samples=60"),
     *("evaluate.data.samples=60", "evaluate.compute_batch=60", "evaluate.converged_steps=2"),
     *("evaluate.steps=[1,2]", "flow.fit.log_every=2"),
@@ -92,6 +97,7 @@ def test_each_recipe_is_trained_and_scored_and_the_table_is_the_mean_of_its_seed
     mixed = manifest.read(root / "inverted/seed_0/reflow_1", "x")["inputs"]
     assert mixed["pairs.0"] in pairs
     assert mixed["pairs.1"] == manifest.digest(root / "inverted")
+    assert manifest.read(root / "inverted", "x")["config"]["solver"]["name"] == "midpoint"
     assert manifest.read(root / "distil/seed_1/reflow_2", "x")["facts"]["one_step"]
     assert manifest.read(root / "plain/seed_1/reflow_1", "x")["config"]["seed"] == 1
 

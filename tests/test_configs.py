@@ -1,7 +1,10 @@
 """The experiments that need a GPU, planned on stand-ins of the right shape: every stage, every key."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +147,17 @@ def test_latents_go_through_every_stage(tmp_path):
     seal = (f"run_dir={tmp_path}/export", f"student={tmp_path}/student", "steps=[1]", "device=cpu")
     run(export, export.ExportConfig, *seal)
     assert manifest.sealed(tmp_path / "export")
+    sealed(tmp_path / "unet", "UNet2DModel", TINY["UNet2DModel"], (4, 8, 8), None, 1)
+    seal = (f"run_dir={tmp_path}/other", f"student={tmp_path}/unet", "steps=[2]", "device=cpu")
+    run(export, export.ExportConfig, *seal)  # no stock pipeline, which would make it RGBA
+    for name in ("export", "other"):
+        text = (tmp_path / name / "README.md").read_text()
+        code = text.split("```python\n")[1].split("```")[0]
+        code = code.replace("path/to/this/folder", f"{tmp_path}/{name}")
+        code += "\nassert sample.shape == (4, 8, 8) and sample.abs().max() > 1"
+        environment = os.environ | {"HF_MODULES_CACHE": f"{tmp_path}/modules_{name}"}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+        assert "vae.decode(sample[None] / vae.config.scaling_factor)" in text
 
 
 def test_images_of_fashion_mnist_are_inverted_by_its_config(tmp_path):

@@ -80,6 +80,11 @@ def test_the_chain_is_followed_to_the_data(whole, tmp_path, capsys):
     assert "data" not in out.split("made from")[1].split("transport")[0]
     out = inspect(capsys, folder, *look, "--teacher", str(tmp_path / "moved"))[1]
     assert f"{tmp_path}/moved: train_flow, round 0\n    data" in out
+    (tmp_path / "stock").mkdir()
+    for file, what in (("config.json", "model"), ("model_index.json", "pipeline")):
+        (tmp_path / "stock" / file).write_text("{}")
+        out = inspect(capsys, folder, *look, "--teacher", str(tmp_path / "stock"))[1]
+        assert f"{tmp_path}/stock: a diffusers {what}\n" in out
     pairset.make_teacher(tmp_path / "moved", classes=2)
     out = inspect(capsys, folder, *look, "--teacher", str(tmp_path / "moved"))[1]
     assert "train_flow, round 0; ANOTHER by now" in out

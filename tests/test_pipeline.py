@@ -127,6 +127,9 @@ def test_output_types():
     tensor = draw(unet, **common, output_type="pt")
     assert tensor.shape == (2, 1, 8, 8)
     close(tensor.permute(0, 2, 3, 1), array)
+    latent = draw(unet, **common, output_type="latent")
+    assert latent.abs().max() > 1
+    close((latent / 2 + 0.5).clamp(0, 1), tensor)
     pictures = draw(unet, **common, output_type="pil")
     close(np.asarray(pictures[1]), (array[1, :, :, 0] * 255).round())
     pipe = ReflowPipeline(unet, RectifiedFlowScheduler())
@@ -257,7 +260,7 @@ def test_a_scheduler_that_leaves_the_uniform_grid_is_refused(scheduler, message)
         (tiny_unet, {"latents": torch.zeros(1, 1, 4, 4)}, r"latents are \[1, 1, 4, 4\]: expected"),
         (tiny_unet, {"class_labels": 1}, "this network takes no labels"),
         (tiny_unet, {"guidance_scale": 2.0}, "this network takes no labels"),
-        (tiny_unet, {"output_type": "latent"}, "expected one of pil, np, pt"),
+        (tiny_unet, {"output_type": "tensor"}, "expected one of pil, np, pt, latent for"),
         (tiny_mlp, {"output_type": "pil"}, "expected one of np, pt for samples of shape"),
         (tiny_dit, {"guidance_scale": 2.0}, "needs class_labels"),
         (tiny_dit, {"class_labels": 4}, "expected 0 to 2, or 3 for the null class"),
