@@ -26,6 +26,7 @@ from flowmatch.run import Run, start_accelerator
 from flowmatch.stage import bar_options, leads
 from flowmatch.state import FitConfig, State
 
+LABEL_DROP = FitConfig.model_fields["label_drop"].default
 Stream = Callable[[np.ndarray], Batch]  # global sample counters [B] -> {"x1": ..., "label": ...}
 
 
@@ -115,6 +116,16 @@ def check(config: FitConfig, device: str, processes: int) -> None:
     if config.shard and config.channels_last:
         raise UserError("fit.shard=true cuts contiguous weights alone; leave fit.channels_last out")
     split_batch(config, processes)
+    if config.trackers:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+        here = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+        for name in config.trackers:
+            if name not in LOGGER_TYPE_TO_CLASS:
+                known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+                raise UserError(f"fit.trackers: {name} is none of Accelerate's: {known}")
+            if name not in here:
+                raise UserError(f"fit.trackers: {name} is not installed; pip install {name}")
 
 
 def check_net(config: FitConfig, net: Any) -> None:
@@ -124,6 +135,10 @@ def check_net(config: FitConfig, net: Any) -> None:
         raise UserError(f"fit.checkpointing=true: {kind} has no checkpointing; leave it out")
     if config.channels_last and all(p.dim() != 4 for p in net.parameters()):
         raise UserError(f"fit.channels_last=true: {kind} has no convolutions; leave it out")
+    if nets.classes_of(net) is None and config.label_drop != LABEL_DROP:
+        raise UserError(
+            f"fit.label_drop={config.label_drop}: this network takes no labels; leave it out"
+        )
 
 
 def fit(
@@ -158,6 +173,12 @@ def fit(
     v, plain = nets.Velocity(state.model), nets.Velocity(net)
     null_label = nets.classes_of(net)
     start = state.step
+    steps = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
+    if other := [rank for rank, step in enumerate(steps) if step != steps[0]]:
+        raise UserError(
+            f"run_dir={run.folder}: process 0 resumes at step {steps[0]}, process {other[0]} at step "
+            f"{steps[other[0]]}; put it where all machines see the same folder"
+        )
     if leads():
         run.cut_metrics(start)
     if config.trackers:

@@ -14,7 +14,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 def check(key: str, precision: str, device: str) -> None:
     """Raise UserError for a precision that the device does not have."""
     if precision == "tf32" and device == "cpu":
-        raise UserError(f"{key}='tf32' needs a GPU, and torch sees none here; use fp32")
+        raise UserError(f"{key}='tf32' needs a GPU, and this runs on a CPU; use fp32")
     wanting = device != "cpu" and precision in ("tf32", "bf16")
     if wanting and torch.cuda.get_device_capability() < (8, 0):
         raise UserError(

@@ -84,7 +84,13 @@ class Run:
         self._lock = open(path, "a+")  # noqa: SIM115 (held until the run ends)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if not isinstance(error, BlockingIOError | PermissionError):
+                self._lock.close()
+                raise UserError(
+                    f"run_dir={self.folder}: its file system takes no locks ({error.strerror}), "
+                    "which keep two processes apart; mount it so (Lustre: -o flock), or use another"
+                ) from None
             holder = path.read_text().strip() or "another process"
             self._lock.close()
             raise UserError(

@@ -14,6 +14,7 @@ from flowmatch.stage import leads
 from flowmatch.teachers import NETS
 
 ADAMW = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of a parameter
+SCALER = ("scale", "_growth_tracker")  # what fp16's scaler has learnt
 EMA = dict(zip(NETS, ("ema", "ema_2"), strict=True))  # what a checkpoint calls them
 MAX_SKIPPED = 40  # fp16 updates skipped in a row: the scale has fallen by 2^40, it is not the scale
 
@@ -154,9 +155,13 @@ class State:
                     for name, parameter in zip(self.names, self.parameters, strict=True)
                 ]
             self.window.copy_(saved["progress"]["window"])
+            if "scaler" in saved:
+                found = {key: saved["scaler"][key].item() for key in SCALER}
+                accelerator.scaler.load_state_dict(accelerator.scaler.state_dict() | found)
         # sharded, a network needs no wrapper: no more than autocast is prepared
         self.model = accelerator.prepare_model(net, evaluation_mode=config.shard)
-        self.optimizer = accelerator.prepare_optimizer(self.adamw)
+        # its state lies where AdamW reads it
+        self.optimizer = accelerator.prepare_optimizer(self.adamw, device_placement=False)
 
     @property
     def lr(self) -> float:
@@ -230,6 +235,9 @@ class State:
         }
         for folder in self.emas:
             tensors[EMA[folder]] = self.averaged(folder)
+        if self.config.precision == "fp16":
+            scaler = self.accelerator.scaler.state_dict()
+            tensors["scaler"] = {key: torch.tensor(scaler[key]) for key in SCALER}
         whole = {stem: sharding.gather(group) for stem, group in tensors.items()}
         if leads():
             self.run.save(self.step, whole, self.config.keep)

@@ -98,14 +98,18 @@ def _rank(number, world, port, name, argv, log, environment):
     main(name)
 
 
+def free_port():
+    """Find a port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start(world, argv, log, name="train_flow", **environment):
     """Start ranks as forks of a process that has imported what they need; the output goes to a log."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.ranks", "flowmatch.mlp", "accelerate"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = (world, port, name, argv, str(log), environment)
+    words = (world, free_port(), name, argv, str(log), environment)
     ranks = [context.Process(target=_rank, args=(i, *words), daemon=True) for i in range(world)]
     for rank in ranks:
         rank.start()

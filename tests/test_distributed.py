@@ -147,6 +147,36 @@ def test_three_ranks_resume_bit_for_bit(tmp_path):
 
 
 @pytest.mark.slow
+def test_machines_that_see_different_folders_are_told_so(tmp_path):
+    """Only rank 0 writes, so local disks show at a resume first."""
+    train(tmp_path / "flow", 1, *RING, "fit.steps=20")
+    shutil.copytree(tmp_path / "flow/checkpoints", tmp_path / "one/checkpoints")
+    environment = os.environ | {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_PORT": str(ranks.free_port()),
+    }
+    environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "pipelines.train_flow", *RING, "device=cpu"),
+                f"run_dir={tmp_path}/{name}",
+            ],
+            cwd=ROOT,
+            env=environment
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, name in enumerate(("one", "two"))
+    ]
+    said = [process.communicate(timeout=100)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2], said
+    assert "process 0 resumes at step 20, process 1 at step 0; put it where all" in said[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("worlds", "apart"), [((2, 2, 2), 0), ((4, 1, 2), 1e-5)])
 def test_killed_at_random_moments_and_repeated(whole, tmp_path, worlds, apart):
     rng = np.random.default_rng(5)

@@ -12,7 +12,7 @@ import torch
 
 from flowmatch import coupling, ema, nets, objectives, run
 from flowmatch.config import UserError
-from flowmatch.fit import check, draw, fit, split_batch
+from flowmatch.fit import check, check_net, draw, fit, split_batch
 from flowmatch.losses import LossConfig
 from flowmatch.nets import NetConfig
 from flowmatch.noise import Order
@@ -135,6 +135,21 @@ def test_a_batch_that_does_not_split_names_one_that_does():
         split_batch(FitConfig(steps=1, batch_size=2), 3)
     with pytest.raises(UserError, match="needs a GPU"):
         check(FitConfig(steps=1, batch_size=2, precision="fp16"), "cpu", 1)
+
+
+def test_what_a_run_could_not_use_is_refused_before_it(monkeypatch):
+    from accelerate import tracking
+
+    config = {"steps": 1, "batch_size": 2}
+    check(FitConfig(**config, trackers=["tensorboard"]), "cpu", 1)
+    with pytest.raises(UserError, match="tensorbord is none of Accelerate's: .*tensorboard"):
+        check(FitConfig(**config, trackers=["tensorbord"]), "cpu", 1)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
+    with pytest.raises(UserError, match="wandb is not installed; pip install wandb"):
+        check(FitConfig(**config, trackers=["wandb"]), "cpu", 1)
+    check_net(FitConfig(**config, label_drop=0.2), net(classes=3))
+    with pytest.raises(UserError, match="label_drop=0.2: this network takes no labels"):
+        check_net(FitConfig(**config, label_drop=0.2), net())
 
 
 def test_the_loss_falls_to_the_gaussian_floor_and_metrics_are_logged(tmp_path):
@@ -313,13 +328,20 @@ def test_sigterm_before_the_first_update_leaves_nothing_to_resume_from(tmp_path,
 
 
 @pytest.mark.parametrize(("precision", "where"), [("fp16", "cpu"), ("fp32", "meta")])
-def test_a_resume_puts_the_count_of_updates_where_adamw_reads_it(tmp_path, precision, where):
+def test_a_resume_puts_the_count_of_updates_where_adamw_reads_it(
+    tmp_path, monkeypatch, precision, where
+):
     """The fused one on the device; fp16's on the CPU, or every parameter's update waits for it."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
     train(tmp_path, steps=4, log_every=2)
+    real = Accelerator(cpu=True)  # whose optimizer moves a state where it is let to
+    monkeypatch.setitem(AcceleratorState._shared_state, "device", torch.device("meta"))
     accelerator = SimpleNamespace(
         device=torch.device("meta"),
         prepare_model=lambda net, evaluation_mode: net,
-        prepare_optimizer=lambda optimizer: optimizer,
+        prepare_optimizer=real.prepare_optimizer,
     )
     config = FitConfig(steps=8, batch_size=32, precision=precision)
     opened = run.Run("train_flow", StageConfig(run_dir=str(tmp_path)), {})
@@ -327,6 +349,32 @@ def test_a_resume_puts_the_count_of_updates_where_adamw_reads_it(tmp_path, preci
     assert state.step == 4
     for found in state.adamw.state.values():
         assert (found["step"].device.type, found["exp_avg"].device.type) == (where, "meta")
+
+
+def test_what_fp16s_scaler_has_learnt_goes_on(tmp_path):
+    def opened():
+        accelerator = SimpleNamespace(
+            device=torch.device("cpu"),
+            scaler=torch.amp.GradScaler("cpu"),
+            prepare_model=lambda net, evaluation_mode: net,
+            prepare_optimizer=lambda optimizer, device_placement: optimizer,
+            reduce=lambda x, how: x,
+            gather=lambda x: x,
+            wait_for_everyone=lambda: None,
+        )
+        config = FitConfig(steps=8, batch_size=32, precision="fp16")
+        return State(net(), config, accelerator, run.Run("x", StageConfig(run_dir=folder), {}))
+
+    folder = str(tmp_path)
+    state = opened()
+    scaler = state.accelerator.scaler
+    scaler.scale(torch.zeros(()))
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0**13, "_growth_tracker": 7})
+    state.step = 4
+    state.save()
+    found = opened()
+    assert found.step == 4
+    assert found.accelerator.scaler.state_dict() == scaler.state_dict()
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])

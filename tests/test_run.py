@@ -1,5 +1,6 @@
 """A stage's folder: what is resumed, what is refused, what is held; exit codes of real processes."""
 
+import errno
 import json
 import os
 import signal
@@ -181,6 +182,16 @@ def test_a_disk_that_refuses_is_named_and_exits_2(tmp_path):
     code, _, err = outcome(tmp_path, "fault=EIO")  # not the user's: a traceback
     assert code == 1
     assert "Traceback" in err
+
+
+def test_a_file_system_without_locks_is_told_from_a_folder_that_is_held(tmp_path, monkeypatch):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    config = stage.StageConfig(run_dir=str(tmp_path))
+    with pytest.raises(UserError, match="its file system takes no locks .No locks available"):
+        run.Run("toy", config, {}).__enter__()
 
 
 @pytest.mark.slow
