@@ -40,8 +40,15 @@ echo "$n"
     "scontrol": 'if [ "$1" = show ]; then printf "%s\\n" first second; fi',
     "srun": """
 while [[ $1 == --* ]]; do shift; done
-for node in 0 1; do SLURM_NODEID=$node "$@" || exit; done
+trap 'kill -KILL $(jobs -p); exit 143' TERM  # as the real one answers it
+for node in 0 1; do
+  SLURM_NODEID=$node "$@" &
+  echo $! >>"$CALLS.steps"
+  [ -n "${TOGETHER:-}" ] || wait $! || exit
+done
+wait
 """,
+    "scancel": 'kill -TERM $(cat "$CALLS.steps")',
     # a stage: its dry run succeeds, its run does what TASK says
     "python": """
 if [[ " $* " == *" --dry-run "* ]]; then echo "${PLAN:-plan of $2}"; exit 0; fi
@@ -220,6 +227,26 @@ def test_a_preempted_job_saves_and_is_queued_again(slurm, tmp_path, member, stat
     assert job.wait() == 75
     assert saved.exists()  # it waited for the stage, not for the script between them
     assert calls(slurm, "scontrol") == [f"scontrol requeue {'7_2' if member else '9'}"]
+
+
+def test_preempted_nodes_save_before_their_srun_ends(slurm, tmp_path):
+    """SIGTERM to srun would be SIGKILL to every rank: the steps are signalled themselves."""
+    task = f"trap 'sleep 1; touch {tmp_path}/saved.$$; exit 1' TERM; touch {tmp_path}/started.$$; "
+    task += "for i in {1..300}; do sleep 0.1; done"
+    environment = slurm | {"SLURM_JOB_ID": "9", "TASK": task, "STAGES": "flow", "TOGETHER": "1"}
+    environment |= {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+    environment |= {"SLURM_JOB_NODELIST": "nodes[1-2]"}
+    job = subprocess.Popen(
+        ["scripts/slurm/job.sh", "ring"], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+    )
+    while len(list(tmp_path.glob("started.*"))) < 2:
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait() == 75
+    assert len(list(tmp_path.glob("saved.*"))) == 2
+    assert calls(slurm, "scancel") == ["scancel --signal=TERM 9"]
+    assert "scontrol requeue 9" in calls(slurm, "scontrol")
 
 
 def test_two_nodes_get_a_launcher_each(slurm):

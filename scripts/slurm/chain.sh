@@ -8,7 +8,8 @@
 # of an array, default 4), TRAIN, PAIRS and CHECK (words for sbatch of the training jobs, of an array's
 # member, and of the rest), and sbatch's own, such as SBATCH_ACCOUNT, SBATCH_PARTITION:
 #
-#   TRAIN="--nodes=2 --gpus-per-node=8" PAIRS="--gpus-per-node=1" WORKERS=16 scripts/slurm/chain.sh NAME
+#   TRAIN="--nodes=2 --gpus-per-node=8" PROCESSES=16 PAIRS="--gpus-per-node=1" WORKERS=16 \
+#     scripts/slurm/chain.sh NAME
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

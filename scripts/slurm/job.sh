@@ -20,7 +20,17 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # else the launcher kills what still 
 
 preempted=''
 chain=''
-trap 'preempted=1; [ -z "$chain" ] || kill -TERM -- "-$chain" 2>/dev/null' TERM
+stop() {
+  preempted=1
+  [ -n "$chain" ] || return 0
+  if [ "${SLURM_NNODES:-1}" -eq 1 ]; then
+    kill -TERM -- "-$chain" 2>/dev/null
+  else  # srun would answer with SIGKILL to all; its steps take the signal themselves
+    kill -TERM "$chain" 2>/dev/null
+    scancel --signal=TERM "$SLURM_JOB_ID"
+  fi
+}
+trap stop TERM
 set -m  # the chain gets a process group of its own, which is what is signalled
 scripts/reflow.sh "$@" &
 chain=$!
