@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowmatch import sources
-from flowmatch.config import Config, UserError, option
+from flowmatch.config import Config, UserError, option, used
 from flowmatch.noise import Order
 
 EMBEDDED = ("digits", "ring")
@@ -51,7 +51,9 @@ class DataConfig(Config):
         None, "convert to 1 (grey) or 3 (RGB); default: as stored"
     )
     flip: bool = option(False, "add every image's mirror image to the set")
-    labels: bool = option(False, "give class labels: trains a conditional flow")
+    labels: bool = option(
+        False, "give class labels: trains a conditional flow", validate_default=True
+    )
     samples: int = option(50_000, "ring: number of samples", ge=1)
     seed: int = option(0, "ring: seed of the samples", ge=0, lt=1 << 63)
     memory: int = option(2048, "MiB up to which decoded images are kept in memory", run=True, ge=0)
@@ -66,6 +68,22 @@ class DataConfig(Config):
         if source and source not in EMBEDDED and not path:
             raise ValueError(f"source {source} needs the path of the data")
         return path
+
+    @pydantic.field_validator(
+        "samples", "seed", "subset", "revision", "image_column", "label_column"
+    )
+    @classmethod
+    def _used(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        source = "ring" if info.field_name in ("samples", "seed") else "images"
+        return used(cls, value, info, "source", source)
+
+    @pydantic.field_validator("labels", mode="after")
+    @classmethod
+    def _labelled(cls, value: bool, info: pydantic.ValidationInfo) -> bool:
+        column = info.data.get("label_column")
+        if column is not None and not value:
+            raise ValueError(f"label_column={column} is read with labels=true alone")
+        return value
 
     @pydantic.field_validator("split", "size", "channels", "flip")
     @classmethod

@@ -179,6 +179,12 @@ def test_a_config_in_a_store_that_refuses_is_our_error(monkeypatch):
             ["coupling.name=independent", "coupling.block=32"],
             "coupling.block.*belongs to name=optimal_transport",
         ),
+        (["data={source: digits, samples: 500}"], "data.samples.*belongs to source=ring"),
+        (["data={source: npz, path: x, subset: a}"], "data.subset.*belongs to source=images"),
+        (
+            ["data={source: images, path: x, label_column: a}"],
+            "data.labels.*label_column=a is read",
+        ),
         (["fit.ema=[0.05]", "fit.ema_decay=0.9"], "fit.ema.*ema_decay=0.9 is that of"),
     ],
 )
