@@ -132,7 +132,7 @@ class Ablation:
 
     def words_of(self, part: Part) -> list[str]:
         """Give the words of a part, its paths filled in."""
-        return [word.format(root=self.root) for word in part.words]
+        return [word.replace("{root}", str(self.root)) for word in part.words]
 
     def folder(self, recipe: Recipe, seed: int, stage: str) -> Path:
         """Name the folder of a run."""

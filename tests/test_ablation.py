@@ -41,7 +41,7 @@ recipes:
   - name: inverted
     says: with data
     parts:
-      - words: ["pairs=[{{path: {root}/../pairs}}, {{path: {root}/inverted, weight: 0.1}}]"]
+      - words: ["pairs=[{path: {root}/../pairs}, {path: {root}/inverted, weight: 0.1}]"]
 """
 TINY = [
     *("flow.data.samples=200", "flow.net.hidden=8", "flow.fit.steps=4", "flow.fit.batch_size=16"),

@@ -51,7 +51,8 @@ FILES = sorted(
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_stage_reads_its_config_and_works_beside_the_others(path):
-    load(STAGES[path.stem], [str(path)])
+    config, _ = load(STAGES[path.stem], [str(path)])
+    assert path.stem == "ablation" or config.run_dir == f"runs/{path.parent.name}/{path.stem}"
     runs = re.findall(r"runs/([\w.-]+)/", path.read_text())
     assert set(runs) <= {path.parent.name}
     assert path.stem == "ablation" or runs

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 
 from flowmatch import manifest
-from flowmatch.config import UserError, load, validate
-from flowmatch.stage import StageConfig
 
 ROOT = Path(__file__).parent.parent
 PLAIN = [sys.executable, "-m"]
@@ -254,31 +252,6 @@ def test_dry_runs_plan_and_write_nothing(tmp_path):
 
 
 NO_STAGE = ("accelerate", "ablation")
-CONFIGS = [
-    path
-    for path in sorted((ROOT / "configs").glob("*/*.yaml"))
-    if path.parent.name not in NO_STAGE and path.stem not in NO_STAGE
-]
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_every_config_of_the_repository_loads(path):
-    import importlib
-
-    stages = {folder: stage for stage, folder in FOLDER.items()}
-    stages |= {"classifier": "train_classifier", "distil": "reflow", "meanflow": "reflow"}
-    stages |= {"inverted": "generate_pairs", "features": "train_classifier"}
-    stage = stages[path.stem]
-    module = importlib.import_module(f"pipelines.{stage}")
-    model = next(
-        value
-        for name, value in vars(module).items()
-        if name.endswith("Config") and issubclass(value, StageConfig) and value is not StageConfig
-    )
-    config, _ = load(model, [str(path)])
-    assert config.run_dir == f"runs/{path.parent.name}/{path.stem}"
-    with pytest.raises(UserError):
-        validate(model, {"nonsense": 1})
 
 
 @pytest.mark.slow
