@@ -20,6 +20,7 @@ from flowmatch.folders import worker
 from flowmatch.shards import META, done, missing
 from flowmatch.stores import Bucket, Place, Store
 
+DAY = 86_400.0  # seconds
 Seen = dict[Any, tuple[Any, float]]  # lease -> its stamp, when we first saw that stamp
 
 
@@ -221,13 +222,16 @@ def _dead(name: str) -> bool:
 def sweep(folder: Place) -> None:
     """Remove the temporary files and leases that dead processes of this host left.
 
-    Others' may be in use. A worker killed after its commit leaves a lease that nobody would break.
+    Others' may be in use, but for temporary files that nobody has written to for a day. A worker
+    killed after its commit leaves a lease that nobody would break.
     """
     store = stores.at(folder)
     for place in (store.scratch, store.scratch / META):
         for path in place.glob("*.tmp.*"):
-            if _dead(path.name.rpartition(".tmp.")[2]):
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                old = time.time() - path.stat().st_mtime > DAY
+                if old or _dead(path.name.rpartition(".tmp.")[2]):
+                    path.unlink()
     leases = [f"{META}/{name}" for name in store.names(META) if name.endswith(".lease")]
     for lease, content in zip(leases, store.read_all(leases), strict=True):
         if content is not None and _dead(_holder(content)):

@@ -3,15 +3,25 @@
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+HOST_SPACE = 0xEFFFFFFC  # number of Linux's own space of process numbers
+
 
 def worker() -> str:
-    """Name this process among all that may share a folder: HOST.PID."""
-    return f"{socket.gethostname()}.{os.getpid()}"
+    """Name this process among all that may share a folder: HOST.PID.
+
+    HOST has the number of a container's own space of process numbers, if it is in one: containers
+    may go by one name, and their numbers say nothing of each other's processes.
+    """
+    host = socket.gethostname()
+    with suppress(OSError):  # not Linux
+        if (space := os.stat("/proc/self/ns/pid").st_ino) != HOST_SPACE:
+            host = f"{host}-{space}"
+    return f"{host}.{os.getpid()}"
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

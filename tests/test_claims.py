@@ -11,11 +11,12 @@ from contextlib import closing
 
 import pytest
 
-from flowmatch import claims, shards
+from flowmatch import claims, folders, shards
 from flowmatch.claims import claim
 from flowmatch.config import UserError
 from tests.store import PRINT, WORKED, write
 
+HERE = shards.worker().rpartition(".")[0]
 DEAD = 2**22 + 1  # above Linux's largest process id
 
 
@@ -109,7 +110,7 @@ def test_a_shard_that_is_claimed_and_not_written_is_an_error(tmp_path):
 
 def test_a_lease_of_a_dead_process_here_is_broken_at_once(tmp_path):
     for k, number in enumerate((DEAD, os.getpid())):
-        lease(tmp_path, k, f"{socket.gethostname()}.{number}")
+        lease(tmp_path, k, f"{HERE}.{number}")
     started = time.monotonic()
     assert make(tmp_path, [0, 1], range(2), ttl=60) == [0, 1]
     assert time.monotonic() - started < 5
@@ -159,14 +160,29 @@ def test_a_lease_that_was_broken_is_not_taken_from_its_new_holder(tmp_path):
     assert not path.exists()
 
 
+def test_a_container_of_the_same_name_is_another_host(tmp_path, monkeypatch):
+    """Its processes have numbers of their own, which may be free, or ours, here."""
+    host = socket.gethostname()
+    for k, number in enumerate((DEAD, os.getpid())):
+        lease(tmp_path, k, f"{host}-7.{number}")
+    kept = [f"pairs-000007.tar.tmp.{host}-7.{DEAD}", "000000.lease", "000001.lease"]
+    (tmp_path / kept[0]).write_text("half")
+    claims.sweep(tmp_path)
+    assert sorted(leftovers(tmp_path)) == sorted(kept)
+    monkeypatch.setattr(folders, "HOST_SPACE", 1)
+    space = os.stat("/proc/self/ns/pid").st_ino
+    assert folders.worker() == f"{host}-{space}.{os.getpid()}"
+
+
 def test_only_temporary_files_of_the_dead_are_swept(tmp_path):
-    here = socket.gethostname()
-    kept = [f"pairs-000000.tar.tmp.{here}.1", f"pairs-000001.tar.tmp.elsewhere.{DEAD}"]
+    kept = [f"pairs-000000.tar.tmp.{HERE}.1", f"pairs-000001.tar.tmp.elsewhere.{DEAD}"]
     kept += ["pairs-000003.tar.tmp.odd"]
-    swept = [f"pairs-000002.tar.tmp.{here}.{DEAD}", f".meta/pairs-000002.json.tmp.{here}.{DEAD}"]
+    swept = [f"pairs-000002.tar.tmp.{HERE}.{DEAD}", f".meta/pairs-000002.json.tmp.{HERE}.{DEAD}"]
+    old = "pairs-000004.tar.tmp.elsewhere.7"
     (tmp_path / ".meta").mkdir()
-    for name in kept + swept:
+    for name in [*kept, *swept, old]:
         (tmp_path / name).write_text("half")
+    os.utime(tmp_path / old, (0, time.time() - 90_000))
     assert make(tmp_path, [], []) == []
     assert sorted(leftovers(tmp_path)) == sorted(kept)
 
@@ -236,8 +252,7 @@ def test_a_killed_run_is_finished_by_a_run_of_another_size(tmp_path, reference):
 
 def test_the_lease_of_a_worker_killed_after_its_commit_is_swept(tmp_path):
     write(tmp_path, 0, WORKED)
-    host = socket.gethostname()
-    (tmp_path / ".meta/000000.lease").write_text(f"{host}.{DEAD}")
+    (tmp_path / ".meta/000000.lease").write_text(f"{HERE}.{DEAD}")
     (tmp_path / ".meta/000001.lease").write_text("elsewhere.1")
     make(tmp_path, [0], [0])
     assert leftovers(tmp_path) == ["000001.lease"]

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import tarfile
@@ -277,7 +276,7 @@ def test_a_damaged_seal_and_strangers_are_found(whole, tmp_path, capsys, fault):
 
 def test_what_is_left_over_is_remarked_and_swept(whole, tmp_path, capsys):
     folder = copy(whole, tmp_path)
-    dead = f"{TAR}.tmp.{socket.gethostname()}.{2**22 + 1}"
+    dead = f"{TAR}.tmp.{shards.worker().rpartition('.')[0]}.{2**22 + 1}"
     left = [dead, f"{TAR}.tmp.elsewhere.7", f"{SIDE}.tmp.elsewhere.7", ".meta/000001.lease"]
     for name in left:
         (folder / name).write_text("half")
