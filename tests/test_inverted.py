@@ -152,7 +152,7 @@ def test_reflow_mixes_it_with_generated_pairs(whole, tmp_path):
         (["shards=4"], r"40 pairs; the data has 33 items: use at most shards=3, or .*shards=11 sh"),
         (["data.labels=false"], r"no classes \(data.labels=False\); the teacher has 8"),
         (
-            ["data={source: digits, labels: true}"],
+            ["data={source: digits, labels: true, samples: 50000, seed: 0}"],
             r"samples are \[1, 8, 8\]; the teacher's are \[2",
         ),
     ],

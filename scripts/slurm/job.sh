@@ -20,6 +20,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # else the launcher kills what still 
 
 preempted=''
 chain=''
+# shellcheck disable=SC2317  # called by the trap
 stop() {
   preempted=1
   [ -n "$chain" ] || return 0
