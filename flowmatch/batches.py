@@ -57,8 +57,7 @@ class Maker:
             velocity.net.compile(fullgraph=True, dynamic=False)
         self.layout, self.velocity, self.device, self.data = layout, velocity, device, data
         self.seed, self.compute_batch, self.solver, self.look = seed, compute_batch, solver, look
-        two = isinstance(velocity, nets.Velocity) and velocity.second is not None
-        self.jumps = two and solver.name == "euler" and data is None
+        self.jumps = velocity.second is not None and solver.name == "euler" and data is None
         self.environment: dict[str, Any] = {
             "torch": torch.__version__,
             "numpy": np.__version__,

@@ -26,7 +26,6 @@ from flowmatch.run import Run, start_accelerator
 from flowmatch.stage import bar_options, leads
 from flowmatch.state import FitConfig, State
 
-LABEL_DROP = FitConfig.model_fields["label_drop"].default
 Stream = Callable[[np.ndarray], Batch]  # global sample counters [B] -> {"x1": ..., "label": ...}
 
 
@@ -119,7 +118,7 @@ def check(config: FitConfig, device: str, processes: int) -> None:
     if config.trackers:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-        here = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+        here = {str(name) for name in get_available_trackers()}
         for name in config.trackers:
             if name not in LOGGER_TYPE_TO_CLASS:
                 known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
@@ -135,7 +134,8 @@ def check_net(config: FitConfig, net: Any) -> None:
         raise UserError(f"fit.checkpointing=true: {kind} has no checkpointing; leave it out")
     if config.channels_last and all(p.dim() != 4 for p in net.parameters()):
         raise UserError(f"fit.channels_last=true: {kind} has no convolutions; leave it out")
-    if nets.classes_of(net) is None and config.label_drop != LABEL_DROP:
+    usual = FitConfig.model_fields["label_drop"].default
+    if nets.classes_of(net) is None and config.label_drop != usual:
         raise UserError(
             f"fit.label_drop={config.label_drop}: this network takes no labels; leave it out"
         )

@@ -196,22 +196,21 @@ def read(
     scheduler = getattr(diffusers, name, None)
     if scheduler is None:
         raise UserError(f"{key}={path}: its scheduler {name} is no class of diffusers")
-    net = _part(path, found[0], lambda **where: nets.load(path, key, **where))
+    net = _part(found[0], lambda **where: nets.load(path, key, **where))
     try:
-        loaded = _part(path, "scheduler", lambda **where: scheduler.from_pretrained(path, **where))
+        loaded = _part("scheduler", lambda **where: scheduler.from_pretrained(path, **where))
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{key}={path}: its scheduler cannot be read: {reason}") from None
     return net, diffusion_of(loaded, f"{key}={path}")
 
 
-def _part(path: str | os.PathLike[str], name: str, load: Callable[..., Any]) -> Any:
+def _part(name: str, load: Callable[..., Any]) -> Any:
     """Load a part of a pipeline from its subfolder; where it has none, from the root.
 
-    So do diffusers and old pipelines on the hub, such as google/ddpm-cifar10-32.
+    So old pipelines lie on the hub, such as google/ddpm-cifar10-32; of a local folder diffusers' own
+    loading does the same.
     """
-    if Path(path).is_dir():
-        return load(subfolder=name) if (Path(path) / name).is_dir() else load()
     try:
         return load(subfolder=name)
     except (OSError, NotReady):

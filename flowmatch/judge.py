@@ -1,7 +1,7 @@
 """Who judges an evaluation: the distance of sets and the features of images, chosen beforehand."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flowmatch import features, manifest, metrics, teachers
@@ -76,14 +76,16 @@ def look_of(config: Any, real: Data, kind: str, inputs: dict[str, str]) -> Look:
     return Look(None, {})
 
 
-def taught(look: Look, config: Any, training: Data, models: dict[str, teachers.Teacher]) -> Look:
+def taught(
+    look: Look, config: Any, kind: str, real: Data, models: dict[str, teachers.Teacher]
+) -> Look:
     """Train the classifier that samples are to be scored on, where the evaluation names none.
 
     Raises UserError where a model was trained to please that very one.
     """
-    if config.features != "classifier" or look.module is not None:
+    if kind != "frechet" or config.features != "classifier" or look.module is not None:
         return look
-    net, accuracy = features.train_classifier(training, config.seed)
+    net, accuracy = features.train_classifier(replace(real, flip=False), config.seed)
     refuse_own(net, models)
     return Look(net, {"held_out_accuracy": accuracy})
 

@@ -8,7 +8,7 @@ Equations I: II.1 (Runge-Kutta), III.5 (Adams with variable steps), II.5 (Dorman
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pydantic
 import torch
@@ -74,8 +74,8 @@ class AB2:
 SOLVERS: dict[str, Step] = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4}
 MULTISTEP: dict[str, Callable[[], Step]] = {"ab2": AB2}  # each call makes one without history
 EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 1}  # of v, a step
-FIXED = tuple(EVALUATIONS)  # solvers that take the steps of a grid
-Fixed = Literal["euler", "midpoint", "heun", "rk4", "ab2"]  # the same, for configs
+Fixed = Literal["euler", "midpoint", "heun", "rk4", "ab2"]  # solvers that take the steps of a grid
+FIXED = get_args(Fixed)
 
 
 class SolverConfig(GridConfig):

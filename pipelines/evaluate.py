@@ -182,9 +182,8 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     accelerator = run.start_accelerator(config.device)
     with run.Run("evaluate", config, inputs) as folder:
         stage.exit_on_sigterm()
-        if kind == "frechet" and stage.leads():  # before the samples, which its refusal would lose
-            training = dataclasses.replace(sets["data"], flip=False)
-            look = judge.taught(look, config, training, models)
+        if accelerator.num_processes == 1:  # before the samples, which its refusal would lose
+            look = judge.taught(look, config, kind, sets["data"], models)
         sampled = {
             name: Sampler(
                 model,
@@ -235,6 +234,9 @@ def score(
         protocol["reference"] = real.digest
     if config.student_solver is not None:
         protocol["student_solver"] = samplers.describe(config.student_solver)
+    # here where there are others: they would wait for it longer than a collective does
+    models = {name: sampler.model for name, sampler in sampled.items()}
+    look = judge.taught(look, config, kind, sets["data"], models)
     net, known = look.module, None
     if kind == "frechet":
         protocol["features"] = {"name": config.features, **look.facts}

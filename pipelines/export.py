@@ -165,7 +165,7 @@ def check(
         "steps": steps,
         "pipeline": kind.name,
         "samples": SAMPLES,
-        "kind": "latent" if card.latent(student) else "np",
+        "output_type": "latent" if card.latent(student) else "np",
         "labels": None if student.classes is None else labels(student).tolist(),
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -215,7 +215,7 @@ def own_samples(student: teachers.Teacher, steps: int) -> Tensor:
     v = nets.Velocity(student.net)
     cond = None if student.classes is None else {"label": labels(student)}
     x = solvers.integrate(lambda x, t: v(x, t, cond), x0, solvers.uniform_grid(steps))
-    return (x / 2 + 0.5).clamp(0, 1) if student.shape[0] in (1, 3) and x.ndim == 4 else x
+    return x if x.ndim < 4 or card.latent(student) else (x / 2 + 0.5).clamp(0, 1)
 
 
 if __name__ == "__main__":

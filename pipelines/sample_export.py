@@ -1,8 +1,8 @@
 """Sample an exported folder in a process that cannot import flowmatch: what `export` runs to check it.
 
 usage: python pipelines/sample_export.py TASK, a JSON object: folder, pipeline (the class of its
-model_index.json), steps, samples, kind (np, or latent), labels (or null). Writes samples.pt into the
-working directory: steps -> {"exact": ..., "folder": ...} -> [samples, ...], images in [0, 1].
+model_index.json), steps, samples, output_type (np, or latent), labels (or null). Writes samples.pt into
+the working directory: steps -> {"exact": ..., "folder": ...} -> [samples, ...], images in [0, 1].
 """
 
 import json
@@ -26,11 +26,11 @@ def draw(pipe: Any, steps: int, task: dict[str, Any]) -> Tensor:
         batch_size=task["samples"],
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(0),
-        output_type=task["kind"],
+        output_type=task["output_type"],
         return_dict=False,
         **labels,
     )[0]
-    if task["kind"] == "latent":
+    if task["output_type"] == "latent":
         return x
     return torch.from_numpy(x).permute(0, 3, 1, 2) if x.ndim == 4 else torch.from_numpy(x)
 

@@ -274,7 +274,7 @@ def test_a_name_on_the_hub_is_what_its_folder_is(tmp_path, layout):
     assert done.returncode == 0, done.stderr
     known = teachers.load(tmp_path / layout, "teacher")
     assert done.stdout.split() == [
-        str(known.diffusion and known.diffusion.prediction),
+        "None" if layout == "flow" else "epsilon",
         known.digest,
     ]
 
