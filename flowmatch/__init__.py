@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
-    from flowmatch.mlp import VelocityMLP
-    from flowmatch.pipeline import ReflowPipeline
-    from flowmatch.scheduler import RectifiedFlowScheduler
+    from flowmatch.export.pipeline import ReflowPipeline
+    from flowmatch.export.scheduler import RectifiedFlowScheduler
+    from flowmatch.models.mlp import VelocityMLP
 
 __version__ = "0.1.0"
 
@@ -27,9 +27,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "RectifiedFlowScheduler": "flowmatch.scheduler",
-    "ReflowPipeline": "flowmatch.pipeline",
-    "VelocityMLP": "flowmatch.mlp",
+    "RectifiedFlowScheduler": "flowmatch.export.scheduler",
+    "ReflowPipeline": "flowmatch.export.pipeline",
+    "VelocityMLP": "flowmatch.models.mlp",
     "SchedulerMixin": "diffusers",
     "ModelMixin": "diffusers",
 }

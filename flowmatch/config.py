@@ -201,7 +201,7 @@ def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
             if not OmegaConf.is_dict(read):
                 raise UserError(f"{file}: expected a mapping of keys to values")
             if Path(file).name == "config.yaml":  # a run folder's own: `inputs` are its digests,
-                read.pop("inputs", None)  # which `stage.begin` holds against what is there
+                read.pop("inputs", None)  # which `runs.folder.begin` holds against what is there
             merged = OmegaConf.merge(merged, read)
         except FileNotFoundError:
             faults.append(f"{file}: no such config file")

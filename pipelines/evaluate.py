@@ -12,32 +12,26 @@ from typing import Any, Literal
 import pydantic
 
 from flowmatch import config as configs
-from flowmatch import (
-    data,
-    draw,
-    grids,
-    judge,
-    metrics,
-    noise,
-    precision,
-    report,
-    rows,
-    run,
-    samplers,
-    scores,
-    stage,
-    teachers,
-)
 from flowmatch.config import UserError, option, required, used
-from flowmatch.data import DataConfig
-from flowmatch.folders import write_atomic
-from flowmatch.precision import Precision
-from flowmatch.rows import Row, Sampler
-from flowmatch.samplers import SamplerConfig
-from flowmatch.solvers import Fixed, SolverConfig
+from flowmatch.data import dataset
+from flowmatch.data.config import DataConfig
+from flowmatch.data.dataset import Data
+from flowmatch.evaluation import feature_choice, figures, report, sampling, scoring
+from flowmatch.evaluation.feature_choice import FeatureChoice
+from flowmatch.evaluation.sampling import SampledRow, Sampler
+from flowmatch.evaluation.scoring import Scorer
+from flowmatch.flow import grids, noise, samplers
+from flowmatch.flow.config import Fixed, SamplerConfig, SolverConfig
+from flowmatch.models import precision, teachers
+from flowmatch.models.config import Precision
+from flowmatch.models.digest import module_digest
+from flowmatch.runs import command, process
+from flowmatch.runs.config import StageConfig
+from flowmatch.runs.files import write_atomic
+from flowmatch.runs.folder import RunFolder, begin
 
 
-class EvaluateConfig(stage.StageConfig):
+class EvaluateConfig(StageConfig):
     """Config of the evaluation."""
 
     teacher: str = required("the teacher: a sealed training stage, or a diffusers model", run=True)
@@ -115,7 +109,7 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     faults = configs.Faults()
     inputs: dict[str, str] = {}
     with faults:
-        device = stage.pick_device(config.device)
+        device = process.pick_device(config.device)
         precision.check("precision", config.precision, device)
         if not config.steps or min(config.steps) < 1:
             raise UserError(f"steps={config.steps}: expected one or more numbers, from 1")
@@ -123,11 +117,11 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
         for steps in config.steps:
             with faults:
                 grids.make(config.rows_of(name)[1], steps)
-    sets: dict[str, data.Data] = {}
+    sets: dict[str, Data] = {}
     for name, given in (("data", config.data), ("reference", config.reference)):
         with faults:
             if given is not None:
-                sets[name] = data.load(given, name)
+                sets[name] = dataset.load(given, name)
                 inputs[name] = sets[name].digest
     models: dict[str, teachers.Teacher] = {}
     for name in ("teacher", "student"):
@@ -140,13 +134,13 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
         with faults:
             models["teacher"].check_teaches("teacher")
     with faults:
-        rows.check(models, sets.get("data"), config.guidance)
+        sampling.check(models, sets.get("data"), config.guidance)
     if "data" in sets:
-        kind = judge.kind_of(config.distance, sets["data"])
+        kind = feature_choice.kind_of(config.distance, sets["data"])
         with faults:
-            look = judge.look_of(config, sets["data"], kind, inputs)
+            look = feature_choice.look_of(config, sets["data"], kind, inputs)
             if look.module is not None:
-                judge.refuse_own(look.module, models)
+                feature_choice.refuse_own(look.module, models)
         with faults:
             for name, made in (sets | models).items():
                 if made.shape != sets["data"].shape:
@@ -155,18 +149,20 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
                         f"{list(made.shape)}; data holds {list(sets['data'].shape)}"
                     )
     faults.check()
-    again = "reference" in sets and scores.same(sets["reference"], sets["data"])
+    again = "reference" in sets and scoring.same(sets["reference"], sets["data"])
     if again:
         del sets["reference"]
     real = sets.get("reference", sets["data"])
     samples = min(config.samples, real.count)
-    if kind == "frechet" and samples < 2 * scores.NEIGHBOURS + 2:
+    if kind == "frechet" and samples < 2 * scoring.NEIGHBOURS + 2:
         raise UserError(
-            f"{samples} samples: images are scored on {2 * scores.NEIGHBOURS + 2} or more"
+            f"{samples} samples: images are scored on {2 * scoring.NEIGHBOURS + 2} or more"
         )
     converged = config.converged
     evaluations = samples * sum(
-        rows.evaluations(model, config.guidance, config.steps, config.rows_of(name)[1], converged)
+        sampling.evaluations(
+            model, config.guidance, config.steps, config.rows_of(name)[1], converged
+        )
         for name, model in models.items()
     )
     plan = [
@@ -177,13 +173,13 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     ]
     if again:
         plan.append("reference holds what data holds: scored as without it, as seen in training")
-    if not stage.begin("evaluate", config, inputs, plan, dry_run):
+    if not begin("evaluate", config, inputs, plan, dry_run):
         return
-    accelerator = run.start_accelerator(config.device)
-    with run.Run("evaluate", config, inputs) as folder:
-        stage.exit_on_sigterm()
+    accelerator = process.start_accelerator(config.device)
+    with RunFolder("evaluate", config, inputs) as folder:
+        command.exit_on_sigterm()
         if accelerator.num_processes == 1:  # before the samples, which its refusal would lose
-            look = judge.taught(look, config, kind, sets["data"], models)
+            look = feature_choice.taught(look, config, kind, sets["data"], models)
         sampled = {
             name: Sampler(
                 model,
@@ -200,7 +196,7 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
             name: sampler.rows(config.steps, config.rows_of(name)[1], converged)
             for name, sampler in sampled.items()
         }
-        if stage.leads():
+        if process.leads():
             result = score(config, sets, sampled, found, kind, look)
             write(folder, result, found, sampled, real)
     accelerator.end_training()
@@ -208,17 +204,17 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
 
 def score(
     config: EvaluateConfig,
-    sets: dict[str, data.Data],
+    sets: dict[str, Data],
     sampled: dict[str, Sampler],
-    made: dict[str, list[Row]],
+    made: dict[str, list[SampledRow]],
     kind: str,
-    look: judge.Look,
+    look: FeatureChoice,
 ) -> dict[str, Any]:
     """Measure all rows, and write down the protocol."""
     n, device = sampled["teacher"].samples, sampled["teacher"].accelerator.device
     unflipped = {name: dataclasses.replace(found, flip=False) for name, found in sets.items()}
     training, real = unflipped["data"], unflipped.get("reference", unflipped["data"])
-    reference = data.reference(real, n, config.seed)["x1"].to(device)
+    reference = dataset.reference(real, n, config.seed)["x1"].to(device)
     protocol: dict[str, Any] = {
         "distance": kind,
         "samples": n,
@@ -236,17 +232,17 @@ def score(
         protocol["student_solver"] = samplers.describe(config.student_solver)
     # here where there are others: they would wait for it longer than a collective does
     models = {name: sampler.model for name, sampler in sampled.items()}
-    look = judge.taught(look, config, kind, sets["data"], models)
+    look = feature_choice.taught(look, config, kind, sets["data"], models)
     net, known = look.module, None
     if kind == "frechet":
         protocol["features"] = {"name": config.features, **look.facts}
         if net is not None:
-            protocol["features"]["sha256"] = metrics.module_digest(net)
+            protocol["features"]["sha256"] = module_digest(net)
             net.to(device)
         seen = min(training.count, max(n, config.training_samples))
-        known = scores.embed_data(training, seen, config.seed, net, device)
-        protocol |= {"neighbours": scores.NEIGHBOURS, "training_samples": seen}
-    scorer = scores.Scorer(kind, reference, net, known, apart="reference" not in sets)
+        known = scoring.embed_data(training, seen, config.seed, net, device)
+        protocol |= {"neighbours": scoring.NEIGHBOURS, "training_samples": seen}
+    scorer = Scorer(kind, reference, net, known, apart="reference" not in sets)
     result: dict[str, Any] = {"protocol": protocol, "floor": scorer.floor()}
     truth = made["teacher"][-1].x
     for name, found in made.items():
@@ -266,25 +262,25 @@ def score(
 
 
 def write(
-    folder: run.Run,
+    folder: RunFolder,
     result: dict[str, Any],
-    made: dict[str, list[Row]],
+    made: dict[str, list[SampledRow]],
     sampled: dict[str, Sampler],
-    real: data.Data,
+    real: Data,
 ) -> None:
     """Write metrics.json, the table, the pictures and the report, and seal."""
     place = Path(folder.folder)
     samples = {name: {r.steps: r.x for r in found} for name, found in made.items()}
     write_atomic(place / "metrics.json", json.dumps(result, indent=1) + "\n")
-    write_atomic(place / "table.md", draw.table(result))
-    draw.curve(place / "curve.png", result)
-    draw.grid(place / "grid.png", samples)
+    write_atomic(place / "table.md", figures.table(result))
+    figures.curve(place / "curve.png", result)
+    figures.grid(place / "grid.png", samples)
     accelerator = sampled["student"].accelerator
     page = report.page(
         place.absolute().parent.name,
         result,
         samples,
-        real=data.reference(real, min(16 if real.images else 2000, real.count), 0)["x1"],
+        real=dataset.reference(real, min(16 if real.images else 2000, real.count), 0)["x1"],
         paths={name: sampler.paths() for name, sampler in sampled.items()},
         folders={name: teachers.run_of(getattr(folder.config, name))[0] for name in made},
         config=configs.dump(folder.config),
@@ -296,8 +292,8 @@ def write(
     )
     write_atomic(place / "report.html", page)
     folder.seal(["metrics.json"])
-    stage.say(f"\n{draw.table(result)}\nreport: {place / 'report.html'}")
+    process.say(f"\n{figures.table(result)}\nreport: {place / 'report.html'}")
 
 
 if __name__ == "__main__":
-    stage.command("evaluate", EvaluateConfig, main, __doc__)
+    command.command("evaluate", EvaluateConfig, main, __doc__)

@@ -16,17 +16,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flowmatch import card, manifest, nets, run, second_time, solvers, stage, teachers
 from flowmatch import config as configs
 from flowmatch.config import UserError, option, required
-from flowmatch.folders import write_atomic
+from flowmatch.export import model_card
+from flowmatch.export.model_card import Kind
+from flowmatch.flow import grids, solvers
+from flowmatch.models import teachers, two_time
+from flowmatch.models.velocity import Velocity
+from flowmatch.runs import command, manifest, process
+from flowmatch.runs.config import StageConfig
+from flowmatch.runs.files import write_atomic
+from flowmatch.runs.folder import RunFolder, begin
 
+FRESH = Path(model_card.__file__).with_name("sample_fresh.py")
 TOLERANCE = 1e-6  # largest difference of a pixel in [0, 1] to our own solver, exact schedulers
 WARNING = 0.01  # the same with the folder's own scheduler, above which the stage warns
 SAMPLES = 4  # of each check
 
 
-class ExportConfig(stage.StageConfig):
+class ExportConfig(StageConfig):
     """Config of the export."""
 
     student: str = required("a sealed training stage (its EMA weights)", run=True)
@@ -52,7 +60,7 @@ def main(config: ExportConfig, dry_run: bool) -> None:
                 f"{student.diffusion.prediction}; an export is of a velocity: name a reflow of it"
             )
         if student.two_times:  # stock networks take one time: r = 1 goes into a bias
-            folded = second_time.fold(student.net)
+            folded = two_time.fold(student.net)
             student = dataclasses.replace(student, net=folded, one_step=True)
         if student.one_step and config.steps != [1]:
             raise UserError(
@@ -71,7 +79,7 @@ def main(config: ExportConfig, dry_run: bool) -> None:
                     f"evaluation={config.evaluation} scored another student than {config.student}"
                 )
     faults.check()
-    kind = card.kind_of(student)
+    kind = model_card.kind_of(student)
     plan = [
         f"{type(student.net).__name__} of {student.net.num_parameters():,} parameters, as {kind.name}",
         f"checked in a fresh process without flowmatch at {config.steps} steps",
@@ -80,32 +88,32 @@ def main(config: ExportConfig, dry_run: bool) -> None:
     shown = ", ".join(map(str, pictures)) or "none"
     snippet = kind.snippet.replace("FOLDER", config.run_dir)
     summary = f"\n{table}\npictures: {shown}\n\n{snippet}"
-    if not stage.begin("export", config, inputs, plan, dry_run):
+    if not begin("export", config, inputs, plan, dry_run):
         if manifest.sealed(config.run_dir):
-            stage.say(summary)
+            process.say(summary)
         return
-    if not stage.leads():
+    if not process.leads():
         return
-    with run.Run("export", config, inputs) as folder:
-        stage.exit_on_sigterm()  # there is nothing to save
+    with RunFolder("export", config, inputs) as folder:
+        command.exit_on_sigterm()  # there is nothing to save
         written = write(folder.folder, student, kind, config.steps)
         differences = check(folder.folder, student, kind, config.steps)
-        text = card.text(student, kind, table, differences)
+        text = model_card.text(student, kind, table, differences)
         write_atomic(folder.folder / "README.md", text)
         for steps, found in differences.items():
-            stage.say(
+            process.say(
                 f"export: {steps} steps: " + ", ".join(f"{k} {d:.2g}" for k, d in found.items())
             )
         if max(found.get("folder", 0) for found in differences.values()) > WARNING:
-            stage.say(
+            process.say(
                 f"export: warning: with the folder's own scheduler pixels differ by more than "
                 f"{WARNING:.0%}; use scheduler_N/ where N is one of {config.steps}"
             )
         folder.seal(written, round=student.round)
-        stage.say(summary)
+        process.say(summary)
 
 
-def write(folder: Path, student: teachers.Teacher, kind: card.Kind, steps: list[int]) -> list[str]:
+def write(folder: Path, student: teachers.Teacher, kind: Kind, steps: list[int]) -> list[str]:
     """Write everything but the card; return the files, relative to the folder."""
     from diffusers import (
         ConsistencyModelPipeline,
@@ -114,7 +122,8 @@ def write(folder: Path, student: teachers.Teacher, kind: card.Kind, steps: list[
         FlowMatchEulerDiscreteScheduler,
     )
 
-    from flowmatch import mlp, pipeline, scheduler
+    from flowmatch.export import pipeline, scheduler
+    from flowmatch.models import mlp
 
     net = student.net
     net.register_to_config(_name_or_path="")
@@ -153,7 +162,7 @@ def write(folder: Path, student: teachers.Teacher, kind: card.Kind, steps: list[
 
 
 def check(
-    folder: Path, student: teachers.Teacher, kind: card.Kind, steps: list[int]
+    folder: Path, student: teachers.Teacher, kind: Kind, steps: list[int]
 ) -> dict[int, dict[str, float]]:
     """Sample in a fresh process without flowmatch, and compare with our own solver.
 
@@ -165,12 +174,12 @@ def check(
         "steps": steps,
         "pipeline": kind.name,
         "samples": SAMPLES,
-        "output_type": "latent" if card.latent(student) else "np",
+        "output_type": "latent" if model_card.latent(student) else "np",
         "labels": None if student.classes is None else labels(student).tolist(),
     }
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("sample_export.py")), json.dumps(task)],
+            [sys.executable, str(FRESH), json.dumps(task)],
             cwd=scratch,
             env=os.environ
             | {
@@ -212,11 +221,11 @@ def own_samples(student: teachers.Teacher, steps: int) -> Tensor:
     from diffusers.utils.torch_utils import randn_tensor
 
     x0 = randn_tensor((SAMPLES, *student.shape), generator=torch.Generator().manual_seed(0))
-    v = nets.Velocity(student.net)
+    v = Velocity(student.net)
     cond = None if student.classes is None else {"label": labels(student)}
-    x = solvers.integrate(lambda x, t: v(x, t, cond), x0, solvers.uniform_grid(steps))
-    return x if x.ndim < 4 or card.latent(student) else (x / 2 + 0.5).clamp(0, 1)
+    x = solvers.integrate(lambda x, t: v(x, t, cond), x0, grids.uniform_grid(steps))
+    return x if x.ndim < 4 or model_card.latent(student) else (x / 2 + 0.5).clamp(0, 1)
 
 
 if __name__ == "__main__":
-    stage.command("export", ExportConfig, main, __doc__)
+    command.command("export", ExportConfig, main, __doc__)

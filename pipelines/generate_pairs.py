@@ -12,28 +12,26 @@ from typing import Literal
 
 import pydantic
 
-from flowmatch import (
-    batches,
-    claims,
-    data,
-    manifest,
-    precision,
-    shards,
-    stage,
-    stores,
-    teachers,
-)
 from flowmatch import config as configs
-from flowmatch.behind import Behind
 from flowmatch.config import UserError, option, required
-from flowmatch.data import DataConfig
-from flowmatch.layout import Layout
-from flowmatch.precision import Precision
-from flowmatch.progress import Progress
-from flowmatch.solvers import SolverConfig
+from flowmatch.data import dataset
+from flowmatch.data.config import DataConfig
+from flowmatch.data.dataset import Data
+from flowmatch.flow.config import SolverConfig
+from flowmatch.models import precision, teachers
+from flowmatch.models.config import Precision
+from flowmatch.pairs import generator, leases, shards
+from flowmatch.pairs.generator import Made, PairGenerator
+from flowmatch.pairs.layout import Layout
+from flowmatch.pairs.progress import ShardProgress
+from flowmatch.pairs.writer import Writer
+from flowmatch.runs import command, manifest, process, storage
+from flowmatch.runs.config import StageConfig
+from flowmatch.runs.folder import begin, write_config
+from flowmatch.runs.storage import Store
 
 
-class PairsConfig(stage.StageConfig):
+class PairsConfig(StageConfig):
     """Config of stage two."""
 
     teacher: str = required(
@@ -81,7 +79,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     """Plan, then make the shards that are missing; the worker that finds all of them there seals."""
     faults = configs.Faults()
     with faults:
-        device = stage.pick_device(config.device)
+        device = process.pick_device(config.device)
         precision.check("precision", config.precision, device)
     with faults:
         teacher = teachers.load(config.teacher, "teacher")
@@ -98,10 +96,10 @@ def main(config: PairsConfig, dry_run: bool) -> None:
     source = None
     if config.data is not None:
         with faults:
-            source = data.load(config.data)
+            source = dataset.load(config.data)
             check_data(source, teacher, config)
     with faults:
-        folder = stores.at(config.run_dir)
+        folder = storage.at(config.run_dir)
         refuse_fewer(folder, config.shards)
     faults.check()
     inputs = {"teacher": teacher.digest} | ({"data": source.digest} if source else {})
@@ -128,17 +126,17 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         return lacks_card or bool(shards.missing(folder, every, fingerprint))
 
     if dry_run and not manifest.sealed(folder):
-        there = stage.worker_device(device)
-        plan.append(batches.measure_batch(velocity, layout.shape, there, config.precision))
-    if not stage.begin("generate_pairs", config, inputs, plan, dry_run, unfinished):
+        there = process.worker_device(device)
+        plan.append(generator.measure_batch(velocity, layout.shape, there, config.precision))
+    if not begin("generate_pairs", config, inputs, plan, dry_run, unfinished):
         return
-    look = stage.heed_sigterm()
+    look = command.heed_sigterm()
     folder.make()
-    stage.write_config(config, inputs)
-    make = batches.Maker(
+    write_config(config, inputs)
+    make = PairGenerator(
         layout,
         velocity,
-        stage.worker_device(device),
+        process.worker_device(device),
         data=source,
         look=look,
         **{
@@ -156,21 +154,21 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         labels=(LABELS if layout.labels else "") + (INDEX if layout.index else ""),
     )
     shards.write_card(folder, card)
-    own = list(every)[stage.rank() :: stage.world_size()]
+    own = list(every)[process.rank() :: process.world_size()]
 
-    def write(k: int, made: Iterator[batches.Batch]) -> None:
+    def write(k: int, made: Iterator[Made]) -> None:
         environment = dict(make.environment)
-        blocks = batches.cut(made, layout, environment)
+        blocks = generator.cut(made, layout, environment)
         shards.write_shard(folder, k, layout, blocks, fingerprint, environment, card)
 
-    shown = Progress(folder, every, fingerprint, config.shard_size, shown=stage.has_log())
-    behind = Behind(write)
+    shown = ShardProgress(folder, every, fingerprint, config.shard_size, shown=process.has_log())
+    behind = Writer(write)
 
     def settle() -> None:
         behind.settle()
         look()
 
-    todo = claims.claim(folder, own, every, fingerprint, config.lease_seconds, settle)
+    todo = leases.claim(folder, own, every, fingerprint, config.lease_seconds, settle)
     with shown, closing(todo), behind:  # left the other way round: leases outlast the writer
         for k in todo:
             behind.shard(k, make.batches(k))
@@ -196,10 +194,10 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         convention="x0 noise, x1 data, x_t = (1 - t) x0 + t x1, v = x1 - x0",
         **teacher.facts,
     )
-    stage.say(f"generate_pairs: sealed {folder}")
+    process.say(f"generate_pairs: sealed {folder}")
 
 
-def check_data(source: data.Data, teacher: teachers.Teacher, config: PairsConfig) -> None:
+def check_data(source: Data, teacher: teachers.Teacher, config: PairsConfig) -> None:
     """Raise UserError where data is not what the teacher makes, or has fewer items than pairs."""
     faults, count, pairs = [], len(source), config.shards * config.shard_size
     if source.shape != teacher.shape:
@@ -222,7 +220,7 @@ def check_data(source: data.Data, teacher: teachers.Teacher, config: PairsConfig
         raise UserError(faults)
 
 
-def refuse_fewer(folder: stores.Store, number: int) -> None:
+def refuse_fewer(folder: Store, number: int) -> None:
     """Raise UserError where a set has more shards than are asked for: stock readers take every tar."""
     there = max(shards.committed(folder), default=-1) + 1
     if (sealed := manifest.find(folder, "run_dir")) is not None:
@@ -277,4 +275,4 @@ pairs = datasets.load_dataset("path/of/this/folder", split="train").with_format(
 
 
 if __name__ == "__main__":
-    stage.command("generate_pairs", PairsConfig, main, __doc__)
+    command.command("generate_pairs", PairsConfig, main, __doc__)

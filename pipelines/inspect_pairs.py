@@ -17,12 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from flowmatch import audit, draw, manifest, noise, shards, stores
 from flowmatch.config import UserError
-from flowmatch.layout import PROMPT
-from flowmatch.pairs import PairData
-from flowmatch.stage import REFUSED, USER_ERROR
-from flowmatch.stores import Store
+from flowmatch.evaluation import figures
+from flowmatch.flow import noise
+from flowmatch.pairs import audit, shards
+from flowmatch.pairs.dataset import PairData
+from flowmatch.pairs.layout import PROMPT
+from flowmatch.runs import manifest, storage
+from flowmatch.runs.config import REFUSED, USER_ERROR
+from flowmatch.runs.storage import Store
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 READ = 1 << 24  # values of x0 read at once
@@ -54,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     call = parser.parse_args(argv)
     try:
-        folder = stores.at(call.folder)
+        folder = storage.at(call.folder)
         local = f"{call.folder.rstrip('/')}_inspect"
-        out = Path(call.out or (f"{folder.name}_inspect" if stores.is_url(folder) else local))
+        out = Path(call.out or (f"{folder.name}_inspect" if storage.is_url(folder) else local))
         data = PairData(folder, "DIR")
         found = summary(data, call.samples, call.teacher)
         costs, at_random = found["cost"].pop("values"), found["cost"].pop("values_at_random")
@@ -65,8 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         first = data.batch(range(min(shown, len(data))))
         found["prompts"] = first.get(PROMPT, [])[:SHOWN_PROMPTS]
         label = first["label"].numpy() if data.has_labels else None
-        draw.pairs(out / "pairs.png", first["x0"].numpy(), first["x1"].numpy(), label)
-        draw.costs(out / "cost.png", costs, at_random)
+        figures.pairs(out / "pairs.png", first["x0"].numpy(), first["x1"].numpy(), label)
+        figures.costs(out / "cost.png", costs, at_random)
         text = json.dumps(found, indent=1, sort_keys=True) + "\n"
         (out / "summary.json").write_text(text)
     except UserError as error:
@@ -211,7 +214,7 @@ def find(folder: Store, path: str) -> Store | None:
     """Find an input where it was, or beside the folder that it went into."""
     for there in (path, folder.beside(path.rstrip("/").rpartition("/")[2])):
         with suppress(UserError):  # a store that is not reached from here
-            if (store := stores.at(there)).exists():
+            if (store := storage.at(there)).exists():
                 return store
     return None
 

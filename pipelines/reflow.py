@@ -9,26 +9,19 @@ the average velocity between any two times, by a second time in the network.
 from typing import Any
 
 from flowmatch import config as configs
-from flowmatch import (
-    coupling,
-    features,
-    foreign,
-    mixture,
-    nets,
-    objectives,
-    pairs,
-    run,
-    second_time,
-    stage,
-    teachers,
-    truncation,
-)
 from flowmatch.config import Config, UserError, option, required
-from flowmatch.fit import check, check_net, fit, split_batch
-from flowmatch.losses import LossConfig
-from flowmatch.objectives import ObjectiveConfig
-from flowmatch.state import FitConfig
-from flowmatch.times import TimesConfig
+from flowmatch.evaluation import features
+from flowmatch.flow import coupling, objectives
+from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
+from flowmatch.models import diffusion, networks, teachers, two_time
+from flowmatch.models.digest import network_digest
+from flowmatch.pairs import mixture, truncation
+from flowmatch.pairs.dataset import PairData
+from flowmatch.runs import command, process
+from flowmatch.runs.config import StageConfig
+from flowmatch.runs.folder import RunFolder, begin
+from flowmatch.training.config import FitConfig
+from flowmatch.training.loop import check, check_net, fit, split_batch
 
 
 class PairsEntry(Config):
@@ -63,7 +56,7 @@ class PairsEntry(Config):
     )
 
 
-class ReflowConfig(stage.StageConfig):
+class ReflowConfig(StageConfig):
     """Config of stage three."""
 
     pairs: list[PairsEntry] = required("sets of pairs, mixed in each batch by weight")
@@ -85,8 +78,8 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
     """Plan, then train and seal."""
     faults = configs.Faults()
     with faults:
-        device = stage.pick_device(config.device)
-        check(config.fit, device, stage.world_size())
+        device = process.pick_device(config.device)
+        check(config.fit, device, process.world_size())
     with faults:
         objectives.check(config.objective, config.loss, config.times, config.fit)
     if config.loss.features is not None:
@@ -97,12 +90,12 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
         start = teachers.load(config.start, "start")
         inputs["start"] = start.digest
         check_net(config.fit, start.net)
-    sets: list[tuple[pairs.PairData, float]] = []
+    sets: list[tuple[PairData, float]] = []
     rounds = []
     for number, entry in enumerate(config.pairs):
         with faults:
             key = f"pairs.{number}.path"
-            data = pairs.PairData(entry.path, key, entry.group, entry.cache, entry.cache_gb)
+            data = PairData(entry.path, key, entry.group, entry.cache, entry.cache_gb)
             if entry.truncate:
                 truncation.check(data, entry.truncate)
             sets.append((data, entry.weight))
@@ -124,9 +117,9 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
                 module, inputs["features"], looks = features.perceptual(
                     config.loss.features,
                     "loss.features",
-                    split_batch(config.fit, stage.world_size())[0],
+                    split_batch(config.fit, process.world_size())[0],
                     start.shape,
-                    stage.worker_device(device),
+                    process.worker_device(device),
                 )
                 looked.add(looks)
     faults.check()
@@ -148,9 +141,9 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
         f"{type(net).__name__} of {net.num_parameters():,} parameters, on {device}",
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / count:.1f} epochs{only}",
     ]
-    if not stage.begin("reflow", config, inputs, plan, dry_run):
+    if not begin("reflow", config, inputs, plan, dry_run):
         return
-    with run.Run("reflow", config, inputs) as folder:
+    with RunFolder("reflow", config, inputs) as folder:
         files = fit(
             net,
             stream,
@@ -162,12 +155,12 @@ def main(config: ReflowConfig, dry_run: bool) -> None:
             seed=config.seed,
             device=config.device,
         )
-        if stage.leads():
+        if process.leads():
             facts: dict[str, Any] = {"features": sorted(looked)} if looked else {}
             if one_step:
                 facts["one_step"] = True
-            net = nets.load(folder.folder / "net", "net")
-            folder.seal(files, round=max(rounds) + 1, net=nets.digest(net), **facts)
+            net = networks.load(folder.folder / "net", "net")
+            folder.seal(files, round=max(rounds) + 1, net=network_digest(net), **facts)
 
 
 def network(start: teachers.Teacher, config: ReflowConfig) -> Any:
@@ -175,14 +168,14 @@ def network(start: teachers.Teacher, config: ReflowConfig) -> Any:
 
     Raises UserError where the network has no place for one, or has one that would be left untrained.
     """
-    has = second_time.argument(start.net) is not None
+    has = two_time.argument(start.net) is not None
     if config.objective.name == "meanflow":
-        if config.objective.step == 0 and second_time.has_attention(start.net):
+        if config.objective.step == 0 and two_time.has_attention(start.net):
             raise UserError(
                 f"start={config.start} has attention, through whose fused kernels torch has no "
                 "forward-mode derivative, as objective.step=0 needs; use objective.step=0.05"
             )
-        return start.net if has else second_time.add(start.net, config.seed)
+        return start.net if has else two_time.add(start.net, config.seed)
     if has:
         raise UserError(
             f"start={config.start} takes a second time (MeanFlow), which objective.name=velocity would "
@@ -191,10 +184,10 @@ def network(start: teachers.Teacher, config: ReflowConfig) -> Any:
     return start.net
 
 
-def check_match(start: teachers.Teacher, sets: list[pairs.PairData]) -> None:
+def check_match(start: teachers.Teacher, sets: list[PairData]) -> None:
     """Raise UserError where the pairs are not what the network takes, or it can be no velocity."""
     faults = []
-    if start.diffusion is not None and not foreign.can_be_velocity(start.net):
+    if start.diffusion is not None and not diffusion.can_be_velocity(start.net):
         faults.append(
             "start= is no network for velocities: it gives a variance too, or has no row for the null "
             "class; start from a flow model"
@@ -218,4 +211,4 @@ def check_match(start: teachers.Teacher, sets: list[pairs.PairData]) -> None:
 
 
 if __name__ == "__main__":
-    stage.command("reflow", ReflowConfig, main, __doc__)
+    command.command("reflow", ReflowConfig, main, __doc__)

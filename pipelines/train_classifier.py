@@ -7,12 +7,17 @@ in the protocol of each evaluation.
 from tqdm import tqdm
 
 from flowmatch import config as configs
-from flowmatch import data, features, metrics, run, stage
 from flowmatch.config import UserError, option, required
-from flowmatch.data import DataConfig
+from flowmatch.data import dataset
+from flowmatch.data.config import DataConfig
+from flowmatch.evaluation import features
+from flowmatch.models.digest import module_digest
+from flowmatch.runs import command, process
+from flowmatch.runs.config import StageConfig
+from flowmatch.runs.folder import RunFolder, begin
 
 
-class ClassifierConfig(stage.StageConfig):
+class ClassifierConfig(StageConfig):
     """Config of the classifier."""
 
     data: DataConfig = required("images to learn, with labels")
@@ -39,7 +44,7 @@ def main(config: ClassifierConfig, dry_run: bool) -> None:
         with faults:
             given = getattr(config, key)
             if given is not None:
-                sets[key] = found = data.load(given, key)
+                sets[key] = found = dataset.load(given, key)
                 inputs[key] = found.digest
                 features.check_images(found, key, alone=config.held_out is None)
                 if found.flip:
@@ -56,11 +61,11 @@ def main(config: ClassifierConfig, dry_run: bool) -> None:
         f"{images.count} images of {list(images.shape)}, {images.classes} classes",
         f"{config.steps} steps of {config.batch_size}: {seen / images.count:.1f} epochs, on cpu",
     ]
-    if not stage.begin("train_classifier", config, inputs, plan, dry_run) or not stage.leads():
+    if not begin("train_classifier", config, inputs, plan, dry_run) or not process.leads():
         return
-    with run.Run("train_classifier", config, inputs) as folder:
-        stage.exit_on_sigterm()
-        with tqdm(total=config.steps, unit="step", **stage.bar_options()) as bar:
+    with RunFolder("train_classifier", config, inputs) as folder:
+        command.exit_on_sigterm()
+        with tqdm(total=config.steps, unit="step", **process.bar_options()) as bar:
             net, accuracy = features.train_classifier(
                 images,
                 config.seed,
@@ -74,12 +79,12 @@ def main(config: ClassifierConfig, dry_run: bool) -> None:
         folder.seal(
             files,
             accuracy=accuracy,
-            sha256=metrics.module_digest(net),
+            sha256=module_digest(net),
             shape=list(images.shape),
             classes=images.classes,
         )
-        stage.say(f"train_classifier: {accuracy:.2%} of the held-out images are named rightly")
+        process.say(f"train_classifier: {accuracy:.2%} of the held-out images are named rightly")
 
 
 if __name__ == "__main__":
-    stage.command("train_classifier", ClassifierConfig, main, __doc__)
+    command.command("train_classifier", ClassifierConfig, main, __doc__)

@@ -5,20 +5,23 @@ weights, in `run_dir/net`, are the teacher of the next stages.
 """
 
 from flowmatch import config as configs
-from flowmatch import coupling, data, nets, objectives, run, stage
 from flowmatch.config import UserError, option, required
-from flowmatch.coupling import CouplingConfig
-from flowmatch.data import DataConfig
-from flowmatch.fit import check, check_net, fit, split_batch
-from flowmatch.losses import LossConfig
-from flowmatch.nets import NetConfig
-from flowmatch.noise import Order
-from flowmatch.objectives import ObjectiveConfig
-from flowmatch.state import FitConfig
-from flowmatch.times import TimesConfig
+from flowmatch.data import dataset
+from flowmatch.data.config import DataConfig
+from flowmatch.flow import coupling, objectives
+from flowmatch.flow.config import CouplingConfig, LossConfig, ObjectiveConfig, TimesConfig
+from flowmatch.flow.noise import Order
+from flowmatch.models import networks
+from flowmatch.models.config import NetConfig
+from flowmatch.models.digest import network_digest
+from flowmatch.runs import command, process
+from flowmatch.runs.config import StageConfig
+from flowmatch.runs.folder import RunFolder, begin
+from flowmatch.training.config import FitConfig
+from flowmatch.training.loop import check, check_net, fit, split_batch
 
 
-class FlowConfig(stage.StageConfig):
+class FlowConfig(StageConfig):
     """Config of stage one."""
 
     data: DataConfig = required("what to learn")
@@ -33,9 +36,9 @@ def main(config: FlowConfig, dry_run: bool) -> None:
     """Plan, then train and seal."""
     faults = configs.Faults()
     with faults:
-        device = stage.pick_device(config.device)
-        check(config.fit, device, stage.world_size())
-        coupling.check(config.coupling, split_batch(config.fit, stage.world_size())[0])
+        device = process.pick_device(config.device)
+        check(config.fit, device, process.world_size())
+        coupling.check(config.coupling, split_batch(config.fit, process.world_size())[0])
     with faults:
         for key, used in (
             ("loss.name=feature", config.loss.name == "feature"),
@@ -47,8 +50,8 @@ def main(config: FlowConfig, dry_run: bool) -> None:
                     "lead to, which looks like none of them; use it in reflow"
                 )
     with faults:
-        images = data.load(config.data)
-        net = nets.build(config.net, images.shape, images.classes, config.seed)
+        images = dataset.load(config.data)
+        net = networks.build(config.net, images.shape, images.classes, config.seed)
         check_net(config.fit, net)
     faults.check()
     seen = config.fit.steps * config.fit.batch_size
@@ -59,10 +62,10 @@ def main(config: FlowConfig, dry_run: bool) -> None:
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / len(images):.1f} epochs",
     ]
     inputs = {"data": images.digest}
-    if not stage.begin("train_flow", config, inputs, plan, dry_run):
+    if not begin("train_flow", config, inputs, plan, dry_run):
         return
     order = Order(len(images), config.seed)
-    with run.Run("train_flow", config, inputs) as folder:
+    with RunFolder("train_flow", config, inputs) as folder:
         files = fit(
             net,
             lambda counters: images.batch(order(counters)),
@@ -74,9 +77,11 @@ def main(config: FlowConfig, dry_run: bool) -> None:
             seed=config.seed,
             device=config.device,
         )
-        if stage.leads():
-            folder.seal(files, round=0, net=nets.digest(nets.load(folder.folder / "net", "net")))
+        if process.leads():
+            folder.seal(
+                files, round=0, net=network_digest(networks.load(folder.folder / "net", "net"))
+            )
 
 
 if __name__ == "__main__":
-    stage.command("train_flow", FlowConfig, main, __doc__)
+    command.command("train_flow", FlowConfig, main, __doc__)

@@ -15,10 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flowmatch import audit, claims, stage, stores
-from flowmatch.audit import BAD, Findings
 from flowmatch.config import UserError
-from flowmatch.stores import Store
+from flowmatch.pairs import audit, leases
+from flowmatch.pairs.audit import BAD, Findings
+from flowmatch.runs import process, storage
+from flowmatch.runs.config import REFUSED, USER_ERROR
+from flowmatch.runs.storage import Store
 
 HEADERS = "names, sizes, sidecars and headers, not values"
 
@@ -42,16 +44,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     call = parser.parse_args(argv)
     try:
-        return report(stores.at(call.folder), call.full, call.repair)
+        return report(storage.at(call.folder), call.full, call.repair)
     except UserError as error:
         for line in error.faults:
             print(f"verify_pairs: {line}", file=sys.stderr)
-        return stage.USER_ERROR
+        return USER_ERROR
     except OSError as error:
-        if error.errno not in stage.REFUSED:
+        if error.errno not in REFUSED:
             raise
         print(f"verify_pairs: {error}; make it readable, for --repair writable", file=sys.stderr)
-        return stage.USER_ERROR
+        return USER_ERROR
 
 
 def report(folder: Store, full: bool, repair: bool) -> int:
@@ -60,19 +62,19 @@ def report(folder: Store, full: bool, repair: bool) -> int:
     with tqdm(unit="B", unit_scale=True, disable=quiet) as shown:
         found = audit.examine(folder, full, shown.update)
     for remark in found.remarks:
-        stage.say(f"verify_pairs: remark: {remark}")
+        process.say(f"verify_pairs: remark: {remark}")
     for fault in found.faults:
         print(f"verify_pairs: {fault.what}", file=sys.stderr)
     if repair:
-        claims.sweep(folder)
+        leases.sweep(folder)
         for name in dict.fromkeys(name for fault in found.faults for name in fault.aside):
-            stage.say(f"verify_pairs: {name} is set aside as {set_aside(folder, name)}")
-    within = "names, sizes and sidecars, not contents" if stores.is_url(folder) else HEADERS
+            process.say(f"verify_pairs: {name} is set aside as {set_aside(folder, name)}")
+    within = "names, sizes and sidecars, not contents" if storage.is_url(folder) else HEADERS
     looked = "every byte" if full else f"{within} (--full)"
     if not found.faults:
         assert found.layout is not None
         size = found.shards * found.layout.tar_bytes / 1e6
-        stage.say(
+        process.say(
             f"verify_pairs: {folder} is sound: sealed, {found.shards} shards, "
             f"{found.shards * found.layout.shard_size:,} pairs, {size:,.1f} MB; looked at {looked}"
         )
@@ -84,7 +86,7 @@ def report(folder: Store, full: bool, repair: bool) -> int:
     lines += [f"  {command(folder, found)}"]
     for line in lines:
         print(f"verify_pairs: {line}", file=sys.stderr)
-    return stage.USER_ERROR
+    return USER_ERROR
 
 
 def set_aside(folder: Store, name: str) -> str:
@@ -107,7 +109,7 @@ def command(folder: Store, found: Findings) -> str:
     said = str(config.get("run_dir"))
     same = said.rstrip("/") == str(folder)
     if not same and (
-        stores.is_url(folder) or Path(said).absolute() != Path(str(folder)).absolute()
+        storage.is_url(folder) or Path(said).absolute() != Path(str(folder)).absolute()
     ):
         words += [f"run_dir={folder}"]
     if config.get("shards") != found.shards and found.shards:

@@ -22,9 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flowmatch import manifest
 from flowmatch.config import Config, Faults, UserError, load, option, required
-from flowmatch.folders import write_atomic
+from flowmatch.runs import manifest
+from flowmatch.runs.files import write_atomic
 from pipelines.reflow import ReflowConfig
 
 MODULES = {"flow": "train_flow", "pairs": "generate_pairs", "reflow": "reflow"}

@@ -4,10 +4,12 @@ import shutil
 
 import torch
 
-from flowmatch import manifest, nets
 from flowmatch.config import load
-from flowmatch.layout import Layout
-from flowmatch.nets import NetConfig
+from flowmatch.models import networks
+from flowmatch.models.config import NetConfig
+from flowmatch.models.digest import network_digest
+from flowmatch.pairs.layout import Layout
+from flowmatch.runs import manifest
 from pipelines import generate_pairs
 
 SHARDS = 3
@@ -22,13 +24,13 @@ WORDS = [
 def make_teacher(folder, classes=CLASSES, shape=(2,), **net):
     """Write a sealed training folder with an untrained network whose weights are not near zero."""
     config = NetConfig(**(net or {"name": "VelocityMLP", "hidden": 8}))
-    net = nets.build(config, shape, classes, 0)
+    net = networks.build(config, shape, classes, 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    files = [f"net/{name}" for name in nets.save(net, folder / "net")]
-    inputs, facts = {"data": "d" * 64}, {"round": 0, "net": nets.digest(net)}
+    files = [f"net/{name}" for name in networks.save(net, folder / "net")]
+    inputs, facts = {"data": "d" * 64}, {"round": 0, "net": network_digest(net)}
     manifest.seal(folder, stage="train_flow", config={}, inputs=inputs, outputs=files, **facts)
 
 

@@ -13,7 +13,8 @@ import socket
 import sys
 import weakref
 
-from flowmatch import fit, run, stage, state
+from flowmatch.runs import command, process
+from flowmatch.training import loop, state
 from pipelines import generate_pairs, reflow, train_flow
 
 STAGES = {
@@ -30,7 +31,7 @@ def opened(self, *words, inner=state.State.__init__):
     if self.model is not self.net:
         WRAPPERS.append(weakref.ref(self.model))
     kind, rank, step = os.environ.get("FAULT", ":-1:").split(":")
-    if int(rank) != stage.rank():
+    if int(rank) != process.rank():
         return
     if kind == "save":
         return half(int(step))
@@ -68,7 +69,7 @@ def half(step):
     safetensors.torch.save_file = save_file
 
 
-def started(*words, inner=run.start_accelerator, **options):
+def started(*words, inner=process.start_accelerator, **options):
     """Let the Accelerator refuse to end while a wrapper is alive."""
     accelerator = inner(*words, **options)
     end = accelerator.end_training
@@ -84,8 +85,8 @@ def started(*words, inner=run.start_accelerator, **options):
 def main(name="train_flow"):
     """Run a stage on the words of the command line."""
     state.State.__init__ = opened
-    fit.start_accelerator = started
-    stage.command(name, *STAGES[name], "")
+    loop.start_accelerator = started
+    command.command(name, *STAGES[name], "")
 
 
 def _rank(number, world, port, name, argv, log, environment):
@@ -108,7 +109,7 @@ def free_port():
 def start(world, argv, log, name="train_flow", **environment):
     """Start ranks as forks of a process that has imported what they need; the output goes to a log."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ranks", "flowmatch.mlp", "accelerate"])
+    context.set_forkserver_preload(["tests.ranks", "flowmatch.models.mlp", "accelerate"])
     words = (world, free_port(), name, argv, str(log), environment)
     ranks = [context.Process(target=_rank, args=(i, *words), daemon=True) for i in range(world)]
     for rank in ranks:

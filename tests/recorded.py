@@ -10,20 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from flowmatch import stage
-from flowmatch.pairs import PairData
+from flowmatch.pairs.dataset import PairData
+from flowmatch.runs import command, process
 from pipelines import reflow
 
 
 def batch(self, ids, inner=PairData.batch):
     """Write the ids down, whole line by whole line, before they are read; slow enough to be killed."""
     time.sleep(0.02)
-    with open(Path(os.environ["RECORD"]) / f"{stage.rank()}.jsonl", "a") as file:
+    with open(Path(os.environ["RECORD"]) / f"{process.rank()}.jsonl", "a") as file:
         file.write(json.dumps(np.asarray(ids).tolist()) + "\n")
     return inner(self, ids)
 
 
 if __name__ == "__main__":
     PairData.batch = batch
-    (Path(os.environ["RECORD"]) / f"{stage.rank()}.pid").write_text(str(os.getpid()))
-    stage.command("reflow", reflow.ReflowConfig, reflow.main, reflow.__doc__)
+    (Path(os.environ["RECORD"]) / f"{process.rank()}.pid").write_text(str(os.getpid()))
+    command.command("reflow", reflow.ReflowConfig, reflow.main, reflow.__doc__)

@@ -9,8 +9,10 @@ from contextlib import closing
 
 import numpy as np
 
-from flowmatch import claims, manifest, noise, shards
-from flowmatch.layout import Layout
+from flowmatch.flow import noise
+from flowmatch.pairs import leases, shards
+from flowmatch.pairs.layout import Layout
+from flowmatch.runs import manifest
 
 PRINT = "a" * 64  # fingerprint
 CARD = "# Pairs\n\nNoise and what a teacher made of it.\n"
@@ -75,7 +77,7 @@ def work(folder, rank, world, number, ttl, delay, how="claim"):
             write(folder, k, WORKED, slowly(k), {"rank": rank})
     else:
         own = every[rank::world]
-        with closing(claims.claim(folder, own, every, PRINT, ttl)) as todo:
+        with closing(leases.claim(folder, own, every, PRINT, ttl)) as todo:
             for k in todo:
                 print("makes", k, flush=True)
                 write(folder, k, WORKED, slowly(k), {"rank": rank})

@@ -12,9 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from flowmatch import features, manifest, nets, shards
 from flowmatch.config import load
-from flowmatch.nets import NetConfig
+from flowmatch.evaluation import features
+from flowmatch.models import networks
+from flowmatch.models.config import NetConfig
+from flowmatch.models.digest import network_digest
+from flowmatch.pairs import shards
+from flowmatch.runs import manifest
 from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
 from scripts.ablation import AblationConfig
 
@@ -74,9 +78,9 @@ def stand_in(folder, name, shape, classes):
 
 
 def sealed(folder, name, arguments, shape, classes, round_):
-    net = nets.build(NetConfig(name=name, **arguments), shape, classes, 0)
-    files = [f"net/{file}" for file in nets.save(net, folder / "net")]
-    facts = {"round": round_, "net": nets.digest(net)}
+    net = networks.build(NetConfig(name=name, **arguments), shape, classes, 0)
+    files = [f"net/{file}" for file in networks.save(net, folder / "net")]
+    facts = {"round": round_, "net": network_digest(net)}
     manifest.seal(folder, stage="reflow", config={}, inputs={}, outputs=files, **facts)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowmatch import features
+from flowmatch.evaluation import features
 from scripts.run_page import blocks
 
 ROOT = Path(__file__).parent.parent

@@ -11,30 +11,22 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from flowmatch import (
-    batches,
-    coupling,
-    grids,
-    manifest,
-    nets,
-    objectives,
-    pairs,
-    run,
-    samplers,
-    second_time,
-    solvers,
-    toy,
-)
 from flowmatch.config import UserError, load
-from flowmatch.fit import fit
-from flowmatch.losses import LossConfig
-from flowmatch.nets import NetConfig
-from flowmatch.objectives import ObjectiveConfig
-from flowmatch.pipeline import ReflowPipeline
-from flowmatch.scheduler import RectifiedFlowScheduler
-from flowmatch.stage import StageConfig
-from flowmatch.state import FitConfig, State
-from flowmatch.times import TimesConfig
+from flowmatch.export.pipeline import ReflowPipeline
+from flowmatch.export.scheduler import RectifiedFlowScheduler
+from flowmatch.flow import coupling, grids, objectives, samplers, solvers, toy
+from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
+from flowmatch.models import networks, two_time
+from flowmatch.models.config import NetConfig
+from flowmatch.models.velocity import Velocity
+from flowmatch.pairs.dataset import PairData
+from flowmatch.pairs.generator import PairGenerator
+from flowmatch.runs import manifest
+from flowmatch.runs.config import StageConfig
+from flowmatch.runs.folder import RunFolder
+from flowmatch.training.config import FitConfig
+from flowmatch.training.loop import fit
+from flowmatch.training.state import State
 from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
 from tests.pairset import make_teacher
 from tests.stages import MODELS, UNET
@@ -66,8 +58,8 @@ def train(folder, device="cuda", stream=images, objective=None, dropout=0.0, **v
     """Run the loop; give the losses and the weights of the average."""
     values = {"steps": 40, "batch_size": 32, "log_every": 10, "save_every": 20, "lr": 2e-3} | values
     AcceleratorState._reset_state(True)  # one precision a process, else
-    network = nets.build(NetConfig(**NET, dropout=dropout), (1, 8, 8), None, 0)
-    with run.Run("train_flow", StageConfig(run_dir=str(folder), device=device), {}) as opened:
+    network = networks.build(NetConfig(**NET, dropout=dropout), (1, 8, 8), None, 0)
+    with RunFolder("train_flow", StageConfig(run_dir=str(folder), device=device), {}) as opened:
         fit(
             network,
             stream,
@@ -80,7 +72,7 @@ def train(folder, device="cuda", stream=images, objective=None, dropout=0.0, **v
             device=device,
         )
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    weights = nets.load(folder / "net", "net").state_dict()
+    weights = networks.load(folder / "net", "net").state_dict()
     return [json.loads(line)["loss"] for line in lines], weights
 
 
@@ -120,7 +112,7 @@ def test_no_update_waits_for_the_gpu(tmp_path, monkeypatch):
 
 def test_generation_waits_for_the_gpu_only_to_write(tmp_path, monkeypatch):
     make_teacher(tmp_path / "flow", None, (1, 8, 8), **NET)
-    made = batches.Maker.batches
+    made = PairGenerator.batches
 
     def strict(maker, k):
         whole = made(maker, k)
@@ -131,9 +123,9 @@ def test_generation_waits_for_the_gpu_only_to_write(tmp_path, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(batches.Maker, "batches", strict)
+    monkeypatch.setattr(PairGenerator, "batches", strict)
     generate(tmp_path, "pairs", "solver.name=heun")
-    assert len(pairs.PairData(tmp_path / "pairs")) == 96
+    assert len(PairData(tmp_path / "pairs")) == 96
 
 
 def test_float32_is_that_of_the_cpu(tmp_path):
@@ -194,7 +186,7 @@ def test_what_is_not_finite_stops_the_run_and_reaches_no_checkpoint(tmp_path, pr
 
     with pytest.raises(UserError, match="not finite at step 25"):
         train(tmp_path, stream=spoilt, precision=precision)
-    with run.Run("train_flow", StageConfig(run_dir=str(tmp_path)), {}) as opened:
+    with RunFolder("train_flow", StageConfig(run_dir=str(tmp_path)), {}) as opened:
         step, saved = opened.restore()
     assert step == 20
     assert all(tensor.isfinite().all() for tensor in saved["net"].values())
@@ -217,11 +209,11 @@ def test_solvers_and_samplers_are_those_of_the_cpu():
 
 
 def test_a_pipeline_on_the_gpu_is_the_solver_in_every_dtype():
-    net = nets.build(NetConfig(**NET), (1, 8, 8), None, 0).cuda().eval()
+    net = networks.build(NetConfig(**NET), (1, 8, 8), None, 0).cuda().eval()
     for solver, shift in (("euler", 1.0), ("heun", 1.0), ("ab2", 3.0)):
         for dtype, close in ((torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
             pipe = ReflowPipeline(
-                unet=nets.build(NetConfig(**NET), (1, 8, 8), None, 0).to("cuda", dtype).eval(),
+                unet=networks.build(NetConfig(**NET), (1, 8, 8), None, 0).to("cuda", dtype).eval(),
                 scheduler=RectifiedFlowScheduler(solver=solver, shift=shift),
             )
             pipe.set_progress_bar_config(disable=True)
@@ -234,7 +226,7 @@ def test_a_pipeline_on_the_gpu_is_the_solver_in_every_dtype():
             x0 = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=dtype)
             with torch.no_grad():
                 grid = grids.shift_grid(4, shift)
-                expected = solvers.integrate(nets.Velocity(net), x0.float().cuda(), grid, solver)
+                expected = solvers.integrate(Velocity(net), x0.float().cuda(), grid, solver)
             want = (expected.cpu() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
             assert np.abs(found - want).max() < close, (solver, dtype)
 
@@ -264,7 +256,7 @@ def test_pairs_are_the_same_bytes_whoever_makes_them(tmp_path, precision):
     config = config.model_copy(update={"run_dir": str(tmp_path / "cpu"), "precision": "fp32"})
     generate_pairs.main(config, False)
     ids = np.arange(96)
-    there, here = (pairs.PairData(tmp_path / name).batch(ids) for name in ("one", "cpu"))
+    there, here = (PairData(tmp_path / name).batch(ids) for name in ("one", "cpu"))
     assert torch.equal(there["x0"], here["x0"])
     off = (there["x1"] - here["x1"]).abs().max()
     assert off < {"fp32": 1e-4, "tf32": 1e-2, "bf16": 0.1}[precision]
@@ -273,14 +265,14 @@ def test_pairs_are_the_same_bytes_whoever_makes_them(tmp_path, precision):
 
 
 def test_meanflow_takes_its_exact_slope_on_the_gpu(tmp_path):
-    network = second_time.add(nets.build(NetConfig(**NET), (1, 8, 8), None, 0), 0)
+    network = two_time.add(networks.build(NetConfig(**NET), (1, 8, 8), None, 0), 0)
     mean = ObjectiveConfig(name="meanflow", step=0.0)
     found = {}
     for device in ("cpu", "cuda"):
         objective = objectives.build(mean, LossConfig())
         x0, x1 = IMAGES[:8].to(device), IMAGES[8:16].to(device)
         t, w = (torch.linspace(0.1, 0.8, 8, device=device) for _ in range(2))
-        v = nets.Velocity(network.to(device))
+        v = Velocity(network.to(device))
         found[device] = objective(v, v, x0, x1, t, w, None).detach().cpu()
     torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-3, atol=1e-4)
 

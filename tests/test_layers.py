@@ -1,4 +1,4 @@
-"""The house's order: imports go down only, heavy libraries stay where they belong."""
+"""The folders' order: imports go down only, and heavy libraries stay where they belong."""
 
 import ast
 import subprocess
@@ -8,95 +8,91 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = {
-    "base": ["config"],
-    "math": [
-        *(
-            "path",
-            "conversions",
-            "times",
-            "coupling",
-            "grids",
-            "solvers",
-            "samplers",
-            "noise",
-            "losses",
-            "objectives",
-            "ema",
-        ),
-        *("metrics", "toy"),
-    ],
-    "artefacts": [
-        *("folders", "stores", "manifest", "layout", "shards", "claims", "behind", "progress"),
-        *("cache", "pairs", "mixture", "truncation", "audit"),
-    ],
-    "export": ["scheduler", "pipeline", "mlp"],
-    "models": [
-        *("precision", "second_time", "nets", "foreign", "images", "sources", "tables", "data"),
-        "teachers",
-        "batches",
-        *("features", "judge", "scores", "rows"),
-    ],
-    "loop": ["stage", "run", "sharding", "compiled", "state", "fit"],
-    "draw": ["draw", "plane", "charts", "report", "card"],
+BELOW = {  # folder -> the folders that it may import, beside itself and flowmatch/config.py
+    "flow": [],
+    "runs": [],
+    "models": ["flow", "runs"],
+    "data": ["flow", "runs"],
+    "pairs": ["flow", "runs", "models", "data"],
+    "training": ["flow", "runs", "models", "data"],
+    "evaluation": ["flow", "runs", "models", "data"],
+    "export": ["flow", "runs", "models", "data"],
 }
-ORDER = list(LAYERS)
-LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
-HEAVY = {
-    "diffusers": {"nets", "foreign", "teachers", "scheduler", "pipeline", "mlp", "state"},
-    "accelerate": {"run", "fit", "state"},
-    "datasets": {"sources", "images", "tables"},
-}
-
-
+ALONE = (  # copied beside weights, or run as a script
+    *("export/scheduler.py", "export/pipeline.py", "models/mlp.py", "export/sample_fresh.py"),
+)
 SLOW = {"diffusers", "accelerate", "datasets", "torchmetrics", "scipy", "sklearn", "matplotlib"}
 SLOW |= {"torchdiffeq"}  # it brings scipy
 STAGES = ["train_flow", "generate_pairs", "reflow", "train_classifier", "evaluate", "export"]
+MODULES = sorted(p for p in (ROOT / "flowmatch").glob("*/*.py") if p.stem != "__init__")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT / "flowmatch"))
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """List (module, at module level) of all imports in a file; `from flowmatch import x` is x."""
+    """List (module, at module level) of all imports in a file, those for type checkers left out."""
     tree = ast.parse(path.read_text())
     top = {id(node) for node in tree.body}
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [(alias.name, id(node) in top) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = (
-                [f"flowmatch.{a.name}" for a in node.names] if node.module == "flowmatch" else []
-            )
-            found += [(name, id(node) in top) for name in names or [node.module]]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module]
+            if node.module == "flowmatch":
+                names = [f"flowmatch.{alias.name}" for alias in node.names]
+            found += [(name, id(node) in top) for name in names]
     return found
 
 
-MODULES = sorted(path for path in (ROOT / "flowmatch").glob("*.py") if path.stem != "__init__")
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_a_module_imports_only_what_lies_below_it(path):
-    assert path.stem in LAYER, f"{path.name} has no layer yet: name it in LAYERS"
-    for module, _ in imports(path):
-        if module.startswith("flowmatch."):
-            other = module.split(".")[1]
-            below, above = ORDER.index(LAYER[other]), ORDER.index(LAYER[path.stem])
-            assert below <= above, f"{path.stem} ({LAYER[path.stem]}) imports {other}"
-        assert not module.startswith(("pipelines", "scripts")), f"{path.stem} imports {module}"
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_heavy_libraries_stay_in_their_modules(path):
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_go_down_only(path):
+    room = path.parent.name
     for module, top in imports(path):
-        library = module.split(".")[0]
-        if library in HEAVY:
-            assert path.stem in HEAVY[library], f"{path.stem} imports {library}"
-        if LAYER[path.stem] != "export":  # whose classes are built upon diffusers'
-            assert not (top and library in SLOW), f"{path.stem} imports {library} at module level"
+        parts = module.split(".")
+        if parts[0] == "flowmatch" and parts[1] != "config":
+            assert parts[1] in [room, *BELOW[room]], f"{name_of(path)} imports {module}"
+        assert parts[0] not in ("pipelines", "scripts"), f"{name_of(path)} imports {module}"
+        if name_of(path) not in ALONE:  # whose classes are built upon diffusers'
+            assert not (top and parts[0] in SLOW), f"{name_of(path)} imports {module} at its top"
+
+
+def test_there_is_no_circle_among_modules():
+    arrows = {
+        f"flowmatch.{name_of(path)[:-3].replace('/', '.')}": [
+            module for module, _ in imports(path) if module.startswith("flowmatch.")
+        ]
+        for path in MODULES
+    }
+    seen: dict[str, bool] = {}  # module -> whether all that it imports has been followed
+
+    def follow(module: str, way: list[str]) -> None:
+        assert seen.get(module, True), f"a circle: {' -> '.join([*way, module])}"
+        if module in arrows and module not in seen:
+            seen[module] = False
+            for other in arrows[module]:
+                follow(other, [*way, module])
+            seen[module] = True
+
+    for module in arrows:
+        follow(module, [])
+
+
+def test_the_folders_are_those_of_the_plan():
+    found = {path.parent.name for path in (ROOT / "flowmatch").glob("*/__init__.py")}
+    assert found == set(BELOW)
+    tops = {path.stem for path in (ROOT / "flowmatch").glob("*.py")}
+    assert tops <= {"__init__", "__main__", "cli", "config", "experiment"}
+    for folder in BELOW:
+        assert len(list((ROOT / "flowmatch" / folder).glob("*.py"))) > 3
 
 
 def test_what_is_copied_beside_weights_stands_alone():
-    for name in LAYERS["export"]:
-        ours = [m for m, _ in imports(ROOT / f"flowmatch/{name}.py") if m.startswith("flowmatch")]
+    for name in ALONE:
+        ours = [m for m, _ in imports(ROOT / "flowmatch" / name) if m.startswith("flowmatch")]
         assert not ours, f"{name} imports {ours}"
 
 

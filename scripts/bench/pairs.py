@@ -7,9 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowmatch import nets, noise, pairs, shards
-from flowmatch.layout import Layout
-from flowmatch.solvers import SolverConfig
+from flowmatch.flow import noise
+from flowmatch.flow.config import SolverConfig
+from flowmatch.models import networks
+from flowmatch.models.config import NetConfig
+from flowmatch.pairs import shards
+from flowmatch.pairs.dataset import PairData
+from flowmatch.pairs.layout import Layout
 from pipelines import generate_pairs
 from scripts.bench.yardsticks import BareSampler, Figure, Load, alternate, summary, write_set
 
@@ -19,8 +23,8 @@ def generation(folder: Path, load: Load, device: str) -> dict[str, Figure]:
 
     Nothing is compiled: a run of this size would do little else.
     """
-    net = nets.build(nets.NetConfig(**load.net), load.shape, None, 0)
-    nets.save(net, folder / "teacher")
+    net = networks.build(NetConfig(**load.net), load.shape, None, 0)
+    networks.save(net, folder / "teacher")
     config = generate_pairs.PairsConfig(
         run_dir=str(folder / "pairs"),
         teacher=str(folder / "teacher"),
@@ -80,7 +84,7 @@ def reading(folder: Path, load: Load, device: str) -> dict[str, Figure]:
         orders = iter(np.random.default_rng(1).permutation(count) for _ in range(1000))
 
         def tars(place: Path = place, orders: Any = orders, batch: int = batch) -> None:
-            data, order = pairs.PairData(place / "set"), next(orders)
+            data, order = PairData(place / "set"), next(orders)
             for a in range(0, len(order), batch):
                 data.batch(order[a : a + batch])
 

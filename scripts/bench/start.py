@@ -10,7 +10,10 @@ STAGES = ("train_flow", "generate_pairs", "reflow", "evaluate", "export")
 
 def start_up(folder: Path, load: Load, device: str) -> dict[str, Figure]:
     """Time imports and --help of every stage in fresh processes, beside torch's own import."""
-    commands = {"torch": ["-c", "import torch"], "flowmatch": ["-c", "import torch, flowmatch.fit"]}
+    commands = {
+        "torch": ["-c", "import torch"],
+        "flowmatch": ["-c", "import torch, flowmatch.training.loop"],
+    }
     commands |= {name: ["-m", f"pipelines.{name}", "--help"] for name in STAGES}
     took: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(1 if load.rounds < 5 else 7):
@@ -22,7 +25,7 @@ def start_up(folder: Path, load: Load, device: str) -> dict[str, Figure]:
     slowest = max(STAGES, key=lambda name: summary(took[name])["median"])
     bare = summary(took["torch"])["median"]
     return {
-        "import flowmatch.fit": summary(beyond)
+        "import flowmatch.training.loop": summary(beyond)
         | {"target": "at most 0.3", "what": "seconds beyond import torch", "torch_seconds": bare},
         "--help": summary(took[slowest])
         | {"target": "at most 3", "what": f"seconds, the slowest stage ({slowest})"},

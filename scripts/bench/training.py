@@ -15,12 +15,18 @@ from unittest.mock import patch
 
 import torch
 
-from flowmatch import coupling, mixture, nets, objectives, pairs, run, stage
-from flowmatch import fit as loop
-from flowmatch.losses import LossConfig
-from flowmatch.objectives import ObjectiveConfig
-from flowmatch.state import FitConfig
-from flowmatch.times import TimesConfig
+from flowmatch.flow import coupling, objectives
+from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
+from flowmatch.models import networks
+from flowmatch.models.config import NetConfig
+from flowmatch.pairs import mixture
+from flowmatch.pairs.dataset import PairData
+from flowmatch.runs import process
+from flowmatch.runs.config import StageConfig
+from flowmatch.runs.folder import RunFolder
+from flowmatch.training import loop
+from flowmatch.training.config import FitConfig
+from flowmatch.training.loop import Bar
 from scripts.bench.yardsticks import (
     BareLoop,
     Figure,
@@ -79,7 +85,7 @@ def fit(folder: Path, load: Load, net: Any, device: str, segments: int) -> None:
     values: dict[str, Any] = {"compile": True} if load.compile else {}
     config = FitConfig(
         steps=load.steps * segments,
-        batch_size=load.batch * stage.world_size(),
+        batch_size=load.batch * process.world_size(),
         warmup=0,
         lr=1e-4,
         precision=load.precision,
@@ -87,20 +93,20 @@ def fit(folder: Path, load: Load, net: Any, device: str, segments: int) -> None:
         save_every=10**9,
         **values,
     )
-    stream = mixture.Mixture([(pairs.PairData(folder / "set"), 1.0)], config.batch_size, 0)
-    name = "fit" if stage.world_size() > 1 else f"fit{os.getpid()}"
-    place = stage.StageConfig(run_dir=str(folder / name))
-    with run.Run("reflow", place, {}) as opened:
+    stream = mixture.Mixture([(PairData(folder / "set"), 1.0)], config.batch_size, 0)
+    name = "fit" if process.world_size() > 1 else f"fit{os.getpid()}"
+    place = StageConfig(run_dir=str(folder / name))
+    with RunFolder("reflow", place, {}) as opened:
         times, goal = TimesConfig(), objectives.build(ObjectiveConfig(), LossConfig())
         loop.fit(net, stream, coupling.stored, opened, config, times, goal, seed=0, device=device)
 
 
 def turns(folder: Path, load: Load, device: str) -> Turns:
     """Train by flowmatch and by the bare loop, a segment each in turn."""
-    net = nets.build(nets.NetConfig(**load.net), load.shape, None, 0)
-    both = Turns(BareLoop(net, load, stage.worker_device(device)), load.steps)
+    net = networks.build(NetConfig(**load.net), load.shape, None, 0)
+    both = Turns(BareLoop(net, load, process.worker_device(device)), load.steps)
     with (
-        patch.object(loop.Progress, "rate", lambda progress: both.turn()),
+        patch.object(Bar, "rate", lambda progress: both.turn()),
         patch.object(Future, "result", lambda future: both.wait(future)),
     ):
         fit(folder, load, net, device, load.rounds + 2)
@@ -132,7 +138,7 @@ def utilisation(load: Load, seconds: float) -> dict[str, float]:
     """Model FLOP utilisation of a training step: 3 forwards' FLOPs over the GPU's dense bf16 peak."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    net = nets.build(nets.NetConfig(**load.net), load.shape, None, 0)
+    net = networks.build(NetConfig(**load.net), load.shape, None, 0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(1, *load.shape), torch.zeros(1))
     peak = [v for name, v in DENSE_BF16.items() if name in torch.cuda.get_device_name()]
@@ -187,10 +193,10 @@ def main(which: str, folder: Path, device: str, quick: bool) -> None:
     load = load_for(device, quick)
     if which == "two":
         both = turns(folder, load, device)
-        if stage.leads():
+        if process.leads():
             (folder / "two.json").write_text(json.dumps([both.ours, both.theirs]))
         return
-    net = nets.build(nets.NetConfig(**load.net), load.shape, None, 0)
+    net = networks.build(NetConfig(**load.net), load.shape, None, 0)
     if which == "memory_ours":
         fit(folder, load, net, device, 2)
     else:

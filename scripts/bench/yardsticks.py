@@ -19,9 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowmatch import manifest, noise, shards
-from flowmatch.layout import Layout
-from flowmatch.precision import Precision, arithmetic
+from flowmatch.flow import noise
+from flowmatch.models.config import Precision
+from flowmatch.models.precision import arithmetic
+from flowmatch.pairs import shards
+from flowmatch.pairs.layout import Layout
+from flowmatch.runs import manifest
 
 Figure = dict[str, Any]  # median, low, high, rounds; target; what; other numbers of interest
 

@@ -1,0 +1,1 @@
+"""Data sets that stage one and the evaluation read."""

@@ -1,0 +1,292 @@
+"""The sources of data: each reads what a DataConfig names, checks it, and tells what it found.
+
+Arrays are checked whole when they are opened: NaN, a value range that the flow does not expect, or
+labels with holes are found before any training.
+"""
+
+import gzip
+import hashlib
+import math
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from flowmatch.config import UserError
+from flowmatch.data import hub, images
+from flowmatch.data.config import IDX_NAMES
+from flowmatch.flow import noise
+from flowmatch.flow.toy import RING_MODES, RING_STD, ring_mixture
+
+if TYPE_CHECKING:
+    from flowmatch.data.config import DataConfig
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source holds."""
+
+    read: Callable[[np.ndarray], np.ndarray]  # int64 [B] -> [B, *shape]: uint8 pixels, or float32
+    count: int
+    shape: tuple[int, ...]  # of one sample: (C, H, W), or (D,) for points
+    digest: str  # sha256 of what the source names, whatever is then made of it
+    label: np.ndarray | None = None  # int64 [count], where the config asks for labels
+    classes: int | None = None  # K; labels are 0 to K - 1
+    latents: bool = False  # three axes, but no picture
+
+
+def ring_samples(ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw samples of the ring, i from (seed, i) alone: points float32 [B, 2], modes int64 [B]."""
+    draws = [noise.generator(seed, int(i), noise.RING) for i in ids]
+    modes = np.array([rng.integers(RING_MODES) for rng in draws], dtype=np.int64)
+    scatter = np.stack([rng.standard_normal(2) for rng in draws])
+    return (ring_mixture()[1][modes] + RING_STD * scatter).astype(np.float32), modes
+
+
+def ring(config: "DataConfig") -> Found:
+    """Draw the 2-D ring of Gaussians; a label is the mode that a point comes from."""
+    points, modes = ring_samples(np.arange(config.samples), config.seed)
+    return from_arrays(config, points, modes, _digest(points, modes), RING_MODES)
+
+
+def digits(config: "DataConfig") -> Found:
+    """Take sklearn's handwritten digits, 1,797 of 8x8, values 0 to 16 moved to [-1, 1]."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    x = (found.images / 8 - 1).astype(np.float32)
+    return from_arrays(config, x, found.target, _digest(x, found.target), 10)
+
+
+def idx(config: "DataConfig") -> Found:
+    """Read a folder of gzipped IDX files, as MNIST and its kin are handed out."""
+    found = hub.local_files(config.path)
+    if found is None or not Path(config.path).expanduser().is_dir():
+        raise UserError(
+            f"data.path={config.path}: no such folder; Debian's package dataset-fashion-mnist puts "
+            "one in /usr/share/datasets/fashion-mnist"
+        )
+    folder, files = found
+    x = _read_idx(config, files, "images")
+    label = _read_idx(config, files, "labels") if config.labels else None
+    return from_arrays(config, x, label, hub.digest_files(folder, files))
+
+
+def _read_idx(config: "DataConfig", files: list[Path], kind: str) -> np.ndarray:
+    """Read unsigned bytes: 0 0 8 ndim, big-endian sizes, values."""
+    prefix = f"{IDX_NAMES[config.split]}-{kind}"
+    fitting = [f for f in files if f.name.startswith(prefix) and f.suffix == ".gz"]
+    if len(fitting) != 1:
+        raise UserError(
+            f"data.path={config.path}: expected one file {prefix}*.gz; there are "
+            f"{', '.join(f.name for f in files[:8])}"
+        )
+    try:
+        content = gzip.decompress(fitting[0].read_bytes())
+        if content[:3] != b"\0\0\x08":
+            raise ValueError(f"it starts with {content[:4].hex(' ')}, not 00 00 08")
+        shape = struct.unpack_from(f">{content[3]}I", content, 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error) as error:
+        raise UserError(
+            f"data.path={config.path}: {fitting[0].name} is no gzipped IDX file of bytes: {error}"
+        ) from None
+
+
+def npz(config: "DataConfig") -> Found:
+    """Read images or points from .npz (x or images, y or labels) or .npy (no labels)."""
+    return from_arrays(config, *_stored(config, "images"))
+
+
+def latents(config: "DataConfig") -> Found:
+    """Read scaled latents [N, C, H, W] from .npz (x or latents, y or labels) or .npy (no labels)."""
+    x, label, digest = _stored(config, "latents")
+    if x.ndim != 4 or x.dtype.kind != "f" or 0 in x.shape:
+        raise UserError(
+            f"data: the array is {x.dtype} {list(x.shape)}; expected floats [N, C, H, W]"
+        )
+    _check_floats(x, latents=True)
+    label, classes = check_labels(label, len(x)) if config.labels else (None, None)
+
+    def read(ids: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(x[ids], dtype=np.float32)
+
+    return Found(read, len(x), x.shape[1:], digest, label, classes, latents=True)
+
+
+def _stored(config: "DataConfig", kind: str) -> tuple[np.ndarray, Any, str]:
+    """Open an .npz or .npy file: (x, labels or None, digest). kind: another name for x."""
+    where = f"data.path={config.path}"
+    found = hub.local_files(config.path)
+    if found is None or not Path(config.path).expanduser().is_file():
+        raise UserError(f"{where}: no such file; expected an .npz or .npy file")
+    label = None
+    try:
+        stored = np.load(found[1][0], mmap_mode="r", allow_pickle=False)
+        if isinstance(stored, np.ndarray):
+            x = stored
+            if config.labels:
+                raise UserError(f"data.labels=true: {where} is one array; save x and y as .npz")
+        else:
+            x = stored[_key(stored.files, ("x", kind), where)]
+            if config.labels:
+                label = stored[_key(stored.files, ("y", "labels"), f"data.labels=true: {where}")]
+    except (OSError, EOFError, ValueError, BadZipFile, zlib.error) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where} is no .npz or .npy file of plain numbers: {error}") from None
+    return x, label, hub.digest_files(*found)
+
+
+def _key(held: list[str], names: tuple[str, str], where: str) -> str:
+    fitting = [name for name in names if name in held]
+    if len(fitting) != 1:
+        raise UserError(
+            f"{where}: expected an array {' or '.join(names)}; it holds {', '.join(held) or 'none'}"
+        )
+    return fitting[0]
+
+
+def from_arrays(
+    config: "DataConfig", x: np.ndarray, label: Any, digest: str, classes: int | None = None
+) -> Found:
+    """Check arrays and bring images to [N, C, H, W].
+
+    x: points [N, D] (floats), or images [N, H, W] or [N, H, W, C] (uint8, or floats in [-1, 1]).
+    label: [N] or None; classes: their K where it is known. Raises UserError.
+    """
+    integers = x.dtype == np.uint8
+    if not integers and x.dtype.kind != "f":
+        raise UserError(f"data: the array is {x.dtype}; expected uint8, or floats in [-1, 1]")
+    if x.ndim not in (2, 3, 4) or 0 in x.shape or (x.ndim == 2 and integers):
+        raise UserError(
+            f"data: the array is {x.dtype} {list(x.shape)}; expected images [N, H, W] or "
+            "[N, H, W, C], or points [N, D] (floats)"
+        )
+    if x.ndim == 4 and x.shape[3] not in (1, 3):
+        hint = "; move the channels to the end" if x.shape[1] in (1, 3) else ""
+        raise UserError(
+            f"data: the array is {list(x.shape)}; expected [N, H, W, C] with 1 or 3 channels{hint}"
+        )
+    if not integers:
+        _check_floats(x)
+    if x.ndim > 2:
+        x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
+        channels, *sides = x.shape[1:]
+        size, wanted = config.size, config.channels
+        if (size is not None and sides != [size, size]) or wanted not in (None, channels):
+            if not integers:
+                raise UserError(
+                    f"data.size={size}, data.channels={wanted}: the images are floats of "
+                    f"{list(x.shape[1:])}, used as they are; store uint8 to convert them"
+                )
+            x = _convert(x, size, wanted)
+    elif config.size or config.channels:
+        raise UserError(
+            f"data.size, data.channels: {list(x.shape)} are points, not images; leave out"
+        )
+    label, classes = check_labels(label, len(x), classes) if config.labels else (None, None)
+
+    def read(ids: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(x[ids], dtype=np.uint8 if integers else np.float32)
+
+    return Found(read, len(x), x.shape[1:], digest, label, classes)
+
+
+def _convert(x: np.ndarray, size: int | None, channels: int | None) -> np.ndarray:
+    """Send uint8 [N, C, H, W] through Pillow, image by image."""
+    from PIL import Image
+
+    def one(i: int) -> np.ndarray:
+        image = Image.fromarray(x[i, 0] if x.shape[1] == 1 else x[i].transpose(1, 2, 0))
+        return images.pixels(image, size, channels, f"data: image {i}")
+
+    return np.stack([one(i) for i in range(len(x))])
+
+
+def _check_floats(x: np.ndarray, latents: bool = False) -> None:
+    low, high = math.inf, -math.inf
+    rows = max(1, (1 << 24) // max(1, x[0].size))
+    for start in range(0, len(x), rows):
+        part = x[start : start + rows].astype(np.float32)
+        bad = ~np.isfinite(part).reshape(len(part), -1).all(axis=1)
+        if bad.any():
+            raise UserError(f"data: sample {start + int(bad.argmax())} holds NaN or infinity")
+        low, high = min(low, float(part.min())), max(high, float(part.max()))
+    if x.ndim == 2 or latents:
+        return
+    if low < -1 or high > 1 or low >= 0:
+        way = "2 x - 1" if low >= 0 and high <= 1 else "values moved there"
+        raise UserError(
+            f"data: floats from {low:g} to {high:g}; images are expected in [-1, 1]: store {way}, "
+            "or uint8"
+        )
+
+
+def check_labels(
+    label: np.ndarray, count: int, classes: int | None = None
+) -> tuple[np.ndarray, int]:
+    """Check that labels are 0 to K - 1, and give them as int64 with K.
+
+    classes: K where it is known; otherwise it is the largest label + 1, and none may be unused.
+    Raises UserError.
+    """
+    if label.shape != (count,) or label.dtype.kind not in "iu":
+        raise UserError(
+            f"data: the labels are {label.dtype} {list(label.shape)}; expected {count} integers"
+        )
+    low, high = int(label.min()), int(label.max())
+    if low < 0 or (classes is not None and high >= classes):
+        top = "K - 1" if classes is None else classes - 1
+        raise UserError(f"data: labels from {low} to {high}; expected 0 to {top}")
+    used = np.unique(label)
+    if classes is None and len(used) != high + 1:
+        unused = next(k for k, value in enumerate(used) if k != value)
+        raise UserError(
+            f"data: labels reach {high}, but only {len(used)} values are used, {unused} for one is "
+            "not; number the classes 0 to K - 1"
+        )
+    return label.astype(np.int64), high + 1 if classes is None else classes
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(f"{array.dtype} {list(array.shape)}\n".encode())
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
+
+
+def hugging_face(config: "DataConfig") -> Found:
+    """Read image folders, parquet files, webdataset tars and names on the hub by HF datasets."""
+    import datasets
+
+    rows, digest = hub.open_rows(config.path, config.split, config.subset, config.revision)
+    image = hub.image_column(rows.features, config.image_column)
+    label = hub.label_column(rows.features, config.label_column) if config.labels else None
+    rows = rows.cast_column(image, datasets.Image())
+    digest = digest or hub.digest_rows(rows, image, label)
+    memory = config.memory << 20
+    read = images.Rows(rows, image, config.size, config.channels, memory, config.threads)
+    if label is None:
+        return Found(read, len(rows), read.shape, digest)
+    feature = rows.features[label]
+    known = feature.num_classes if isinstance(feature, datasets.ClassLabel) else None
+    values = np.array(rows.with_format("numpy")[label][:])
+    values, classes = check_labels(values, len(rows), known)
+    return Found(read, len(rows), read.shape, digest, values, classes)
+
+
+SOURCES: dict[str, Callable[["DataConfig"], Found]] = {
+    "digits": digits,
+    "ring": ring,
+    "idx": idx,
+    "npz": npz,
+    "latents": latents,
+    "images": hugging_face,
+}

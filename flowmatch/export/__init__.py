@@ -1,0 +1,1 @@
+"""What is exported to diffusers: the scheduler, the pipeline, the model card."""

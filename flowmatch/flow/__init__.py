@@ -1,0 +1,1 @@
+"""The math: paths, couplings, time grids, solvers, samplers, losses."""

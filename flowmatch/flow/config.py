@@ -1,0 +1,264 @@
+"""The configs of the math: couplings, times, losses, objectives, grids, solvers, samplers."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal, get_args
+
+import pydantic
+
+from flowmatch.config import Config, UserError, option, used
+
+
+class CouplingConfig(Config):
+    """How noise and data are paired in stage one."""
+
+    name: Literal["independent", "optimal_transport"] = option(
+        "independent",
+        "independent: fresh noise for each sample; optimal_transport: within blocks of the batch, "
+        "the noises are dealt out so that the sum of |x1 - x0|^2 is least",
+    )
+    block: int = option(
+        64,
+        "optimal_transport: consecutive positions of the global batch that are matched together; "
+        "the micro-batch of a process must be a multiple of it",
+        ge=2,
+    )
+
+    @pydantic.field_validator("block")
+    @classmethod
+    def _used(cls, value: int, info: pydantic.ValidationInfo) -> int:
+        return used(cls, value, info, "name", "optimal_transport")
+
+
+class TimesConfig(Config):
+    """Which times a training stage sees."""
+
+    name: Literal["uniform", "logit_normal", "u_shape", "noise_heavy"] = option(
+        "uniform", "density of t in [0, 1]"
+    )
+    mean: float = option(0.0, "logit_normal: mean of logit(t)")
+    std: float = option(1.0, "logit_normal: standard deviation of logit(t)", gt=0)
+    a: float = option(4.0, "u_shape: steepness; 0 is uniform, 4 is 2-rectified flow++'s", gt=0)
+    zero: float = option(0.0, "share of times set to exactly t = 0", ge=0, le=1)
+
+    @pydantic.field_validator("mean", "std", "a")
+    @classmethod
+    def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        name = "u_shape" if info.field_name == "a" else "logit_normal"
+        return used(cls, value, info, "name", name)
+
+
+class LossConfig(Config):
+    """How the error of a velocity is weighed."""
+
+    name: Literal["mse", "pseudo_huber", "normalised", "feature"] = option(
+        "mse",
+        "loss on the velocity, per sample; feature: of the data that it leads to, as a classifier "
+        "sees it (reflow only)",
+    )
+    c: float = option(
+        0.5,
+        "pseudo_huber, feature (power=0): where it turns from quadratic to linear, in units of |v|",
+        gt=0,
+    )
+    features: str | None = option(
+        None,
+        "feature: sealed folder of train_classifier, another one than scores the student; or a module's "
+        "file NAME.pt2, by torch.export.save, such as LPIPS's network with your weights (a file you "
+        "trust: torch reads it with pickle)",
+        run=True,
+        validate_default=True,
+    )
+    power: float = option(
+        0.0,
+        "normalised, feature: an error's gradient is divided by (|e|^2 + eps)^p; 1 makes each sample "
+        "weigh the same, 0 is for feature alone, and pseudo-Huber",
+        ge=0,
+        le=1,
+        validate_default=True,
+    )
+    eps: float = option(1e-3, "normalised, feature (power>0): eps, in units of |v|^2", gt=0)
+
+    @pydantic.field_validator("c", "power", "eps")
+    @classmethod
+    def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        field, chosen = str(info.field_name), info.data.get("name")
+        usual = {key: cls.model_fields[key].default for key in ("c", "eps")}
+        if field == "power" and not value and chosen == "normalised":
+            raise ValueError("name=normalised needs one above 0, such as 1")
+        if field == "power" and value and info.data.get("c", usual["c"]) != usual["c"]:
+            raise ValueError(f"with a power there is no c to set; leave c={info.data['c']} out")
+        bare = (chosen, info.data.get("power")) == ("feature", 0)
+        if field == "eps" and bare and value != usual["eps"]:
+            raise ValueError("with power=0 there is no eps to set; leave it out")
+        name = "pseudo_huber" if field == "c" else "normalised"
+        return used(cls, value, info, "name", name, "feature")
+
+    @pydantic.field_validator("features")
+    @classmethod
+    def _named(cls, value: str | None, info: pydantic.ValidationInfo) -> str | None:
+        name = info.data.get("name")
+        if name == "feature" and value is None:
+            raise ValueError(
+                "name=feature needs the sealed folder of a train_classifier stage, or a .pt2"
+            )
+        return used(cls, value, info, "name", "feature")
+
+
+class ObjectiveConfig(Config):
+    """What is learnt."""
+
+    name: Literal["velocity", "meanflow"] = option(
+        "velocity",
+        "velocity; or meanflow, the average velocity u(x, t, r) from t to r, by a second time in the "
+        "network: one step is x1 = x0 + u(x0, 0, 1)",
+    )
+    equal: float = option(0.25, "meanflow: share of samples with r = t, the velocity", ge=0, le=1)
+    end: float = option(
+        0.5,
+        "meanflow: share of samples with r = 1; the rest lies between t and 1, uniform",
+        ge=0,
+        le=1,
+    )
+    step: float = option(
+        0.05,
+        "meanflow: the slope of u along a line is its difference between t - step and t + step; 0 is "
+        "the exact derivative, which is large in a network of sinusoids of 1000 t, and did not train",
+        ge=0,
+        le=0.5,
+    )
+
+    @pydantic.field_validator("equal", "end", "step")
+    @classmethod
+    def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        return used(cls, value, info, "name", "meanflow")
+
+
+class GridConfig(Config):
+    """Where the points of a time grid lie."""
+
+    grid: Literal["uniform", "shift", "sigmoid", "edm", "list"] = option(
+        "uniform",
+        "spacing of the times from 0 to 1; shift: short steps at the noise, as diffusers' flow "
+        "schedulers shift them; sigmoid: short steps at both ends; edm: even in sigma^(1/rho), "
+        "sigma = (1 - t) / t; list: the times in points",
+    )
+    shift: float = option(
+        3.0, "grid=shift: 1 is uniform; larger puts more steps at the noise", gt=0
+    )
+    kappa: float = option(10.0, "grid=sigmoid: steepness; towards 0 it is uniform", gt=0, le=100)
+    rho: float = option(7.0, "grid=edm: larger puts more steps at the data end", gt=0)
+    sigma_min: float = option(0.002, "grid=edm: sigma of the last point before t = 1", gt=0)
+    sigma_max: float = option(80.0, "grid=edm: sigma from which points are laid", gt=0)
+    points: list[float] = option([], "grid=list: its N + 1 times", validate_default=True)
+
+    @pydantic.field_validator("shift", "kappa", "rho", "sigma_min", "sigma_max")
+    @classmethod
+    def _of_grid(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        grid = {"shift": "shift", "kappa": "sigmoid"}.get(str(info.field_name), "edm")
+        return used(cls, value, info, "grid", grid)
+
+    @pydantic.field_validator("sigma_max")
+    @classmethod
+    def _ordered(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        if value <= info.data.get("sigma_min", 0):
+            raise ValueError(f"expected more than sigma_min={info.data['sigma_min']}")
+        return value
+
+    @pydantic.field_validator("points")
+    @classmethod
+    def _listed(cls, value: list[float], info: pydantic.ValidationInfo) -> list[float]:
+        used(cls, value, info, "grid", "list")
+        if info.data.get("grid") == "list":
+            check_times(value)
+            if (value[0], value[-1]) != (0, 1):
+                raise ValueError("expected times from 0 to 1")
+        return value
+
+
+def check_times(points: Sequence[float]) -> None:
+    """Raise UserError unless times are two or more, strictly monotone, in [0, 1]."""
+    steps = [after - before for before, after in pairwise(points)]
+    if not steps or not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):
+        raise UserError(f"grid={list(points)}: expected at least two strictly monotone times")
+    if min(points) < 0 or max(points) > 1:
+        raise UserError(f"grid={list(points)}: expected times in [0, 1]")
+
+
+EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 1}  # of v, a step
+
+
+Fixed = Literal["euler", "midpoint", "heun", "rk4", "ab2"]  # solvers that take the steps of a grid
+
+
+FIXED = get_args(Fixed)
+
+
+class SolverConfig(GridConfig):
+    """How an ODE is solved, from noise to data."""
+
+    name: Literal[Fixed, "dopri5"] = option(
+        "heun", "ODE solver; dopri5 chooses its own steps, by rtol and atol"
+    )
+    steps: int = option(
+        32,
+        "steps from noise to data, all but dopri5; evaluations a step: euler, ab2 1, midpoint, "
+        "heun 2, rk4 4",
+        validate_default=True,
+        ge=1,
+    )
+    rtol: float = option(1e-5, "dopri5: error a step, relative to the state", gt=0, lt=1)
+    atol: float = option(1e-5, "dopri5: error a step, absolute", gt=0, lt=1)
+    state: Literal["float32", "float64"] = option(
+        "float32", "dtype of the state that is integrated"
+    )
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _own_steps(cls, value: str, info: pydantic.ValidationInfo) -> str:
+        if value == "dopri5" and info.data.get("grid", "uniform") != "uniform":
+            raise ValueError(f"it chooses its own steps; leave out grid={info.data['grid']}")
+        return value
+
+    @pydantic.field_validator("rtol", "atol")
+    @classmethod
+    def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        return used(cls, value, info, "name", "dopri5")
+
+    @pydantic.field_validator("steps")
+    @classmethod
+    def _as_listed(cls, value: int, info: pydantic.ValidationInfo) -> int:
+        listed = len(info.data.get("points", [])) - 1
+        if info.data.get("grid") == "list" and listed > 0 and value != listed:
+            raise ValueError(
+                f"points lists {listed + 1} times, which make {listed} steps; set that"
+            )
+        return value
+
+    @property
+    def evaluations(self) -> int | None:
+        """Evaluations of the velocity in one integration; None where dopri5 decides."""
+        return None if self.name == "dopri5" else self.steps * EVALUATIONS[self.name]
+
+
+class SamplerConfig(GridConfig):
+    """How samples are drawn in a given number of steps."""
+
+    name: Literal[Fixed, "sde", "ddim", "ddpm", "renoise", "anchored"] = option(
+        "euler",
+        "an ODE solver, or a sampler that adds noise (sde, ddim, ddpm: before reflow), or anchored "
+        "(after reflow)",
+    )
+    c: float = option(1.0, "sde: diffusion w^2 = 2 c (1 - t); 0 is Euler", ge=0, le=2)
+    eta: float = option(
+        0.0,
+        "ddim: share of noise that is fresh; 0 is Euler, 1 ddpm",
+        ge=0,
+        le=1,
+        validate_default=True,
+    )
+
+    @pydantic.field_validator("c", "eta")
+    @classmethod
+    def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        return used(cls, value, info, "name", {"c": "sde", "eta": "ddim"}[str(info.field_name)])

@@ -1,0 +1,1 @@
+"""Networks, and the velocity that they predict."""

@@ -1,0 +1,28 @@
+"""Digests of modules and networks: sha256 over weights and config."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def module_digest(module: nn.Module) -> str:
+    """Hash a module's state: name, dtype, shape and bytes in name order; hexadecimal sha256."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def network_digest(net: Any) -> str:
+    """Hash a network: name, dtype, shape and bytes of its state in name order, and its config.
+
+    Keys of the config that start with `_` (paths, versions) are left out.
+    """
+    config = {key: value for key, value in dict(net.config).items() if not key.startswith("_")}
+    text = module_digest(net) + json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,130 @@
+"""Teachers: where the velocity of stage 2, and the start of stage 3, comes from."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowmatch.config import NotReady, UserError
+from flowmatch.models import networks, two_time
+from flowmatch.models.diffusion import (
+    Diffusion,
+    DiffusionVelocity,
+    own_classes,
+    read_index,
+    read_pipeline,
+)
+from flowmatch.models.digest import network_digest
+from flowmatch.models.velocity import Velocity, classes_of, sample_shape
+from flowmatch.runs import manifest
+
+TRAINED = ("train_flow", "reflow")
+NETS = ("net", "net_2")  # folders of a training stage: the EMA weights, and those of a second width
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A network with what is known of it."""
+
+    net: Any  # a diffusers model, float32, eval mode
+    digest: str  # of weights and config, and of the diffusion that they were trained on
+    round: int  # 0 after independent coupling, k after k reflows
+    diffusion: Diffusion | None = None  # None: a flow model, of diffusers' convention
+    one_step: bool = False  # trained at t = 0 alone: what it says at other times means nothing
+    features: tuple[str, ...] = ()  # sha256 of each classifier through which a loss of it looked
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample, [C, H, W] or [D]."""
+        return sample_shape(self.net)
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes K, or None."""
+        return classes_of(self.net) if self.diffusion is None else own_classes(self.net)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest of its pairs says of a teacher that is no plain flow model."""
+        facts: dict[str, Any] = {"features": sorted(self.features)} if self.features else {}
+        if self.diffusion is not None:
+            facts |= {"diffusion": self.diffusion.facts, "span": list(self.velocity().span)}
+        return facts
+
+    @property
+    def two_times(self) -> bool:
+        """Tell whether it gives average velocities, from one time to another (MeanFlow)."""
+        return self.diffusion is None and two_time.argument(self.net) is not None
+
+    def check_teaches(self, key: str) -> None:
+        """Raise UserError where it has no flow to follow."""
+        if self.one_step:
+            raise UserError(
+                f"{key}= is for one step only: it was trained at t = 0 alone (times.zero=1) and has no "
+                "flow to follow; name the reflow that it started from"
+            )
+
+    def velocity(self, guidance: float = 1.0) -> Velocity:
+        """Build its velocity field. Raises UserError where it cannot be guided."""
+        if self.diffusion is None:
+            return Velocity(self.net, guidance)
+        return DiffusionVelocity(self.net, self.diffusion, guidance)
+
+
+def run_of(folder: str | os.PathLike[str]) -> tuple[Path, str]:
+    """Give the run folder that a path names, itself or by one of its networks, and that network."""
+    folder = Path(folder)
+    if folder.name in NETS and manifest.sealed(folder.parent):
+        return folder.parent, folder.name
+    return folder, NETS[0]
+
+
+def load(path: str | os.PathLike[str], key: str) -> Teacher:
+    """Load a teacher from the run folder of a training stage, or from what diffusers saved.
+
+    A run folder must be sealed, and gives its EMA weights (`net/`), whose hashes are checked; where it
+    keeps a second width, its folder `net_2` is named itself. A diffusers pipeline (folder or hub name)
+    is a flow model or a diffusion model as its scheduler says; a lone diffusers model is taken as a
+    flow model of diffusers' convention: timestep 1000 sigma, output noise - data. Raises UserError
+    naming `key`; NotReady for a folder that is not there or not sealed.
+    """
+    folder = Path(path)
+    if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):  # a hub name
+        try:
+            index = read_index(path, key)
+        except NotReady:
+            return _flow(networks.load(path, key))
+        return _pipeline(path, key, index)
+    run, name = run_of(folder)
+    if (folder / "model_index.json").is_file() and not manifest.sealed(folder):
+        return _pipeline(path, key, read_index(path, key))
+    if (folder / "config.json").is_file() and run == folder:
+        return _flow(networks.load(path, key))
+    sealed = manifest.read(run, key, TRAINED)
+    manifest.verify(run, key, sealed)
+    facts, net = sealed["facts"], networks.load(run / name, key)
+    return Teacher(
+        net,
+        network_digest(net),
+        facts["round"],
+        one_step=facts.get("one_step", False),
+        features=tuple(facts.get("features", ())),
+    )
+
+
+def _flow(net: Any) -> Teacher:
+    return Teacher(net, network_digest(net), 0)
+
+
+def _pipeline(path: str | os.PathLike[str], key: str, index: dict[str, Any]) -> Teacher:
+    net, diffusion = read_pipeline(path, key, index)
+    if diffusion is None:
+        return _flow(net)
+    if net.config.out_channels not in (net.config.in_channels, 2 * net.config.in_channels):
+        raise UserError(
+            f"{key}={path}: its network gives {net.config.out_channels} channels for "
+            f"{net.config.in_channels}; expected as many, or twice as many (with a variance)"
+        )
+    facts = {"net": network_digest(net), "diffusion": diffusion.facts}
+    return Teacher(net, manifest.fingerprint(facts), 0, diffusion)

@@ -1,0 +1,279 @@
+"""The pair store in training: any pair by its number, straight from memory-mapped tars.
+
+Where a pair lies is arithmetic over the manifest's layout, so ten million pairs open at once and a
+batch of any order is one gather. Of a set in an object store, whole tars are fetched to a local folder
+(`flowmatch.cache`) and mapped there.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from flowmatch.config import UserError
+from flowmatch.flow.noise import GroupedOrder, Order
+from flowmatch.pairs.cache import Cache, default_folder, repair, room
+from flowmatch.pairs.layout import PROMPT, Layout, head_bytes, npy_header, read_prompts
+from flowmatch.pairs.shards import tar_name
+from flowmatch.runs import manifest, storage
+from flowmatch.runs.storage import Bucket, Place
+
+SHOWN = 8  # damaged shards that an error names one by one
+TEXTS = 256  # blocks whose prompts are kept as read
+
+
+class PairData(Dataset[dict[str, Any]]):
+    """Read the pairs of a sealed folder or URL, by number from 0 to count - 1.
+
+    Pair i is pair i % shard_size of shard i // shard_size. Tars are mapped when first touched, in
+    each process anew; the mappings hold no file descriptors. Raises UserError, naming each shard,
+    where one is missing or has another size than its layout says.
+    """
+
+    def __init__(
+        self,
+        folder: Place,
+        key: str = "pairs",
+        group: int = 0,
+        cache: str | os.PathLike[str] | None = None,
+        cache_gb: float | None = None,
+    ):
+        """Open the folder or URL that the config's `key` names.
+
+        group: shards that `order` shuffles together, 0 for all. Of a URL: cache: folder for its tars
+        (default: in the user's cache folder); cache_gb: 10^9 bytes that they may take there (default:
+        nine tenths of what is free).
+        """
+        self.folder, self.key, self.group = storage.at(folder), key, group
+        given = {"cache": cache, "cache_gb": cache_gb}
+        useless = [f"{name}={value}" for name, value in given.items() if value is not None]
+        if useless and not isinstance(self.folder, Bucket):
+            raise UserError(
+                f"{key}={folder}: {', '.join(useless)}: a local folder is read where it is; leave "
+                "this out, or give the URL of a store"
+            )
+        self.sealed, self.digest = manifest.read_hashed(self.folder, key, ["generate_pairs"])
+        facts = self.sealed["facts"]
+        try:
+            self.layout = Layout(**facts["layout"])
+            self.shards, count = int(facts["shards"]), int(facts["count"])
+        except (KeyError, TypeError, OverflowError, ValueError) as error:
+            raise UserError(f"{key}={folder} is not a folder of pairs: {error!r}") from None
+        if self.shards < 1 or count != self.shards * self.layout.shard_size:
+            raise UserError(
+                f"{key}={folder}: its manifest tells of {count} pairs; expected shards="
+                f"{self.shards} x shard_size={self.layout.shard_size}, 1 shard at least; {self._repair}"
+            )
+        self._check_sizes()
+        self._checked = np.zeros(self.shards * self.layout.blocks, dtype=bool)
+        self._full = self._heads(0)
+        self._last = self._heads(self.layout.blocks - 1)
+        self._maps: dict[int, np.ndarray] = {}
+        self._texts: dict[int, list[str]] = {}
+        self._ready: tuple[range, int] | None = None
+        self.cache: Cache | None = None
+        self.takes_what_is_free = cache_gb is None
+        if isinstance(self.folder, Bucket):
+            place = Path(cache or default_folder()) / self.digest[:16]
+            limit = room(place) if cache_gb is None else int(cache_gb * 1e9)
+            size = self.layout.tar_bytes
+            self.cache = Cache(self.folder, place, limit // size, size, self.sealed["outputs"])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Give the shape of one x0 or x1."""
+        return self.layout.shape
+
+    @property
+    def has_labels(self) -> bool:
+        """Tell whether pairs carry class labels."""
+        return self.layout.labels
+
+    @property
+    def has_prompts(self) -> bool:
+        """Tell whether pairs carry prompts."""
+        return self.layout.prompt_bytes > 0
+
+    @property
+    def _repair(self) -> str:
+        return repair(self.folder)
+
+    def __len__(self) -> int:
+        """Count the pairs."""
+        return self.shards * self.layout.shard_size
+
+    def batch(self, ids: np.ndarray | Sequence[int]) -> dict[str, Any]:
+        """Gather pairs: x0, x1 float32 [B, *shape] and, where there are such, label int64 [B], prompt.
+
+        ids: [B] integers, in any order. prompt: a list of B strings. Raises IndexError for an id that is
+        not there, UserError for a tar whose content is not what its place says.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        if not ids.size or ids.min() < 0 or ids.max() >= len(self):
+            raise IndexError(
+                f"{self.key}: expected one or more ids from 0 to {len(self) - 1}: {ids}"
+            )
+        shards, index = np.divmod(ids, self.layout.shard_size)
+        self._check_blocks(shards, index // self.layout.block)
+        tars = [self._map(k) for k in shards.tolist()]
+        gathered: dict[str, Any] = {}
+        for name, starts in self.layout.offsets(index).items():
+            if name in ("i", PROMPT):  # i: the pair's own number
+                continue
+            dtype, size = self.layout.members[name]
+            parts = [tar[a : a + size] for tar, a in zip(tars, starts.tolist(), strict=True)]
+            values = torch.from_numpy(np.concatenate(parts).view(dtype))
+            gathered[name] = values if name == "y" else values.view(-1, *self.shape).float()
+        if self.has_labels:
+            gathered["label"] = gathered.pop("y")
+        if self.has_prompts:
+            blocks, rows = np.divmod(index, self.layout.block)
+            places = zip(shards.tolist(), blocks.tolist(), rows.tolist(), strict=True)
+            gathered[PROMPT] = [self._prompts(k, block)[row] for k, block, row in places]
+        return gathered
+
+    def order(self, seed: int) -> Order | GroupedOrder:
+        """Make the endless shuffled order in which pairs are trained on."""
+        if not self.group:
+            return Order(len(self), seed)
+        return GroupedOrder(self.shards, self.layout.shard_size, self.group, seed)
+
+    def check_room(self, share: int) -> None:
+        """Raise UserError where the cache cannot hold what `share` pairs in their order touch."""
+        if self.cache is None:
+            return
+        apart = max(share - 2, 0) // self.layout.shard_size  # shards of groups between two others
+        need = min(self.shards, 2 * self.group + apart) if self.group else self.shards
+        if need <= self.cache.capacity:
+            return
+        entry, size = self.key.removesuffix(".path"), self.layout.tar_bytes
+        ways = [f"{entry}.cache_gb={need * size / 1e9:.3g} or more"]
+        if (most := (self.cache.capacity - apart) // 2) > 0:
+            ways.append(f"{entry}.group={most} or less")
+        together = f"{self.group} together (group)" if self.group else "all together (group=0)"
+        raise UserError(
+            f"{self.key}={self.folder}: its {self.shards} shards of {size / 1e6:,.1f} MB are shuffled "
+            f"{together}, so {need} must be at hand; the cache at {self.cache.folder} has room for "
+            f"{self.cache.capacity}; give {', or '.join(ways)}"
+        )
+
+    def prepare(self, order: Order | GroupedOrder, counters: np.ndarray) -> None:
+        """Have at hand what the counters will touch, and begin to fetch the group after them."""
+        if self.cache is None:
+            return
+        span = order.span(counters) if isinstance(order, GroupedOrder) else range(0)
+        if self._ready == (span, order.seed):
+            return
+        if isinstance(order, GroupedOrder):
+            now = list(dict.fromkeys(k for number in span for k in order.members(number).tolist()))
+            ahead = [k for k in order.members(span.stop).tolist() if k not in now]
+        else:
+            now, ahead = list(range(self.shards)), []
+        ahead = ahead[: max(self.cache.capacity - len(now), 0)]
+        self._maps = {k: tar for k, tar in self._maps.items() if k in now}
+        self.cache.keep = {tar_name(k) for k in [*now, *ahead]}
+        self.cache.fetch(tar_name(k) for k in [*now, *ahead])
+        for k in now:  # mapped, a tar stays readable even where another process evicts it
+            self._map(k)
+        self._ready = (span, order.seed)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Read one pair, without batch dimension."""
+        return {name: values[0] for name, values in self.batch([i]).items()}
+
+    def __getitems__(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """Read pairs by one gather, as the list that a stock DataLoader collates."""
+        gathered = self.batch(ids)
+        return [{name: values[j] for name, values in gathered.items()} for j in range(len(ids))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the mappings behind: another process makes its own."""
+        return self.__dict__ | {"_maps": {}, "_texts": {}, "_ready": None}
+
+    def _prompts(self, k: int, block: int) -> list[str]:
+        """Read the prompts of a block, of those read last once only."""
+        number = k * self.layout.blocks + block
+        if number not in self._texts:
+            pairs = int(self.layout.pairs(block))
+            start = int(self.layout.offsets(block * self.layout.block)[PROMPT])
+            content = self._map(k)[start : start + pairs * self.layout.prompt_bytes].tobytes()
+            try:
+                texts = read_prompts(content, pairs)
+            except ValueError as error:
+                raise UserError(
+                    f"{self.key}: {self.folder / tar_name(k)} is damaged: "
+                    f"{self.layout.member(k, block, PROMPT)} {error}; {self._repair}"
+                ) from None
+            while len(self._texts) >= TEXTS:
+                del self._texts[next(iter(self._texts))]
+            self._texts[number] = texts
+        return self._texts[number]
+
+    def _map(self, k: int) -> np.ndarray:
+        """Map the tar of shard k; uint8 [bytes]."""
+        if k not in self._maps:
+            # A private mapping; torch closes the file at once, while mmap.mmap and np.memmap keep a
+            # descriptor each and a thousand shards would meet the usual limit.
+            size = self.layout.tar_bytes
+            if self.cache is None:
+                path, held = os.fspath(self.folder / tar_name(k)), None
+            else:
+                held = self.cache.open(tar_name(k))
+                path = f"/proc/self/fd/{held}"  # another process may evict the name this moment
+                while len(self._maps) >= max(self.cache.capacity, 1):
+                    del self._maps[next(iter(self._maps))]
+            try:
+                mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+            finally:
+                if held is not None:
+                    os.close(held)
+            self._maps[k] = mapped.numpy()
+        return self._maps[k]
+
+    def _check_sizes(self) -> None:
+        faults, expected = [], self.layout.tar_bytes
+        names = [tar_name(k) for k in range(self.shards)]
+        for name, size in zip(names, self.folder.sizes(names), strict=True):
+            path = self.folder / name
+            if size is None:
+                faults.append(f"{self.key}: {path} is missing; {self._repair}")
+            elif size != expected:
+                faults.append(
+                    f"{self.key}: {path} has {size} bytes, expected {expected}; {self._repair}"
+                )
+        if len(faults) > SHOWN:
+            faults[SHOWN:] = [f"{self.key}: and {len(faults) - SHOWN} more shards; {self._repair}"]
+        if faults:
+            raise UserError(faults)
+
+    def _heads(self, block: int) -> list[tuple[str, int, bytes]]:
+        """List the members of a block: name, offset of the values in the block, .npy header."""
+        begin, pairs = block * self.layout.block_bytes, int(self.layout.pairs(block))
+        places = self.layout.offsets(block * self.layout.block)
+        return [
+            (name, int(place) - begin, npy_header(self.layout, name, pairs))
+            for name, place in places.items()
+        ]
+
+    def _check_blocks(self, shards: np.ndarray, blocks: np.ndarray) -> None:
+        """Compare the headers of blocks at their first touch with what the layout expects."""
+        numbers = shards * self.layout.blocks + blocks
+        for number in np.unique(numbers[~self._checked[numbers]]).tolist():
+            k, block = divmod(number, self.layout.blocks)
+            tar, begin = self._map(k), block * self.layout.block_bytes
+            for name, start, npy in self._last if block + 1 == self.layout.blocks else self._full:
+                start += begin
+                first = start - head_bytes(name)
+                head = tar[first:start].tobytes()
+                member = self.layout.member(k, block, name)
+                if head.startswith(f"{member}\0".encode()) and head.endswith(npy):
+                    continue
+                raise UserError(
+                    f"{self.key}: {self.folder / tar_name(k)} is damaged: at byte {first} "
+                    f"expected the header of {member}; {self._repair}"
+                )
+            self._checked[number] = True

@@ -1,0 +1,1 @@
+"""What every stage needs: its process, its command line, its run folder, its manifest."""

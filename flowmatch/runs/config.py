@@ -1,0 +1,22 @@
+"""What every stage has, and the exit codes of a stage."""
+
+import errno
+from typing import Literal
+
+from flowmatch.config import Config, option, required
+
+PREEMPTED = 75  # EX_TEMPFAIL: what a stage exits with after SIGTERM, its work saved
+
+USER_ERROR = 2
+
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class StageConfig(Config):
+    """What every stage has."""
+
+    run_dir: str = required("the stage's own folder, made if absent", run=True)
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "where networks run; auto takes a GPU where there is one", run=True
+    )
+    seed: int = option(0, "key of every random number of the stage", ge=0, lt=2**63)

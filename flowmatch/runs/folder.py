@@ -1,0 +1,227 @@
+"""An open stage folder: the lock, the checkpoints, the metrics, and at last the seal."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from flowmatch import config as configs
+from flowmatch.config import UserError
+from flowmatch.runs import manifest, storage
+from flowmatch.runs.config import PREEMPTED, StageConfig
+from flowmatch.runs.files import sync_folder, worker, write_atomic
+from flowmatch.runs.process import leads, say
+from flowmatch.runs.storage import Store
+
+S = TypeVar("S", bound=StageConfig)
+
+
+class RunFolder:
+    """An open stage folder: locked against a second process, with checkpoints and metrics.
+
+    Used as a context manager. With several processes rank 0 holds the lock and writes; the others
+    read. SIGTERM sets `stop`, for the loop to save and leave with `preempted`.
+    """
+
+    def __init__(self, name: str, config: StageConfig, inputs: Mapping[str, str]):
+        self.name, self.config, self.inputs = name, config, dict(inputs)
+        self.folder = Path(config.run_dir)
+        self.stop = False
+        self._lock: Any = None
+
+    def __enter__(self) -> "RunFolder":
+        if leads():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            write_config(self.config, self.inputs)
+        self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+        if self._lock is not None:
+            self._lock.close()
+
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        self.stop = True
+
+    def _hold(self) -> None:
+        """Take the lock, which the system gives back when its holder dies, however it dies."""
+        path = self.folder / ".lock"
+        self._lock = open(path, "a+")  # noqa: SIM115 (held until the run ends)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if not isinstance(error, BlockingIOError | PermissionError):
+                self._lock.close()
+                raise UserError(
+                    f"run_dir={self.folder}: its file system takes no locks ({error.strerror}), "
+                    "which keep two processes apart; mount it so (Lustre: -o flock), or use another"
+                ) from None
+            holder = path.read_text().strip() or "another process"
+            self._lock.close()
+            raise UserError(
+                f"run_dir={self.folder} is held by {holder}; wait for it or use another run_dir"
+            ) from None
+        self._lock.truncate(0)
+        host, _, number = worker().rpartition(".")
+        self._lock.write(f"process {number} on {host}\n")
+        self._lock.flush()
+
+    def preempted(self) -> None:
+        """Leave after SIGTERM: everything is saved, the same command resumes."""
+        say(f"{self.name}: stopped by SIGTERM; repeat the command to resume")
+        sys.exit(PREEMPTED)
+
+    # Checkpoints: a folder `checkpoints/step_%08d` appears whole (by rename) or not at all.
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> None:
+        """Write a checkpoint (rank 0). tensors: file stem -> name -> tensor."""
+        from safetensors.torch import save_file
+
+        parent = self.folder / "checkpoints"
+        parent.mkdir(exist_ok=True)
+        for leftover in parent.glob("*.tmp"):
+            shutil.rmtree(leftover)
+        final = parent / f"step_{step:08d}"
+        if final.exists():
+            return
+        temporary = final.with_suffix(".tmp")
+        temporary.mkdir()
+        for stem, group in tensors.items():
+            file = temporary / f"{stem}.safetensors"
+            save_file({name: t.detach().contiguous() for name, t in group.items()}, file)
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        sync_folder(temporary)
+        os.rename(temporary, final)
+        sync_folder(parent)
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old)
+
+    def checkpoints(self) -> list[Path]:
+        """List the complete checkpoints, oldest first."""
+        return sorted((self.folder / "checkpoints").glob("step_" + "[0-9]" * 8))
+
+    def restore(self) -> tuple[int, dict[str, dict[str, Tensor]]]:
+        """Read the newest checkpoint: (step, tensors), on the CPU; (0, {}) where there is none."""
+        from safetensors.torch import load_file
+
+        found = self.checkpoints()
+        if not found:
+            return 0, {}
+        tensors = {file.stem: load_file(file) for file in sorted(found[-1].glob("*.safetensors"))}
+        return int(found[-1].name.removeprefix("step_")), tensors
+
+    # Metrics: one JSON object a line, in the order of the steps.
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines after a step, which a resumed run will write again (rank 0)."""
+        path = self.folder / "metrics.jsonl"
+        if path.is_file():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
+            write_atomic(path, "".join(kept))
+
+    def log(self, step: int, **values: float) -> None:
+        """Append one line to metrics.jsonl (rank 0)."""
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+
+    def seal(self, outputs: list[str], **facts: Any) -> None:
+        """Write the manifest: the stage is done (rank 0)."""
+        manifest.seal(
+            self.folder,
+            stage=self.name,
+            config=configs.content(self.config),
+            inputs=self.inputs,
+            outputs=outputs,
+            **facts,
+        )
+        say(f"{self.name}: sealed {self.folder}")
+
+
+def _step(line: str) -> int:
+    return int(json.loads(line)["step"])
+
+
+def begin(
+    name: str,
+    config: StageConfig,
+    inputs: Mapping[str, str],
+    plan: list[str],
+    dry_run: bool,
+    unfinished: Callable[[], bool] | None = None,
+) -> bool:
+    """Hold the folder against the config, print the plan, and tell whether there is work to do.
+
+    unfinished: given by a stage whose sealed folder may be reopened; tells whether it lacks
+    something, and then unseals it. Raises UserError where the folder was made with other content,
+    listing the keys, or where a sealed file has changed.
+    """
+    folder = storage.at(config.run_dir)
+    if unfinished is None and storage.is_url(folder):
+        raise UserError(f"run_dir={folder}: only pairs go into a store; use a local folder")
+    sealed = manifest.find(folder, "run_dir", (name,))
+    if sealed is not None:
+        before = configs.complete(sealed["config"], type(config))
+        _refuse_other(folder, before, sealed["inputs"], config, inputs)
+        if unfinished is None:
+            manifest.verify(folder, "run_dir", sealed)
+        if unfinished is None or not unfinished():
+            say(f"{name}: {folder} is sealed: nothing to do")
+            return False
+    early = folder.read_all(["config.yaml"])[0]
+    if early is not None:
+        written, before_inputs = read_config(folder, early, type(config))
+        _refuse_other(folder, configs.content(written), before_inputs, config, inputs)
+    if dry_run:
+        say(configs.dump(config))
+    for line in plan:
+        say(f"{name}: {line}")
+    if sealed is not None and not dry_run:
+        folder.remove(manifest.NAME)
+    return not dry_run
+
+
+def _refuse_other(
+    folder: Store, old: Any, old_inputs: Any, config: StageConfig, inputs: Mapping[str, str]
+) -> None:
+    changed = configs.differences(old, configs.content(config))
+    changed += [f"(input) {line}" for line in configs.differences(old_inputs, dict(inputs))]
+    if changed:
+        way_out = "set them back, or use another run_dir"
+        raise UserError(
+            [f"run_dir={folder} was made with other settings; {way_out}:"]
+            + [f"  {line}" for line in changed]
+        )
+
+
+def read_config(folder: Store, text: bytes, model: type[S]) -> tuple[S, dict[str, str]]:
+    """Read the text of a run folder's config.yaml, and the digests of its inputs."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(text)
+        inputs = values.pop("inputs")
+        return configs.validate(model, values), inputs
+    except (yaml.YAMLError, KeyError, AttributeError, UserError) as error:
+        raise UserError(
+            f"run_dir={folder}: config.yaml is not one that this stage wrote ({error}); "
+            "use another run_dir"
+        ) from None
+
+
+def write_config(config: StageConfig, inputs: Mapping[str, str]) -> None:
+    """Write config.yaml: the resolved config, and the digests of the inputs under `inputs`."""
+    lines = ["inputs:"] if inputs else ["inputs: {}"]
+    lines += [f"  {name}: {digest}" for name, digest in sorted(inputs.items())]
+    text = configs.dump(config) + "\n".join(lines) + "\n"
+    storage.at(config.run_dir).write("config.yaml", text)

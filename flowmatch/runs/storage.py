@@ -1,0 +1,255 @@
+"""Where a set of pairs lies: a local folder, or a prefix of an object store that fsspec reaches.
+
+Both are asked for the same few things, by name relative to the place. A file appears whole or not at
+all: locally by a temporary name and a rename; in a store by one PUT of what was built in local scratch
+(TMPDIR says where). Nothing is ever streamed into an object: a client that fails in the middle of
+`with fs.open(url, "wb")` commits the half of it.
+"""
+
+import errno
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from flowmatch.config import UserError
+from flowmatch.runs.files import Folder, worker
+
+EXCLUSIVE = {"s3", "s3a", "memory"}  # whose client creates an object only where there is none
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what this machine's disk refuses, not the store
+CONFLICT = "ConditionalRequestConflict"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A prefix of an object store. What its client raises becomes a UserError that names the object."""
+
+    url: str
+    fs: Any = field(repr=False)
+    root: str = field(repr=False)
+    exclusive: bool = False  # whether `create` is: without it there are no leases
+    kept: dict[str, tuple[str, bytes]] = field(default_factory=dict, repr=False)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return at, (self.url,)  # another process has a client of its own
+
+    def __truediv__(self, name: str) -> str:
+        """Say where an object is."""
+        return f"{self.url}/{name}"
+
+    @property
+    def name(self) -> str:
+        """Give the last part of the place."""
+        return self.root.rpartition("/")[2]
+
+    def beside(self, name: str) -> "Bucket":
+        """Give the prefix of that name beside this one."""
+        return _bucket(f"{self.url.rpartition('/')[0]}/{name}", os.getpid())
+
+    @property
+    def scratch(self) -> Path:
+        """Name the local folder in which files are built; made here."""
+        key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        folder = Path(tempfile.gettempdir()) / f"flowmatch-{os.getuid()}" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def make(self, *parts: str) -> None:
+        """Do nothing: an object store has no folders."""
+
+    def exists(self) -> bool:
+        """Tell whether there is anything under the prefix."""
+        return bool(self._list("", directories=True))
+
+    def names(self, part: str = "") -> list[str]:
+        """List the objects directly under the prefix, or under a part of it; sorted, and fresh."""
+        return sorted(self._list(part))
+
+    def sizes(self, names: Sequence[str]) -> list[int | None]:
+        """Give the bytes of some objects; None for one that is not there."""
+        if len(names) == 1:
+            with self._asking(names[0]):
+                try:
+                    return [int(self.fs.info(self._path(names[0]))["size"])]
+                except FileNotFoundError:
+                    return [None]
+        infos = self._infos(names)
+        return [infos[name]["size"] if name in infos else None for name in names]
+
+    def read(self, name: str) -> bytes:
+        """Read an object; raises FileNotFoundError."""
+        with self._asking(name):
+            return self.fs.cat_file(self._path(name))
+
+    def read_all(self, names: Sequence[str]) -> list[bytes | None]:
+        """Read some small objects, many at once; None for one that is not there.
+
+        What a listing shows unchanged since the last time is not read again.
+        """
+        if len(names) == 1:
+            try:
+                return [self.read(names[0])]
+            except FileNotFoundError:
+                return [None]
+        stamps = {name: str(sorted(info.items())) for name, info in self._infos(names).items()}
+        kept = {n: self.kept[n] for n in stamps if self.kept.get(n, ("",))[0] == stamps[n]}
+        stale = [n for n in stamps if n not in kept]
+        with self._asking(f"{len(stale)} objects"):
+            found = self.fs.cat([self._path(n) for n in stale], on_error="return") if stale else {}
+        for name in stale:
+            data = found.get(self._path(name))
+            if isinstance(data, bytes):
+                kept[name] = (stamps[name], data)
+            elif not isinstance(data, FileNotFoundError):
+                raise self._error(name, data)
+        self.kept.update(kept)  # other threads read as well
+        return [kept[n][1] if n in kept else None for n in names]
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[BinaryIO]:
+        """Fetch an object whole, and open it; raises FileNotFoundError."""
+        copy = self.scratch / f"{name}.tmp.{worker()}"
+        try:
+            self.fetch(name, copy)
+            with open(copy, "rb") as file:
+                yield file
+        finally:
+            copy.unlink(missing_ok=True)
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy an object to a local file; raises FileNotFoundError. On an error the file is partial."""
+        with self._asking(name):
+            self.fs.get_file(self._path(name), str(target))
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """Write an object, whole."""
+        data = content.encode() if isinstance(content, str) else content
+        with self._asking(name, writing=True):
+            self.fs.pipe_file(self._path(name), data)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write an object where there is none; tell whether there was none."""
+        with self._asking(name, writing=True):
+            try:
+                self.fs.pipe_file(self._path(name), content, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:  # S3 where another creates or removes it at the same time
+                if CONFLICT not in str(error.__cause__):
+                    raise
+                return False
+        return True
+
+    def put(self, built: Path, name: str) -> None:
+        """Copy a file of `scratch` into the store, whole."""
+        with self._asking(name, writing=True):
+            self.fs.put_file(str(built), self._path(name))
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if it is there."""
+        with self._asking(name):
+            try:
+                self.fs.rm_file(self._path(name))
+            except FileNotFoundError:
+                return
+
+    def move(self, name: str, target: str) -> None:
+        """Rename an object: copy, then remove."""
+        with self._asking(name, writing=True):
+            self.fs.cp_file(self._path(name), self._path(target))
+            self.fs.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}"
+
+    def _list(self, part: str, directories: bool = False) -> dict[str, dict[str, Any]]:
+        path = f"{self.root}/{part}".rstrip("/")
+        with self._asking(part or "its listing"):
+            try:
+                self.fs.invalidate_cache(path)
+                infos = self.fs.ls(path, detail=True)
+            except FileNotFoundError:
+                return {}
+        names = {info["name"].rstrip("/").rpartition("/")[2]: info for info in infos}
+        return {n: i for n, i in names.items() if directories or i.get("type") == "file"}
+
+    def _infos(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Look up some objects by one listing of each folder they are in."""
+        parts = {name.rpartition("/")[0] for name in names}
+        here = {
+            f"{part}/{name}" if part else name: info
+            for part in parts
+            for name, info in self._list(part).items()
+        }
+        return {name: here[name] for name in names if name in here}
+
+    @contextmanager
+    def _asking(self, name: str, writing: bool = False) -> Iterator[None]:
+        """Say which object it was about, whatever the client raises.
+
+        What passes as it is: FileNotFoundError of reads, and a full disk here.
+        """
+        try:
+            yield
+        except FileNotFoundError as error:
+            if not writing:
+                raise
+            raise self._error(name, error) from error
+        except UserError:
+            raise
+        except Exception as error:  # each client has its own kinds, which share no base
+            if isinstance(error, OSError) and error.errno in DISK:
+                raise
+            raise self._error(name, error) from error
+
+    def _error(self, name: str, error: Any) -> UserError:
+        told = " ".join(str(error).split()) or repr(error)
+        return UserError(
+            f"{self / name}: the store refuses ({type(error).__name__}: {told}); see that it can be "
+            "reached, exists, and that its client has credentials; then repeat the command"
+        )
+
+
+Store = Folder | Bucket
+Place = str | os.PathLike[str] | Store
+
+
+def at(place: Place) -> Store:
+    """Give the store of a path or URL. Raises UserError where fsspec has no client for the URL."""
+    if isinstance(place, (Folder, Bucket)):
+        return place
+    return _bucket(str(place), os.getpid()) if is_url(place) else Folder(Path(place))
+
+
+def is_url(place: Place) -> bool:
+    """Tell whether a place is no local folder."""
+    return isinstance(place, Bucket) or (isinstance(place, str) and "://" in place)
+
+
+@functools.cache  # one client a process, which remembers small objects; none outlives a fork
+def _bucket(url: str, process: int) -> Bucket:
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    to_fs: Callable[..., Any] = fsspec.core.url_to_fs
+    try:
+        # A listing that is remembered hides what other workers commit.
+        fs, root = to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        raise UserError(f"{url}: {error}") from None
+    except ValueError as error:
+        known = "a local folder, or a URL such as s3://BUCKET/PREFIX, gs://, hf://"
+        raise UserError(f"{url}: {error}; expected {known}") from None
+    if not root.strip("/"):
+        raise UserError(f"{url} names no place in it; expected such as {protocol}://BUCKET/PREFIX")
+    if protocol in ("file", "local"):
+        raise UserError(f"{url} is a local folder: give it as {root}")
+    return Bucket(url.rstrip("/"), fs, root.rstrip("/"), protocol in EXCLUSIVE)

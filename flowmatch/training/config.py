@@ -1,0 +1,73 @@
+"""The config of the training loop."""
+
+from typing import Literal
+
+import pydantic
+
+from flowmatch.config import Config, option, required
+
+
+class FitConfig(Config):
+    """The training loop."""
+
+    steps: int = required("optimizer updates", ge=1)
+    batch_size: int = required("samples an update, over all processes (the global batch)", ge=1)
+    micro_batch: int | None = option(
+        None,
+        "most samples in one forward pass of one process; none: its whole share",
+        run=True,
+        ge=1,
+    )
+    lr: float = option(1e-3, "peak learning rate of AdamW", gt=0)
+    warmup: int = option(100, "updates over which the learning rate rises from 0", ge=0)
+    decay: Literal["constant", "linear", "cosine"] = option(
+        "cosine", "learning rate after the warm-up; the last two fall to 0 at the last update"
+    )
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", ge=0)
+    beta1: float = option(0.9, "AdamW's averaging of the gradient", ge=0, lt=1)
+    beta2: float = option(0.99, "AdamW's averaging of its square", ge=0, lt=1)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", gt=0)
+    ema_decay: float = option(
+        0.999, "EMA of the weights after n updates: min(ema_decay, (1 + n) / (10 + n))", ge=0, lt=1
+    )
+    ema: list[float] = option(
+        [],
+        "widths of power-function EMAs instead (EDM2's sigma_rel, such as [0.05, 0.1]): the first is "
+        "saved as net, a second as net_2, to choose between by evaluation",
+        max_length=2,
+    )
+    label_drop: float = option(0.1, "share of labels replaced by the null class", ge=0, le=1)
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = option(
+        "fp32",
+        "the network's arithmetic (tf32: float32, multiplied in fewer bits); weights, EMA and loss "
+        "stay float32",
+    )
+    compile: bool = option(
+        False, "compile the network into one graph by torch.compile; alters rounding"
+    )
+    channels_last: bool = option(
+        False, "store convolutions with the channels innermost; alters rounding"
+    )
+    checkpointing: bool = option(
+        False,
+        "compute activations again in the backward pass instead of keeping them: the same gradients "
+        "in less memory and more time",
+        run=True,
+    )
+    shard: bool = option(
+        False,
+        "share out weights, optimizer and EMA over the processes (FSDP2), for what does not fit one",
+        run=True,
+    )
+    log_every: int = option(50, "updates between two readings of the loss", run=True, ge=1)
+    save_every: int = option(1000, "updates between two checkpoints", run=True, ge=1)
+    keep: int = option(2, "newest checkpoints kept", run=True, ge=1)
+    trackers: list[str] = option([], "Accelerate's trackers, such as [tensorboard]", run=True)
+
+    @pydantic.field_validator("ema")
+    @classmethod
+    def _one_kind(cls, value: list[float], info: pydantic.ValidationInfo) -> list[float]:
+        decay = info.data.get("ema_decay")
+        if value and decay not in (None, cls.model_fields["ema_decay"].default):
+            raise ValueError(f"ema_decay={decay} is that of another average; give one of them")
+        return value

@@ -1,0 +1,729 @@
+"""Data: every source from real files, every refusal, flips, digests, the order of epochs."""
+
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from flowmatch.config import UserError, content, validate
+from flowmatch.data import dataset, hub, sources
+from flowmatch.data.config import DataConfig
+from flowmatch.data.dataset import Order
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+DEBIAN = "Debian's package dataset-fashion-mnist is not installed"
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path_factory, monkeypatch):
+    """Keep datasets' cache in a temporary folder, and the hub out of reach."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+
+
+def load(**values):
+    return dataset.load(validate(DataConfig, values))
+
+
+def refusal(**values):
+    with pytest.raises(UserError) as caught:
+        load(**values)
+    return str(caught.value)
+
+
+def pictures(n=6, shape=(6, 6, 3), seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def expected(x):
+    """float32 [N, C, H, W] of uint8 [N, H, W] or [N, H, W, C]."""
+    x = x[..., None] if x.ndim == 3 else x
+    return torch.from_numpy(x.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1)
+
+
+def all_of(found):
+    return found.batch(np.arange(len(found)))
+
+
+def folder_of(root, x, classes=2):
+    """Write PNGs as CLASS/NUMBER.png, in an order that a listing keeps."""
+    for i, image in enumerate(x):
+        place = root / "ab"[i * classes // len(x)]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(place / f"{i}.png")
+    return root
+
+
+def parquet_of(file, x, **columns):
+    import datasets
+
+    images = {"image": [Image.fromarray(image) for image in x]}
+    datasets.Dataset.from_dict(images | columns).cast_column("image", datasets.Image()).to_parquet(
+        file
+    )
+    return file
+
+
+def tar_of(file, x, labels=None, field="png"):
+    with webdataset.TarWriter(str(file), mtime=0) as tar:
+        for i, image in enumerate(x):
+            row = {"__key__": f"{i:04d}", field: Image.fromarray(image)}
+            tar.write(row if labels is None else row | {"cls": int(labels[i])})
+    return file
+
+
+# ---- sources
+
+
+def test_digits_are_sklearns_in_minus_one_to_one():
+    digits = load(source="digits", labels=True)
+    batch = all_of(digits)
+    assert len(digits) == 1797
+    assert digits.shape == (1, 8, 8)
+    assert digits.classes == 10
+    assert digits.images
+    assert batch["x1"].min() == -1
+    assert batch["x1"].max() == 1
+    from sklearn.datasets import load_digits
+
+    truth = load_digits()
+    assert torch.equal(batch["x1"][:, 0], torch.from_numpy(truth.images / 8 - 1).float())
+    assert batch["label"].tolist() == truth.target.tolist()
+
+
+def test_the_ring_has_the_moments_of_its_closed_form():
+    ring = load(source="ring", labels=True, samples=20_000)
+    batch = all_of(ring)
+    assert ring.shape == (2,)
+    assert ring.classes == 8
+    assert not ring.images
+    weights, means, covariances = sources.ring_mixture()
+    assert np.allclose(np.linalg.norm(means, axis=1), 2.5)
+    assert np.isclose(weights.sum(), 1)
+    for k in range(8):
+        mode = batch["x1"][batch["label"] == k].double().numpy()
+        assert abs(len(mode) / 20_000 - weights[k]) < 4 * (weights[k] / 20_000) ** 0.5
+        assert np.abs(mode.mean(0) - means[k]).max() < 4 * 0.3 / len(mode) ** 0.5
+        assert np.abs(np.cov(mode.T) - covariances[k]).max() < 0.012
+
+
+def test_classes_of_built_in_data_are_known_however_few_samples_show_them():
+    assert load(source="ring", labels=True, samples=2).classes == 8
+
+
+def test_a_sample_of_the_ring_depends_on_seed_and_number_alone():
+    many, modes = sources.ring_samples(np.arange(100), 3)
+    some, some_modes = sources.ring_samples(np.array([99, 7]), 3)
+    assert np.array_equal(many[[99, 7]], some)
+    assert np.array_equal(modes[[99, 7]], some_modes)
+    other, _ = sources.ring_samples(np.arange(100), 4)
+    assert np.abs(many - other).min(axis=1).max() > 0.1
+
+
+def idx_of(file, x):
+    head = bytes([0, 0, 8, x.ndim]) + np.array(x.shape, ">u4").tobytes()
+    file.write_bytes(gzip.compress(head + x.tobytes(), mtime=0))
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+    folder = tmp_path / "idx"
+    folder.mkdir()
+    for seed, name in enumerate(("train", "t10k")):
+        x = pictures(4 + seed, (5, 5), seed)
+        idx_of(folder / f"{name}-images-idx3-ubyte.gz", x)
+        idx_of(folder / f"{name}-labels-idx1-ubyte.gz", np.arange(4 + seed, dtype=np.uint8) % 3)
+    return folder
+
+
+def test_idx_files(idx_folder):
+    train = load(source="idx", path=str(idx_folder), labels=True)
+    assert torch.equal(all_of(train)["x1"], expected(pictures(4, (5, 5), 0)))
+    assert all_of(train)["label"].tolist() == [0, 1, 2, 0]
+    assert train.classes == 3
+    assert len(load(source="idx", path=str(idx_folder), split="test")) == 5
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason=DEBIAN)
+def test_fashion_mnist_of_debian():
+    train = load(source="idx", path=str(FASHION), labels=True)
+    assert len(train) == 60_000
+    assert train.shape == (1, 28, 28)
+    assert train.classes == 10
+    assert np.bincount(train.label).tolist() == [6000] * 10
+    x = train.batch(np.arange(2000))["x1"]
+    assert x.min() == -1
+    assert x.max() == 1
+    assert abs(float(x.mean()) + 0.43) < 0.02
+    assert len(load(source="idx", path=str(FASHION), split="test")) == 10_000
+
+
+@pytest.mark.parametrize("names", [("x", "y"), ("images", "labels")])
+@pytest.mark.parametrize("shape", [(6, 6), (6, 6, 1), (6, 4, 3)])
+def test_npz_of_pixels(tmp_path, names, shape):
+    x, y = pictures(5, shape), np.array([0, 1, 2, 1, 0], np.int32)
+    np.savez(tmp_path / "a.npz", **{names[0]: x, names[1]: y})
+    found = load(source="npz", path=str(tmp_path / "a.npz"), labels=True)
+    assert torch.equal(all_of(found)["x1"], expected(x))
+    assert all_of(found)["label"].tolist() == y.tolist()
+    assert found.classes == 3
+    assert "label" not in all_of(load(source="npz", path=str(tmp_path / "a.npz")))
+
+
+def test_npy_of_floats_is_taken_as_it_is(tmp_path):
+    x = np.random.default_rng(0).uniform(-1, 1, (5, 6, 6, 3))
+    np.save(tmp_path / "a.npy", x)
+    found = load(source="npz", path=str(tmp_path / "a.npy"))
+    batch = found.batch(np.array([3, 3, 0]))
+    wanted = torch.from_numpy(x.transpose(0, 3, 1, 2)[[3, 3, 0]]).float()
+    assert batch["x1"].dtype == torch.float32
+    assert torch.equal(batch["x1"], wanted)
+
+
+def test_npy_of_points(tmp_path):
+    x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32) * 9
+    np.save(tmp_path / "a.npy", x)
+    found = load(source="npz", path=str(tmp_path / "a.npy"))
+    assert found.shape == (3,)
+    assert not found.images
+    assert torch.equal(all_of(found)["x1"], torch.from_numpy(x))
+
+
+def test_image_folder(tmp_path):
+    x = pictures(6)
+    found = load(path=str(folder_of(tmp_path / "set", x)), labels=True)
+    assert torch.equal(all_of(found)["x1"], expected(x))
+    assert found.classes == 2
+    assert all_of(found)["label"].tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_image_folder_with_splits_whatever_classes_are_called(tmp_path):
+    x = pictures(8)
+    folder_of(tmp_path / "train", x[:4])
+    (tmp_path / "train" / "b").rename(tmp_path / "train" / "test")  # a class, not a split
+    folder_of(tmp_path / "val", x[4:])
+    assert torch.equal(all_of(load(path=str(tmp_path)))["x1"], expected(x[:4]))
+    assert torch.equal(all_of(load(path=str(tmp_path), split="val"))["x1"], expected(x[4:]))
+
+
+def test_a_class_or_a_picture_of_trains_is_no_split(tmp_path):
+    x = pictures(8)
+    folder_of(tmp_path / "set", x[:4])
+    (tmp_path / "set" / "b").rename(tmp_path / "set" / "train")
+    for k, file in enumerate(sorted((tmp_path / "set" / "train").iterdir())):
+        file.rename(file.with_name(f"train_{k}.png"))
+    found = load(path=str(tmp_path / "set"), labels=True)
+    assert torch.equal(all_of(found)["x1"], expected(x[:4]))
+    assert found.classes == 2
+    (tmp_path / "flat").mkdir()
+    for name, image in zip(("beach", "train-1", "train-station", "wood"), x[4:], strict=True):
+        Image.fromarray(image).save(tmp_path / "flat" / f"{name}.png")
+    assert torch.equal(all_of(load(path=str(tmp_path / "flat")))["x1"], expected(x[4:]))
+
+
+def test_images_named_after_their_split(tmp_path):
+    x = pictures(4)
+    for name, image in zip(("test-0", "train-0", "train-1", "val-0"), x, strict=True):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    assert torch.equal(all_of(load(path=str(tmp_path)))["x1"], expected(x[1:3]))
+    assert torch.equal(all_of(load(path=str(tmp_path), split="val"))["x1"], expected(x[3:]))
+
+
+def test_parquet_file_folder_and_glob(tmp_path):
+    x, labels = pictures(9, (6, 6)), [0, 1, 2] * 3
+    for k, name in enumerate(("train-00000", "train-00001", "test-00000")):
+        part = slice(3 * k, 3 * k + 3)
+        parquet_of(tmp_path / f"{name}.parquet", x[part], digit=labels[part])
+    (tmp_path / "README.md").write_text("not data")
+    whole = load(path=str(tmp_path), labels=True)
+    assert torch.equal(all_of(whole)["x1"], expected(x[:6]))
+    assert whole.classes == 3
+    assert all_of(whole)["label"].tolist() == labels[:6]
+    test = load(path=str(tmp_path), split="test")
+    assert torch.equal(all_of(test)["x1"], expected(x[6:]))
+    one = load(path=str(tmp_path / "test-00000.parquet"), labels=True)
+    assert torch.equal(all_of(one)["x1"], expected(x[6:]))
+    some = load(path=str(tmp_path / "train-*1.parquet"))
+    assert torch.equal(all_of(some)["x1"], expected(x[3:6]))
+
+
+def test_parquet_written_by_other_tools(tmp_path):
+    import pandas
+
+    x = pictures(3, (6, 6))
+    (tmp_path / "a.png").touch()
+    stored = []
+    for image in x:
+        Image.fromarray(image).save(tmp_path / "a.png")
+        stored.append((tmp_path / "a.png").read_bytes())
+    pandas.DataFrame({"png": stored}).to_parquet(tmp_path / "a.parquet")
+    found = load(path=str(tmp_path / "a.parquet"))
+    assert torch.equal(all_of(found)["x1"], expected(x))
+
+
+def test_webdataset_tars(tmp_path):
+    x = pictures(6)
+    tar_of(tmp_path / "part-0.tar", x[:3], [0, 1, 1])
+    tar_of(tmp_path / "part-1.tar", x[3:], [2, 0, 1])
+    (tmp_path / "manifest.json").write_text("{}")
+    found = load(path=str(tmp_path), labels=True)
+    assert torch.equal(all_of(found)["x1"], expected(x))
+    assert found.classes == 3
+    assert all_of(found)["label"].tolist() == [0, 1, 1, 2, 0, 1]
+    jpeg = load(path=str(tar_of(tmp_path / "jpeg.tar", x, field="jpg")))
+    assert (all_of(jpeg)["x1"] - expected(x)).abs().mean() < 0.5
+
+
+def test_a_name_on_the_hub(monkeypatch):
+    import datasets
+
+    asked = {}
+
+    def stored(x):
+        rows = {"image": [Image.fromarray(image) for image in x], "label": [0, 1, 1]}
+        rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+
+        def load_dataset(name, subset=None, **keys):
+            asked.update(keys, name=name, subset=subset)
+            return rows
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+    x = pictures(3)
+    stored(x)
+    found = load(path="someone/pictures", labels=True, revision="v1", subset="small")
+    assert torch.equal(all_of(found)["x1"], expected(x))
+    assert found.classes == 2
+    assert asked == {
+        "name": "someone/pictures", "subset": "small", "split": "train", "revision": "v1"
+    }  # fmt: skip
+    assert load(path="someone/pictures", labels=True).digest == found.digest
+    x[1, 0, 0, 0] ^= 1
+    stored(x)
+    assert load(path="someone/pictures", labels=True).digest != found.digest
+
+
+# ---- pixels
+
+
+@pytest.mark.parametrize("memory", [0, 2048])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_sets_are_decoded_batch_by_batch(tmp_path, memory, threads):
+    x = pictures(6)
+    path = str(folder_of(tmp_path / "set", x))
+    found = load(path=path, memory=memory, threads=threads, flip=True)
+    ids = np.array([5, 0, 7, 0])
+    wanted = torch.cat([expected(x), expected(x).flip(-1)])[torch.from_numpy(ids)]
+    assert torch.equal(found.batch(ids)["x1"], wanted)
+    assert (found.read.kept is None) == (memory == 0)
+
+
+def test_size_resizes_the_short_side_and_crops_the_centre(tmp_path):
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 255  # the centre third is white
+    tall = wide.transpose(1, 0, 2)
+    found = load(path=str(folder_of(tmp_path / "set", [wide, tall])), size=4)
+    assert found.shape == (3, 4, 4)
+    assert torch.all(all_of(found)["x1"][:, :, 1:3, 1:3] > 0.9)
+    np.savez(tmp_path / "a.npz", x=wide[None, ..., 0])
+    array = load(source="npz", path=str(tmp_path / "a.npz"), size=4)
+    assert torch.equal(all_of(array)["x1"], all_of(found)["x1"][:1, :1])
+
+
+def test_channels_converts(tmp_path):
+    x = pictures(2)
+    path = str(folder_of(tmp_path / "set", x))
+    grey = np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in x])
+    assert torch.equal(all_of(load(path=path, channels=1))["x1"], expected(grey))
+    np.savez(tmp_path / "a.npz", x=grey)
+    coloured = all_of(load(source="npz", path=str(tmp_path / "a.npz"), channels=3))["x1"]
+    assert torch.equal(coloured, expected(grey).expand(-1, 3, -1, -1))
+
+
+def test_flip_adds_each_mirror_image_once():
+    plain, both = load(source="digits"), load(source="digits", flip=True, labels=True)
+    n = len(plain)
+    assert len(both) == 2 * n
+    assert both.digest == plain.digest
+    batch = all_of(both)
+    assert torch.equal(batch["x1"][:n], all_of(plain)["x1"])
+    assert torch.equal(batch["x1"][n:], all_of(plain)["x1"].flip(-1))
+    assert torch.equal(batch["label"][n:], batch["label"][:n])
+
+
+def test_a_batch_is_a_copy():
+    digits = load(source="digits", flip=True)
+    digits.batch(np.array([0, 1797]))["x1"].zero_()
+    assert digits.batch(np.array([0]))["x1"].abs().sum() > 0
+    for wrong in (np.array([-1]), np.array([2 * 1797])):
+        with pytest.raises(IndexError, match="3594 items"):
+            digits.batch(wrong)
+
+
+# ---- digests
+
+
+def test_a_digest_changes_with_one_byte_and_not_with_the_place(tmp_path):
+    x = pictures(4)
+    seen = set()
+    for k in range(2):
+        x[0, 0, 0, 0] = k
+        root = tmp_path / str(k)
+        root.mkdir()
+        np.savez(root / f"{k}.npz", x=x)
+        found = [
+            load(source="npz", path=str(root / f"{k}.npz")),
+            load(path=str(folder_of(root / "set", x))),
+            load(path=str(parquet_of(root / f"{k}.parquet", x))),
+            load(path=str(tar_of(root / f"{k}.tar", x))),
+        ]
+        seen |= {one.digest for one in found}
+        os.rename(root / "set", root / "moved")
+        os.rename(root / f"{k}.npz", root / "other.npz")
+        assert load(path=str(root / "moved")).digest == found[1].digest
+        assert load(source="npz", path=str(root / "other.npz")).digest == found[0].digest
+    assert len(seen) == 8
+    (root / "moved" / ".directory").touch()
+    assert load(path=str(root / "moved")).digest == found[1].digest
+    (root / "moved" / "a" / "0.png").rename(root / "moved" / "b" / "0.png")
+    assert load(path=str(root / "moved")).digest not in seen
+
+
+def test_digests_of_built_in_data_and_idx(idx_folder):
+    rings = [load(source="ring", samples=50, seed=seed).digest for seed in (0, 0, 1)]
+    assert rings[0] == rings[1] != rings[2]
+    assert load(source="digits").digest == load(source="digits", labels=True, flip=True).digest
+    before = load(source="idx", path=str(idx_folder)).digest
+    idx_of(idx_folder / "t10k-labels-idx1-ubyte.gz", np.zeros(5, np.uint8))
+    assert load(source="idx", path=str(idx_folder)).digest != before
+
+
+def test_above_a_gibibyte_names_and_sizes_are_hashed(tmp_path, monkeypatch):
+    x = pictures(2)
+    path = folder_of(tmp_path / "set", x)
+    monkeypatch.setattr(hub, "HASHED", 10)
+    before = load(path=str(path)).digest
+    stored = bytearray((path / "a" / "0.png").read_bytes())
+    stored[-1] ^= 1
+    (path / "a" / "0.png").write_bytes(stored)
+    assert load(path=str(path)).digest == before
+    (path / "a" / "0.png").write_bytes(bytes(stored) + b"\0")
+    assert load(path=str(path)).digest != before
+
+
+def test_above_a_gibibyte_pieces_of_large_files_are_hashed(tmp_path, monkeypatch):
+    """Another array of the same name and size is other data."""
+    monkeypatch.setattr(hub, "HASHED", 64)
+    monkeypatch.setattr(hub, "PIECE", 8)
+    file, small = tmp_path / "x.npy", tmp_path / "y.npy"
+    small.write_bytes(bytes(10))
+    content = bytearray(1000)
+    file.write_bytes(content)
+    before = hub.digest_files(tmp_path, [file, small])
+    for place in (0, 7, 330, 332, 992, 999):  # the first, second and last of four pieces
+        changed = content.copy()
+        changed[place] = 1
+        file.write_bytes(changed)
+        assert hub.digest_files(tmp_path, [file, small]) != before
+    file.write_bytes(content)
+    assert hub.digest_files(tmp_path, [file, small]) == before
+    small.write_bytes(bytes(9) + b"1")  # short of its four pieces: hashed whole
+    assert hub.digest_files(tmp_path, [file, small]) != before
+
+
+def test_a_replaced_file_is_read_anew_though_its_time_is_kept(tmp_path):
+    file = tmp_path / "a.parquet"
+    for seed in range(2):
+        parquet_of(file, pictures(3, seed=seed))
+        os.utime(file, (1, 1))
+        assert torch.equal(all_of(load(path=str(file)))["x1"], expected(pictures(3, seed=seed)))
+
+
+# ---- refusals
+
+
+def test_config_faults_are_found_together_and_before_any_file():
+    with pytest.raises(UserError) as caught:
+        validate(DataConfig, {"source": "npz", "split": "test", "channels": 4, "size": 0})
+    keys = sorted(fault.split("=")[0] for fault in caught.value.faults)
+    assert keys == ["channels", "path", "size", "split"]
+    for values, fault in [
+        ({"source": "digits", "path": "a"}, "path='a': source digits is built in"),
+        ({"source": "ring", "flip": True}, "flip=True: the ring's samples are points"),
+        ({"source": "idx", "path": "a", "split": "val"}, "the splits train and test"),
+        ({}, "path='': source images needs the path"),
+        ({"source": "csv"}, "source='csv'"),
+    ]:
+        assert fault in refusal(**values)
+
+
+def test_path_memory_and_threads_are_run_fields():
+    names = content(DataConfig(path="a")).keys()
+    assert names.isdisjoint({"path", "memory", "threads"})
+    assert {"source", "flip"} <= names
+
+
+@pytest.mark.parametrize("source", ["idx", "npz", "images"])
+@pytest.mark.parametrize("path", ["nothing/at/all", "./nothing", "missing.npz", "none*.png"])
+def test_a_missing_path_is_named(source, path):
+    assert path in refusal(source=source, path=path)
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub():
+    assert "no such folder, file or glob here" in refusal(path="someone/nothing")
+
+
+def test_missing_splits_are_named(tmp_path):
+    folder_of(tmp_path / "train", pictures(4))
+    assert "data.split=val: " in refusal(path=str(tmp_path), split="val")
+    parquet_of(tmp_path / "a.parquet", pictures(2))
+    assert "no such split" in refusal(path=str(tmp_path / "a.parquet"), split="test")
+
+
+def test_columns_that_are_absent_or_ambiguous_are_listed(tmp_path):
+    x = pictures(4, (6, 6))
+    file = str(parquet_of(tmp_path / "a.parquet", x, age=[1, 2, 3, 4], digit=[0, 1, 1, 0]))
+    for values, faults in [
+        ({"image_column": "picture"}, ["data.image_column=picture is not there", "age (int64)"]),
+        ({"image_column": "age"}, ["data.image_column=age is no column of images"]),
+        ({"labels": True}, ["several columns fit as labels", "age (int64), digit (int64)"]),
+        ({"labels": True, "label_column": "image"}, ["image is no column of labels"]),
+    ]:
+        message = refusal(path=file, **values)
+        assert all(fault in message for fault in faults), message
+    found = load(path=file, labels=True, label_column="digit", image_column="image")
+    assert all_of(found)["label"].tolist() == [0, 1, 1, 0]
+    import pandas
+
+    pandas.DataFrame({"a": [1], "b": ["x"]}).to_parquet(tmp_path / "b.parquet")
+    assert "no column fits as images" in refusal(path=str(tmp_path / "b.parquet"))
+
+
+def test_labels_that_are_not_there(tmp_path):
+    x = pictures(2, (6, 6))
+    np.save(tmp_path / "a.npy", x)
+    np.savez(tmp_path / "a.npz", x=x)
+    tar_of(tmp_path / "a.tar", x)
+    folder_of(tmp_path / "set", x, classes=1)
+    for path in ("a.npy", "a.npz", "a.tar", "set"):
+        source = "npz" if path.startswith("a.np") else "images"
+        message = refusal(source=source, path=str(tmp_path / path), labels=True)
+        assert "data.labels=true: " in message, message
+
+
+@pytest.mark.parametrize(
+    ("labels", "fault"),
+    [
+        ([0, 2, 2], "only 2 values are used, 1 for one is not"),
+        ([-1, 0, 1], "labels from -1 to 1"),
+        ([1, 2, 3], "0 for one is not"),
+        ([0.0, 1.0, 1.0], "float64"),
+        ([0, 1], "expected 3 integers"),
+    ],
+)
+def test_labels_are_zero_to_k_minus_one(tmp_path, labels, fault):
+    np.savez(tmp_path / "a.npz", x=pictures(3, (6, 6)), y=np.array(labels))
+    assert fault in refusal(source="npz", path=str(tmp_path / "a.npz"), labels=True)
+
+
+def test_named_classes_may_be_absent_but_not_unlabelled(tmp_path):
+    import datasets
+
+    for labels in ([0, 2, 2], [0, -1, 1]):
+        rows = {"image": [Image.fromarray(image) for image in pictures(3)], "label": labels}
+        kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
+        rows = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
+        rows.to_parquet(tmp_path / f"{labels[1]}.parquet")
+    assert load(path=str(tmp_path / "2.parquet"), labels=True).classes == 3
+    assert "from -1 to 1; expected 0 to 2" in refusal(
+        path=str(tmp_path / "-1.parquet"), labels=True
+    )
+
+
+def test_images_are_never_enlarged(tmp_path):
+    path = str(folder_of(tmp_path / "set", pictures(2)))
+    assert "6x6, smaller than data.size=8" in refusal(path=path, size=8)
+    np.savez(tmp_path / "a.npz", x=pictures(2))
+    assert "set data.size=6" in refusal(source="npz", path=str(tmp_path / "a.npz"), size=8)
+
+
+def test_an_image_unlike_the_first_is_named_when_it_is_read(tmp_path):
+    folder_of(tmp_path / "set", [pictures(1)[0], pictures(1, (6, 5, 3))[0]])
+    with pytest.raises(UserError, match=r"image 1 .*1\.png\) is \[3, 6, 5\].*set data.size"):
+        all_of(load(path=str(tmp_path / "set")))
+    folder_of(tmp_path / "grey", [pictures(1)[0], pictures(1, (6, 6))[0]])
+    with pytest.raises(UserError, match=r"image 1 .* has 1 channels, the first image 3"):
+        all_of(load(path=str(tmp_path / "grey")))
+    assert all_of(load(path=str(tmp_path / "grey"), channels=3))["x1"].shape == (2, 3, 6, 6)
+
+
+def test_transparent_deep_and_damaged_images_are_refused(tmp_path):
+    clear = np.full((6, 6, 4), 255, np.uint8)
+    folder_of(tmp_path / "opaque", [clear])
+    assert load(path=str(tmp_path / "opaque")).shape == (3, 6, 6)
+    clear[0, 0, 3] = 0
+    folder_of(tmp_path / "clear", [clear])
+    assert "partly transparent" in refusal(path=str(tmp_path / "clear"))
+    folder_of(tmp_path / "deep", [np.full((6, 6), 3000, np.uint16)])
+    assert "has mode I;16" in refusal(path=str(tmp_path / "deep"))
+    file = folder_of(tmp_path / "cut", pictures(1)) / "a" / "0.png"
+    file.write_bytes(file.read_bytes()[:60])
+    assert "image 0" in refusal(path=str(tmp_path / "cut"))
+    assert "cannot be read" in refusal(path=str(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize(
+    ("x", "fault"),
+    [
+        (np.full((3, 2), np.nan), "sample 0 holds NaN"),
+        (np.array([[0.0, 1], [np.inf, 0]]), "sample 1 holds NaN or infinity"),
+        (
+            np.full((3, 4, 4), 0.5),
+            "floats from 0.5 to 0.5; images are expected in [-1, 1]: store 2",
+        ),
+        (np.linspace(-9, 9, 48).reshape(3, 4, 4), "floats from -9 to 9"),
+        (np.zeros((3, 4, 4), np.int64), "the array is int64"),
+        (np.zeros((3, 16), np.uint8), "points [N, D] (floats)"),
+        (np.zeros((3, 4, 4, 2), np.uint8), "expected [N, H, W, C] with 1 or 3 channels"),
+        (np.zeros((3, 3, 4, 4), np.uint8), "move the channels to the end"),
+        (np.zeros((0, 4, 4), np.uint8), "[0, 4, 4]"),
+        (np.array([[{}]], dtype=object), "no .npz or .npy file of plain numbers"),
+    ],
+)
+def test_arrays_that_are_no_data(tmp_path, x, fault):
+    np.save(tmp_path / "a.npy", x, allow_pickle=True)
+    assert fault in refusal(source="npz", path=str(tmp_path / "a.npy"))
+
+
+def test_floats_are_neither_resized_nor_recoloured_and_points_not_flipped(tmp_path):
+    np.save(tmp_path / "a.npy", np.linspace(-1, 1, 75).reshape(3, 5, 5))
+    for values in ({"size": 4}, {"channels": 3}):
+        assert "store uint8" in refusal(source="npz", path=str(tmp_path / "a.npy"), **values)
+    assert "store uint8" in refusal(source="digits", size=4)
+    assert load(source="digits", size=8, channels=1).shape == (1, 8, 8)
+    np.save(tmp_path / "b.npy", np.zeros((3, 5)))
+    assert "no images" in refusal(source="npz", path=str(tmp_path / "b.npy"), flip=True)
+    assert "are points" in refusal(source="npz", path=str(tmp_path / "b.npy"), size=4)
+
+
+def test_latents_are_read_as_they_are(tmp_path):
+    """Any number of channels, any range, half precision; but no picture's options."""
+    x = (np.random.default_rng(0).normal(size=(6, 4, 5, 5)) * 3).astype(np.float16)
+    path = str(tmp_path / "x.npz")
+    np.savez(path, latents=x, y=np.array([0, 1, 2, 2, 1, 0]))
+    found = dataset.load(DataConfig(source="latents", path=path, labels=True))
+    assert (found.shape, found.count, found.classes, found.images) == ((4, 5, 5), 6, 3, False)
+    batch = found.batch(np.array([5, 0]))
+    assert np.array_equal(batch["x1"].numpy(), x[[5, 0]].astype(np.float32))
+    assert batch["label"].tolist() == [0, 0]
+    x[3, 0, 0, 0] = np.inf
+    np.savez(path, x=x)
+    assert "sample 3 holds NaN or infinity" in refusal(source="latents", path=path)
+    np.savez(path, x=np.zeros((6, 5, 5)))
+    assert "expected floats [N, C, H, W]" in refusal(source="latents", path=path)
+    with pytest.raises(UserError, match="latents are coded, not images"):
+        validate(DataConfig, {"source": "latents", "path": path, "flip": True})
+
+
+def test_files_that_are_not_what_they_seem(tmp_path, idx_folder):
+    for name in ("a.npz", "a.npy", "a.tar", "a.parquet"):
+        (tmp_path / name).write_bytes(b"no such thing" * 99)
+        source = "npz" if ".np" in name else "images"
+        assert f"{name}" in refusal(source=source, path=str(tmp_path / name))
+    np.savez(tmp_path / "b.npz", a=np.zeros(3))
+    assert "expected an array x or images; it holds a" in refusal(
+        source="npz", path=str(tmp_path / "b.npz")
+    )
+    file = idx_folder / "train-images-idx3-ubyte.gz"
+    for bad in (b"junk", gzip.compress(b"\0\0\x0d\x01" + b"\0" * 9), file.read_bytes()[:-20]):
+        file.write_bytes(bad)
+        assert "no gzipped IDX file" in refusal(source="idx", path=str(idx_folder))
+    file.unlink()
+    assert "expected one file train-images*.gz" in refusal(source="idx", path=str(idx_folder))
+
+
+def test_folders_that_datasets_would_half_read(tmp_path):
+    folder_of(tmp_path / "set", pictures(4))
+    (tmp_path / "set" / "b").rename(tmp_path / "set" / "__b")
+    assert "reads 2 of 4 image files" in refusal(path=str(tmp_path / "set"))
+    (tmp_path / "set" / "__b").rename(tmp_path / "b")
+    (tmp_path / "set" / "b").symlink_to(tmp_path / "b")
+    assert "b is a link to a folder" in refusal(path=str(tmp_path / "set"))
+    tar_of(tmp_path / "b" / "a.tar", pictures(2))
+    assert "holds imagefolder and webdataset" in refusal(path=str(tmp_path / "b"))
+    (tmp_path / "empty").mkdir()
+    assert "empty folder" in refusal(path=str(tmp_path / "empty"))
+    (tmp_path / "empty" / "a.txt").touch()
+    assert "holds none of these" in refusal(path=str(tmp_path / "empty"))
+
+
+# ---- order
+
+
+@pytest.mark.parametrize(("n", "batch"), [(10, 3), (7, 7), (5, 16), (1, 4)])
+def test_every_epoch_is_a_permutation_and_any_slice_is_found(n, batch):
+    whole = Order(n, 5)(np.arange(6 * n))
+    assert np.array_equal(np.sort(whole.reshape(6, n)), np.tile(np.arange(n), (6, 1)))
+    order = Order(n, 5)
+    starts = list(range(0, 6 * n, batch))
+    for start in [*starts, *reversed(starts)]:
+        counters = np.arange(start, min(start + batch, 6 * n))
+        assert np.array_equal(order(counters), whole[counters])
+    assert len(order._epochs) <= 2
+
+
+def test_epochs_and_seeds_differ_and_a_late_epoch_needs_no_earlier_one():
+    order = Order(1000, 0)
+    first, second = order(np.arange(1000)), order(np.arange(1000, 2000))
+    assert (first == second).mean() < 0.02
+    assert (Order(1000, 1)(np.arange(1000)) == first).mean() < 0.02
+    late = np.int64(10**15) * 1000 + np.arange(1000)
+    assert np.array_equal(np.sort(order(late)), np.arange(1000))
+
+
+def test_a_reference_is_of_different_items():
+    digits = load(source="digits", labels=True)
+    batch = dataset.reference(digits, 1797, 0)
+    assert np.bincount(batch["label"]).tolist() == np.bincount(digits.label).tolist()
+    some, other = dataset.reference(digits, 100, 0), dataset.reference(digits, 100, 1)
+    assert torch.equal(some["x1"], batch["x1"][:100])
+    assert not torch.equal(some["label"], torch.from_numpy(digits.label[:100]))
+    assert not torch.equal(some["label"], other["label"])
+    with pytest.raises(UserError, match="1798 samples: the data has 1797"):
+        dataset.reference(digits, 1798, 0)
+
+
+def test_torchvision_is_never_imported(tmp_path):
+    """A stand-in on the path shows any import of it, also where it is not installed.
+
+    (torchmetrics imports it by itself where it is there, and works without.)
+    """
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("")
+    folder_of(tmp_path / "set", pictures(4))
+    code = """
+import sys, datasets, numpy as np
+from flowmatch.data import dataset
+from flowmatch.data.config import DataConfig
+datasets.config.HF_DATASETS_CACHE = sys.argv[2]
+found = dataset.load(DataConfig(path=sys.argv[1], size=4, labels=True))
+found.batch(np.arange(4))
+taken = [name for name in sys.modules if name.split(".")[0] == "torchvision"]
+assert not taken, taken
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "set"), str(tmp_path / "cache")],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

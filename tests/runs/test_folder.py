@@ -1,0 +1,256 @@
+"""A stage's folder: what is resumed, what is refused, what is held; exit codes of real processes."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowmatch.config import UserError, option
+from flowmatch.runs import manifest, process
+from flowmatch.runs.config import StageConfig
+from flowmatch.runs.folder import RunFolder, begin
+
+ROOT = Path(__file__).parents[2]
+
+
+class Config(StageConfig):
+    lr: float = option(0.1, "rate")
+    every: int = option(5, "interval", run=True)
+
+
+def config(tmp_path, **values):
+    return Config(run_dir=str(tmp_path / "stage"), **values)
+
+
+def work(c, inputs=None):
+    """What a stage does."""
+    inputs = inputs or {"data": "abc"}
+    if not begin("toy", c, inputs, ["a plan"], False):
+        return False
+    with RunFolder("toy", c, inputs) as folder:
+        (folder.folder / "w.bin").write_bytes(b"w")
+        folder.seal(["w.bin"], round=0)
+    return True
+
+
+def test_a_sealed_folder_is_left_alone_and_says_so(tmp_path, capsys):
+    assert work(config(tmp_path))
+    assert not work(config(tmp_path, every=7))  # a run field: nothing to refuse
+    assert "is sealed: nothing to do" in capsys.readouterr().out
+
+
+def test_a_folder_sealed_before_a_field_was_there_is_left_alone(tmp_path, capsys):
+    work(config(tmp_path))
+    path = tmp_path / "stage" / "manifest.json"
+    sealed = json.loads(path.read_text())
+    del sealed["config"]["lr"]
+    path.write_text(json.dumps(sealed))
+    assert not work(config(tmp_path))
+    assert "is sealed: nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="lr: 0.1 -> 0.2"):
+        work(config(tmp_path, lr=0.2))
+
+
+@pytest.mark.parametrize("seal", [True, False])
+def test_another_config_is_refused_with_its_keys(tmp_path, seal):
+    work(config(tmp_path))
+    if not seal:
+        (tmp_path / "stage" / "manifest.json").unlink()
+    with pytest.raises(UserError) as error:
+        work(config(tmp_path, lr=0.2, seed=3))
+    assert [line.strip() for line in error.value.faults[1:]] == ["lr: 0.1 -> 0.2", "seed: 0 -> 3"]
+    with pytest.raises(UserError, match=r"\(input\) data: 'abc' -> 'xyz'"):
+        work(config(tmp_path), {"data": "xyz"})
+
+
+def test_a_changed_output_is_found(tmp_path):
+    work(config(tmp_path))
+    (tmp_path / "stage" / "w.bin").write_bytes(b"v")
+    with pytest.raises(UserError, match="w.bin is not the file that was sealed"):
+        work(config(tmp_path))
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    assert not begin("toy", config(tmp_path), {}, ["a plan"], True)
+    assert not (tmp_path / "stage").exists()
+    assert "toy: a plan" in capsys.readouterr().out
+
+
+def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
+    with RunFolder("toy", config(tmp_path), {}):
+        with pytest.raises(UserError, match=f"held by process {os.getpid()} on "):
+            RunFolder("toy", config(tmp_path), {}).__enter__()
+    with RunFolder("toy", config(tmp_path), {}):  # given back
+        pass
+
+
+def test_checkpoints_appear_whole_newest_first_and_are_pruned(tmp_path):
+    with RunFolder("toy", config(tmp_path), {}) as folder:
+        assert folder.restore() == (0, {})
+        for step in (10, 20, 30):
+            folder.save(step, {"net": {"w": torch.full((2,), float(step))}}, keep=2)
+        parent = folder.folder / "checkpoints"
+        (parent / "step_00000040.tmp").mkdir()  # what a kill leaves
+        step, tensors = folder.restore()
+        assert step == 30
+        assert tensors["net"]["w"].tolist() == [30, 30]
+        assert sorted(p.name for p in parent.iterdir() if not p.name.endswith(".tmp")) == [
+            "step_00000020",
+            "step_00000030",
+        ]
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
+    with RunFolder("toy", config(tmp_path), {}) as folder:
+        for step in (10, 20, 30):
+            folder.log(step, loss=1.0 / step)
+        with open(folder.folder / "metrics.jsonl", "a") as file:
+            file.write('{"step": 40, "lo')  # a kill in the middle of a line
+        folder.cut_metrics(20)
+        lines = (folder.folder / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [10, 20]
+
+
+STAGE = textwrap.dedent(
+    """
+    import errno, os, sys, time
+    from flowmatch.config import NotReady, UserError, option
+    from flowmatch.runs import command
+    from flowmatch.runs.config import StageConfig
+    from flowmatch.runs.folder import RunFolder
+
+    class Config(StageConfig):
+        lr: float = option(0.1, "rate", gt=0)
+        fault: str = option("", "what goes wrong")
+
+    def main(config, dry_run):
+        if config.fault == "user":
+            raise UserError(["first", "second"])
+        if config.fault == "input":
+            raise NotReady("teacher=x does not exist")
+        if config.fault.startswith("E"):
+            number = getattr(errno, config.fault)
+            raise OSError(number, os.strerror(number))
+        with RunFolder("toy", config, {}) as folder:
+            print("ready", flush=True)
+            while not folder.stop:
+                time.sleep(0.05)
+            folder.preempted()
+
+    command.command("toy", Config, main, "A toy.")
+    """
+)
+
+
+def call(tmp_path, *words):
+    script = tmp_path / "toy.py"
+    script.write_text(STAGE)
+    return [sys.executable, str(script), f"run_dir={tmp_path / 'stage'}", *words]
+
+
+def outcome(tmp_path, *words, **environment):
+    done = subprocess.run(
+        call(tmp_path, *words),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_user_errors_are_one_line_each_and_exit_2(tmp_path):
+    assert outcome(tmp_path, "fault=user") == (2, "", "toy: first\ntoy: second\n")
+    code, _, err = outcome(tmp_path, "lr=-1", "lrr=2")
+    assert code == 2
+    assert err.count("\n") == 2
+    launched = {"RANK": "1", "LOCAL_RANK": "1"}
+    assert outcome(tmp_path, "fault=user", **launched) == (2, "", "")  # rank 0 alone prints
+    by_hand = outcome(tmp_path, "fault=user", RANK="1")  # a member of an array: its own log
+    assert by_hand == (2, "", "toy: first\ntoy: second\n")
+
+
+def test_a_disk_that_refuses_is_named_and_exits_2(tmp_path):
+    code, _, err = outcome(tmp_path, "fault=ENOSPC")
+    assert code == 2
+    assert err.startswith("toy: the disk refuses: [Errno 28] No space left on device; free space")
+    assert err.count("\n") == 1
+    code, _, err = outcome(tmp_path, "fault=EIO")  # not the user's: a traceback
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_a_file_system_without_locks_is_told_from_a_folder_that_is_held(tmp_path, monkeypatch):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    config = StageConfig(run_dir=str(tmp_path))
+    with pytest.raises(UserError, match="its file system takes no locks .No locks available"):
+        RunFolder("toy", config, {}).__enter__()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_finds_no_room_is_named_and_made_again(tmp_path):
+    """A limit of 10 KB on files; safetensors' error is its own, no OSError."""
+    words = [sys.executable, "-m", "pipelines.train_flow", "configs/ring/flow.yaml", "device=cpu"]
+    words += [f"run_dir={tmp_path}", "fit.steps=4", "fit.save_every=2"]
+    limited = ["sh", "-c", 'ulimit -f 20; exec "$@"', "sh"]
+    done = subprocess.run([*limited, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "train_flow: the disk refuses: " in done.stderr
+    assert "(os error 27); free space there" in done.stderr
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_input_is_a_remark_for_a_plan_and_an_error_for_a_run(tmp_path):
+    assert outcome(tmp_path, "fault=input")[0] == 2
+    assert outcome(tmp_path, "fault=input", "--dry-run") == (
+        0,
+        "toy: later: teacher=x does not exist\n",
+        "",
+    )
+
+
+def test_sigterm_exits_75_and_kill_gives_the_lock_back(tmp_path):
+    for number, expected in ((signal.SIGKILL, -9), (signal.SIGTERM, 75)):
+        process = subprocess.Popen(
+            call(tmp_path),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.1)
+        process.send_signal(number)
+        assert process.wait(20) == expected
+
+
+def test_a_wrong_number_of_processes_is_an_error(monkeypatch):
+    monkeypatch.setattr(process, "world_size", lambda: 3)
+    with pytest.raises(UserError, match="the launcher started 3 processes, Accelerate sees 1"):
+        process.start_accelerator("cpu")
+
+
+def test_a_gpu_that_is_not_there_is_an_error():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match="no GPU here"):
+        process.pick_device("cuda")
+    assert process.pick_device("auto") == "cpu"
+
+
+def test_seals_do_not_depend_on_the_folder(tmp_path):
+    work(Config(run_dir=str(tmp_path / "a")))
+    work(Config(run_dir=str(tmp_path / "b"), every=9))
+    assert manifest.digest(tmp_path / "a") == manifest.digest(tmp_path / "b")
