@@ -9,7 +9,7 @@ object store whose client cannot create exclusively there are no leases.
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def claim(
     fingerprint: str,
     ttl: float = 60.0,
     settle: Callable[[], None] = lambda: None,
-) -> Iterator[int]:
+) -> Generator[int]:
     """Yield the numbers of shards to make, until all of `every` are done.
 
     own: this worker's share, taken first. What is left then is taken from the end of `every`, where

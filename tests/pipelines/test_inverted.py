@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowmatch.config import UserError, load
+from flowmatch.config import UserError
 from flowmatch.data import dataset
 from flowmatch.data.config import DataConfig
 from flowmatch.flow import solvers, toy
@@ -16,6 +16,7 @@ from flowmatch.models import teachers
 from flowmatch.models.velocity import Velocity
 from flowmatch.pairs import shards
 from flowmatch.pairs.dataset import PairData
+from flowmatch.runs.command import execute, load
 from pipelines import inspect_pairs, reflow, verify_pairs
 from tests import pairset
 from tests.models.test_diffusion import Config
@@ -145,7 +146,7 @@ def test_reflow_mixes_it_with_generated_pairs(whole, tmp_path):
     ]
     words = [f"pairs={json.dumps(entries)}", f"start={tmp_path}/flow", f"run_dir={tmp_path}/r"]
     fit = ["fit.steps=2", "fit.batch_size=20", "device=cpu"]
-    reflow.main(load(reflow.ReflowConfig, [*words, *fit])[0], False)
+    execute(reflow.STAGE, load(reflow.ReflowConfig, [*words, *fit])[0], False)
     seal = json.loads((tmp_path / "r/manifest.json").read_text())
     assert seal["facts"]["round"] == 1
     assert {"pairs.0", "pairs.1"} <= seal["inputs"].keys()
