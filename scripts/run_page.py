@@ -2,7 +2,8 @@
 
 python -m scripts.run_page docs/concepts/flow-matching.md [--into DIR]
 
-Relative paths are below the page's folder, or below DIR; the output is printed. A block that fails ends the run with its line in the page, exit status 1.
+Relative paths are below the page's folder, or below DIR; the output is printed. A block that fails
+ends the run with its line in the page, exit status 1.
 """
 
 import argparse
