@@ -66,10 +66,10 @@ def test_workers_started_by_hand_share_the_work(whole, tmp_path, number):
 
 @pytest.mark.slow
 def test_an_array_lacks_a_member(whole, tmp_path):
-    """The line of the README for SLURM, members 0 and 2 of 3: nobody waits for member 1."""
+    """The line of the guide for SLURM, members 0 and 2 of 3: nobody waits for member 1."""
     line = next(
         line
-        for line in (ROOT / "README.md").read_text().splitlines()
+        for line in (ROOT / "docs/guides/pairs.md").read_text().splitlines()
         if "SLURM_ARRAY_TASK_ID" in line
     )
     argv = [word for word in words(tmp_path) if "teacher=" not in word]
