@@ -1,10 +1,10 @@
-# make demo | test | test-all | lint | docs | setup; everything happens in .venv, with pinned versions.
+# make demo | test | test-all | lint | docs | linkcheck | setup; everything happens in .venv, with pinned versions.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint docs setup clean
+.PHONY: demo test test-all lint docs linkcheck setup clean
 
 setup: .venv/all
 
@@ -35,6 +35,9 @@ lint: setup
 
 docs: setup
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
+linkcheck: setup
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
 
 clean:
 	rm -rf .venv runs docs/_build
