@@ -17,11 +17,7 @@ from flowmatch.runs import command, process
 from flowmatch.training import loop, state
 from pipelines import generate_pairs, reflow, train_flow
 
-STAGES = {
-    "train_flow": (train_flow.FlowConfig, train_flow.main),
-    "generate_pairs": (generate_pairs.PairsConfig, generate_pairs.main),
-    "reflow": (reflow.ReflowConfig, reflow.main),
-}
+STAGES = {module.STAGE.name: module.STAGE for module in (generate_pairs, reflow, train_flow)}
 WRAPPERS = []
 
 
@@ -86,7 +82,7 @@ def main(name="train_flow"):
     """Run a stage on the words of the command line."""
     state.State.__init__ = opened
     loop.start_accelerator = started
-    command.command(name, *STAGES[name], "")
+    command.main(STAGES[name])
 
 
 def _rank(number, world, port, name, argv, log, environment):

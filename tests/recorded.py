@@ -26,4 +26,4 @@ def batch(self, ids, inner=PairData.batch):
 if __name__ == "__main__":
     PairData.batch = batch
     (Path(os.environ["RECORD"]) / f"{process.rank()}.pid").write_text(str(os.getpid()))
-    command.command("reflow", reflow.ReflowConfig, reflow.main, reflow.__doc__)
+    command.main(reflow.STAGE)

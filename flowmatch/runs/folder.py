@@ -228,7 +228,7 @@ def compare(name: str, plan: Plan) -> tuple[bool, bool]:
     file has changed.
     """
     config, folder = plan.config, storage.at(plan.config.run_dir)
-    if plan.reopen() is None and storage.is_url(folder):
+    if storage.is_url(folder) and plan.reopen() is None:
         raise UserError(f"run_dir={folder}: only pairs go into a store; use a local folder")
     sealed = manifest.find(folder, "run_dir", (name,))
     if sealed is not None:

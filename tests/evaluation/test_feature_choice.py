@@ -157,7 +157,7 @@ def test_a_reference_that_is_the_data_is_none(tmp_path, capsys):
         run(evaluate, f"run_dir={tmp_path}/{name}", *words, *more)
         result = json.loads((tmp_path / name / "metrics.json").read_text())
         found[name] = result["floor"], "reference" in result["protocol"]
-        told = "reference holds what data holds" in capsys.readouterr().out
+        told = "reference holds the same items as data" in capsys.readouterr().out
         assert told == (name == "same")
     assert found["same"] == found["none"]
     assert found["same"][0]["nearest"] > 0

@@ -219,7 +219,7 @@ def test_reflow_starts_from_it_and_evaluate_compares_with_it(tmp_path):
     assert [row["evaluations"] for row in rows["student"]["rows"]] == [1, 2, 8]
 
     wide = save(tmp_path / "wide", unet(out=2), ddpm())
-    with pytest.raises(UserError, match="no network for velocities"):
+    with pytest.raises(UserError, match="cannot predict a velocity"):
         reflow.check_match(teachers.load(wide, "start"), [])
 
 

@@ -155,7 +155,7 @@ def test_reflow_mixes_it_with_generated_pairs(whole, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["dtype=float16"], r"dtype='float16': the noise of inverted data is found, not drawn"),
+        (["dtype=float16"], r"dtype='float16': the noise of inverted data cannot be drawn again"),
         (["shards=4"], r"40 pairs; the data has 33 items: use at most shards=3, or .*shards=11 sh"),
         (["data.labels=false"], r"no classes \(data.labels=False\); the teacher has 8"),
         (

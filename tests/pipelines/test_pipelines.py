@@ -98,7 +98,9 @@ def test_a_card_promises_no_more_steps_than_the_student_has(kind, one_step):
 def test_an_export_that_differs_is_not_sealed(tmp_path, monkeypatch):
     trained(tmp_path / "reflow", "UNet2DModel", UNET, (1, 8, 8), None)
     honest = export.own_samples
-    monkeypatch.setattr(export, "own_samples", lambda student, n: honest(student, n) + 1e-3)
+    monkeypatch.setattr(
+        export, "own_samples", lambda student, *words: honest(student, *words) + 1e-3
+    )
     with pytest.raises(UserError, match="differs from our solver by 0.001"):
         run(export, f"run_dir={tmp_path}/export", f"student={tmp_path}/reflow", "steps=[1]")
     assert not manifest.sealed(tmp_path / "export")
