@@ -26,21 +26,24 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from pathlib import Path
 
 PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
 ROOT = Path(__file__).parents[1]
+LIBRARIES = """
+    accelerate datasets fsspec omegaconf s3fs scipy.optimize sklearn.datasets torch torch.distributed
+    torch.utils.data torch.utils.serialization torchdiffeq torchmetrics.image.fid tqdm.auto webdataset
+    yaml PIL.JpegImagePlugin PIL.PngImagePlugin matplotlib.backends.backend_agg
+    matplotlib.backends.backend_svg diffusers.models.unets.unet_2d diffusers.optimization
+    diffusers.pipelines.consistency_models.pipeline_consistency_models
+    diffusers.pipelines.ddpm.pipeline_ddpm diffusers.schedulers.scheduling_ddpm
+    diffusers.schedulers.scheduling_dpmsolver_multistep
+    diffusers.schedulers.scheduling_flow_match_euler_discrete diffusers.training_utils
+"""
 MODULES = [
-    *("torch", "torch.distributed", "torch.utils.data", "torch.utils.serialization", "yaml"),
-    *("accelerate", "datasets", "fsspec", "omegaconf", "scipy.optimize", "sklearn.datasets"),
-    *("torchdiffeq", "torchmetrics.image.fid", "tqdm.auto", "PIL.PngImagePlugin"),
-    *("PIL.JpegImagePlugin", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"),
-    *("diffusers.models.unets.unet_2d", "diffusers.training_utils", "diffusers.optimization"),
-    *("diffusers.pipelines.ddpm.pipeline_ddpm", "diffusers.schedulers.scheduling_ddpm"),
-    "diffusers.pipelines.consistency_models.pipeline_consistency_models",
-    "diffusers.schedulers.scheduling_dpmsolver_multistep",
-    "diffusers.schedulers.scheduling_flow_match_euler_discrete",
+    *LIBRARIES.split(),
     *(f"{path.parent.name}.{path.stem}" for path in sorted(ROOT.glob("pipelines/[!_]*.py"))),
     *(
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -142,26 +145,65 @@ def run(argv, *, cwd=ROOT, env=None, check=False, timeout=None):
     """Run a module to its end; return subprocess.CompletedProcess with the texts that it printed.
 
     Raises:
-        subprocess.CalledProcessError: with `check`, where the exit status is not 0.
+        subprocess.CalledProcessError: with `check`, if the exit status is not 0.
         subprocess.TimeoutExpired: after `timeout` seconds; the child is killed.
     """
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        child = Popen(argv, cwd=cwd, env=env, stdout=out, stderr=err)
+    return _run(argv, cwd, [env], check, timeout)[0]
+
+
+def start_ranks(world, argv, *, env=None, **options):
+    """Start a module as the processes of one job, with the environment that a launcher gives them."""
+    return [Popen(argv, env=rank, **options) for rank in _ranks(world, env)]
+
+
+def run_ranks(world, argv, *, cwd=ROOT, env=None, check=False, timeout=None):
+    """Run a module like `run`, as the processes of one job; a process that fails ends the others."""
+    return _run(argv, cwd, _ranks(world, env), check, timeout)
+
+
+def _ranks(world, env):
+    """Return the environments of the processes of a job on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    env = dict(os.environ if env is None else env) | job | {"WORLD_SIZE": str(world)}
+    return [env | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(world)]
+
+
+def _run(argv, cwd, environments, check, timeout):
+    end = None if timeout is None else time.monotonic() + timeout
+    with contextlib.ExitStack() as stack:
+        files = [
+            [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)]
+            for _ in environments
+        ]
+        children = []
         try:
-            child.wait(timeout)
-        except BaseException:
-            child.kill()
-            child.wait()
-            raise
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read())
-    if check and child.returncode:
-        error = subprocess.CalledProcessError(child.returncode, child.args, *texts)
-        error.add_note("".join(texts))
-        raise error
-    return subprocess.CompletedProcess(child.args, child.returncode, *texts)
+            for env, (out, err) in zip(environments, files, strict=True):
+                children.append(Popen(argv, cwd=cwd, env=env, stdout=out, stderr=err))
+            while running := [child for child in children if child.poll() is None]:
+                if any(child.returncode for child in children):
+                    break
+                if end is not None and time.monotonic() > end:
+                    raise subprocess.TimeoutExpired(children[0].args, timeout)
+                select.select([child._report for child in running], [], [], 0.1)
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+        results = []
+        for child, pair in zip(children, files, strict=True):
+            for file in pair:
+                file.seek(0)
+            texts = [file.read() for file in pair]
+            results.append(subprocess.CompletedProcess(child.args, child.returncode, *texts))
+    for done in results if check else ():
+        if done.returncode:
+            words = (done.returncode, done.args, done.stdout, done.stderr)
+            error = subprocess.CalledProcessError(*words)
+            error.add_note(f"{done.stdout}{done.stderr}")
+            raise error
+    return results
 
 
 def _output(wanted, own, opened):
