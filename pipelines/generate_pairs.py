@@ -138,7 +138,7 @@ def main(config: PairsConfig, dry_run: bool) -> None:
         velocity,
         process.worker_device(device),
         data=source,
-        look=look,
+        before_evaluation=look,
         **{
             name: getattr(config, name)
             for name in ("seed", "compute_batch", "solver", "precision", "compile")
