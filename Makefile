@@ -1,27 +1,31 @@
-# make demo | test | test-all | lint | docs | setup; everything happens in .venv, with pinned versions.
+# make demo | test | test-all | lint | docs | linkcheck | setup; everything happens in .venv, with pinned versions.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint docs setup clean
+.PHONY: demo test test-all lint docs linkcheck setup clean
 
-setup: .venv/installed
+setup: .venv/all
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flowmatch needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) torch
+	$(PIP) --editable '.[demo]'
 	touch $@
 
-demo: setup
-	PYTHON=$(BIN)/python scripts/reflow.sh digits
+.venv/all: .venv/demo
+	$(PIP) --editable '.[all,dev]'
+	touch $@
+
+demo: .venv/demo
+	$(BIN)/flowmatch run digits
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: setup
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,sd3]'
 	$(BIN)/python -m pytest -n 2
 
 lint: setup
@@ -30,7 +34,10 @@ lint: setup
 	$(BIN)/mypy
 
 docs: setup
-	$(BIN)/python -m scripts.run_page docs/flow-matching.md
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
+linkcheck: setup
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs docs/_build

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from flowmatch.export.scheduler import RectifiedFlowScheduler
     from flowmatch.models.mlp import VelocityMLP
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "ModelMixin",

@@ -5,10 +5,10 @@ Only content enters fingerprints and manifests: changing a run field resumes, ch
 error that lists the keys.
 """
 
-import io
+import difflib
+import importlib.util
 import typing
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,30 +26,35 @@ class UserError(ValueError):
 
 
 class NotReady(UserError):
-    """An input is not made yet: an error for a stage that runs, a remark for one that only plans."""
+    """An input is not made yet: an error for a stage that runs, a remark for one that only plans.
+
+    places: the folders that are missing, where they are known.
+    """
+
+    def __init__(self, faults: str | list[str], places: Iterable[object] = ()):
+        super().__init__(faults)
+        self.places = [str(place) for place in places]
 
 
-class Faults:
-    """Collect the UserErrors of several `with faults:` blocks, to report all of them at once."""
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """Make several calls and return their results; raise the faults of all of them as one error.
 
-    def __init__(self) -> None:
-        self.errors: list[UserError] = []
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
-        if isinstance(error, UserError):
-            self.errors.append(error)
-            return True
-        return False
-
-    def check(self) -> None:
-        """Raise what was collected: NotReady where nothing is wrong but inputs that are not made."""
-        lines = [line for error in self.errors for line in error.faults]
-        if self.errors and all(isinstance(error, NotReady) for error in self.errors):
-            raise NotReady(lines)
-        if self.errors:
-            raise UserError(lines)
+    Raises NotReady where nothing is wrong but inputs that are not made yet.
+    """
+    errors: list[UserError] = []
+    results = []
+    for call in calls:
+        try:
+            results.append(call())
+        except UserError as error:
+            errors.append(error)
+    lines = [line for error in errors for line in error.faults]
+    missing = [error for error in errors if isinstance(error, NotReady)]
+    if missing and len(missing) == len(errors):
+        raise NotReady(lines, [place for error in missing for place in error.places])
+    if errors:
+        raise UserError(lines)
+    return results
 
 
 class Config(pydantic.BaseModel):
@@ -59,16 +64,35 @@ class Config(pydantic.BaseModel):
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
 
+    called: typing.ClassVar[str] = "name"  # the field that a bare string stands for
 
-def option(default: Any, meaning: str, *, run: bool = False, **bounds: Any) -> Any:
-    """Declare a field: its default, its meaning with unit, and bounds (ge, gt, le, lt)."""
+
+def require(module: str, extra: str, what: str) -> None:
+    """Check that a library of an extra is installed. Raises UserError naming the extra."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(
+            f"{what} needs {module}, which is not installed: pip install 'flowmatch[{extra}]'"
+        )
+
+
+def option(
+    default: Any, meaning: str, *, run: bool = False, shared: bool = True, **bounds: Any
+) -> Any:
+    """Declare a field.
+
+    Args:
+        default: its default value.
+        meaning: what it means, with its unit.
+        run: whether it is a run field; content otherwise.
+        shared: whether a key of this name at the top of an experiment's file reaches it.
+        bounds: pydantic's ge, gt, le, lt, max_length, validate_default.
+    """
+    extra: Any = {"run": run, "shared": shared}
     if isinstance(
         default, Config
     ):  # a nested model: a fresh default, so that subclasses may differ
-        return pydantic.Field(default=default, description=meaning, json_schema_extra={"run": run})
-    return pydantic.Field(
-        default=default, description=meaning, json_schema_extra={"run": run}, **bounds
-    )
+        bounds = {}
+    return pydantic.Field(default=default, description=meaning, json_schema_extra=extra, **bounds)
 
 
 def required(meaning: str, *, run: bool = False, **bounds: Any) -> Any:
@@ -95,6 +119,12 @@ def is_run(field: FieldInfo) -> bool:
     """Tell whether a field is a run field."""
     extra = field.json_schema_extra
     return isinstance(extra, dict) and bool(extra.get("run"))
+
+
+def shared_fields(model: type[Config]) -> set[str]:
+    """Name the fields that a key at the top of an experiment's file reaches."""
+    extras = {name: field.json_schema_extra for name, field in model.model_fields.items()}
+    return {n for n, extra in extras.items() if isinstance(extra, dict) and extra.get("shared")}
 
 
 def content(config: Config) -> dict[str, Any]:
@@ -164,95 +194,51 @@ def restrict(values: Any, like: Any) -> Any:
     return {name: restrict(values.get(name), inner) for name, inner in like.items()}
 
 
-@dataclass(frozen=True)
-class Call:
-    """What the command line asks for beside the config."""
-
-    dry_run: bool = False
-    help: bool = False
-
-
 C = TypeVar("C", bound=Config)
 
 
-def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
-    """Read `CONFIG.yaml key=value ... [--dry-run] [--help]` into a config; CONFIG may be a URL.
-
-    Later values win; values are YAML, keys are dotted. Raises UserError with every fault at once.
-    With --help the config is None.
-    """
-    flags = [word for word in argv if word.startswith("-")]
-    unknown = [word for word in flags if word not in ("--dry-run", "--help", "-h")]
-    if unknown:
-        raise UserError([f"{word}: unknown flag; known: --dry-run, --help" for word in unknown])
-    call = Call("--dry-run" in flags, "--help" in flags or "-h" in flags)
-    if call.help:
-        return None, call
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    files = [word for word in argv if "=" not in word and word not in flags]
-    merged: Any = OmegaConf.create()
-    faults: list[str] = []
-    for file in files:
-        try:
-            read: Any = OmegaConf.load(_fetched(file) if "://" in file else file)
-            if not OmegaConf.is_dict(read):
-                raise UserError(f"{file}: expected a mapping of keys to values")
-            if Path(file).name == "config.yaml":  # a run folder's own: `inputs` are its digests,
-                read.pop("inputs", None)  # which `runs.folder.begin` holds against what is there
-            merged = OmegaConf.merge(merged, read)
-        except FileNotFoundError:
-            faults.append(f"{file}: no such config file")
-        except UserError as error:
-            faults += error.faults
-        except (YAMLError, OmegaConfBaseException, OSError, ValueError, ImportError) as error:
-            faults.append(f"{file}: not readable as YAML: {' '.join(str(error).split())}")
-    for word in argv:
-        if "=" in word and word not in flags:
-            try:
-                merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([word]))
-            except (YAMLError, OmegaConfBaseException, ValueError) as error:
-                faults.append(f"{word}: not readable as key=value: {' '.join(str(error).split())}")
-    try:
-        values: Any = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        faults.append(f"{' '.join(files)}: {' '.join(str(error).split())}")
-        values = {}
-    if faults:
-        raise UserError(faults)
-    return validate(model, values), call
-
-
-def _fetched(url: str) -> Any:
-    import fsspec  # the config.yaml of pairs in an object store
-
-    try:
-        with fsspec.open(url) as file:
-            return io.BytesIO(file.read())
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # each client has its own kinds, which share no base
-        told = " ".join(str(error).split()) or repr(error)
-        raise UserError(
-            f"{url}: the store refuses ({type(error).__name__}: {told}); see that its client is "
-            "installed, reaches it and has credentials"
-        ) from error
+def closest(word: str, known: Iterable[str]) -> str:
+    """Suggest the known word that is closest to one: `did you mean WORD?`, or nothing."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def validate(model: type[C], values: dict[str, Any]) -> C:
     """Build a config from plain values; raise UserError with one line for each fault.
 
-    Where a field is a config and has a default, keys that are left out are the default's.
+    A name may stand for a config that has one (`solver: heun`), a value for a list of one
+    (`steps: 4`). Where a field is a config and has a default, keys that are left out are the default's.
     """
+    values = dict(values)
     for name, field in model.model_fields.items():
+        if name in values:
+            values[name] = _coerced(field.annotation, values[name])
         if isinstance(field.default, Config) and isinstance(values.get(name), dict):
-            values = values | {name: field.default.model_dump(mode="json") | values[name]}
+            values[name] = field.default.model_dump(mode="json") | values[name]
     try:
         return model.model_validate(values)
     except pydantic.ValidationError as error:
         raise UserError([_fault(model, fault) for fault in error.errors()]) from None
+
+
+def _coerced(annotation: Any, value: Any) -> Any:
+    """Take a name for a config that has one, and a value for a list of one; all else as it is."""
+    kind = _config_type(annotation)
+    is_list = _list_type(annotation)
+    if is_list and value is not None:
+        items = value if isinstance(value, list) else [value]
+        return [_coerced(kind, item) if kind else item for item in items]
+    if kind and isinstance(value, str) and kind.called in kind.model_fields:
+        return {kind.called: value}
+    if kind and isinstance(value, dict):
+        inner = {name: field.annotation for name, field in kind.model_fields.items()}
+        return {key: _coerced(inner[key], v) if key in inner else v for key, v in value.items()}
+    return value
+
+
+def _list_type(annotation: Any) -> bool:
+    inner = typing.get_args(annotation)
+    return typing.get_origin(annotation) is list or any(_list_type(kind) for kind in inner)
 
 
 def _fault(model: type[Config], fault: Any) -> str:
@@ -261,10 +247,14 @@ def _fault(model: type[Config], fault: Any) -> str:
         return f"{key}: missing; set it in the config file or as {key}=value"
     given = f"{key}={fault['input']!r}"
     if fault["type"] == "extra_forbidden":
-        known = ", ".join(_siblings(model, fault["loc"]))
-        return f"{key}: unknown key (given {fault['input']!r}); known keys there: {known}"
+        known = _siblings(model, fault["loc"])
+        mean = closest(str(fault["loc"][-1]), known)
+        return (
+            f"{key}: unknown key (given {fault['input']!r}); {mean}known keys: {', '.join(known)}"
+        )
     message = fault["msg"].removeprefix("Value error, ")
-    return f"{given}: {message[0].lower()}{message[1:]}"
+    null = "; for no value write null" if str(fault["input"]).lower() == "none" else ""
+    return f"{given}: {message[0].lower()}{message[1:]}{null}"
 
 
 def _siblings(model: Any, location: tuple[Any, ...]) -> list[str]:
@@ -311,10 +301,22 @@ def describe(
 
 def usage(model: type[Config], stage: str, summary: str) -> str:
     """Write the text of --help: what the stage does, and every key with default and meaning."""
-    lines = [f"{summary}\n", f"usage: python -m pipelines.{stage} CONFIG.yaml [key=value ...]"]
-    lines += ["       [--dry-run: print the resolved config and the plan]  [--help]\n"]
-    lines += ["Keys marked (run) may change between repeats of a command; the others are content:"]
-    lines += ["they decide what comes out, and a folder made with others is refused.\n"]
+    lines = [
+        f"{summary}\n",
+        f"usage: flowmatch {stage} CONFIG [key=value ...] [--dry-run] [--help]\n",
+    ]
+    lines += [
+        "CONFIG is an experiment (a YAML file, or the name of a shipped one such as digits), or"
+    ]
+    lines += [
+        "the config of this stage alone, such as the config.yaml of a run folder. --dry-run prints"
+    ]
+    lines += ["the plan. Values are YAML: net.block_out_channels=[32,64]. Several processes:"]
+    lines += [f"accelerate launch -m flowmatch.pipelines.{stage} CONFIG [key=value ...]\n"]
+    lines += [
+        "Keys marked (run) may change when a command is repeated. The others are content: they"
+    ]
+    lines += ["decide the result, and a folder made with other values is refused.\n"]
     for key, default, meaning in describe(model):
         lines.append(f"  {key} = {default}\n      {meaning}")
     return "\n".join(lines)

@@ -5,57 +5,57 @@ it is. Every distance stands beside the distance of real data to real data.
 """
 
 import dataclasses
-import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pydantic
 
-from flowmatch import config as configs
-from flowmatch.config import UserError, option, required, used
-from flowmatch.data import dataset
+from flowmatch.config import UserError, dump, option, require, required, together, used
 from flowmatch.data.config import DataConfig
-from flowmatch.data.dataset import Data
-from flowmatch.evaluation import feature_choice, figures, report, sampling, scoring
-from flowmatch.evaluation.feature_choice import FeatureChoice
-from flowmatch.evaluation.sampling import SampledRow, Sampler
-from flowmatch.evaluation.scoring import Scorer
-from flowmatch.flow import grids, noise, samplers
 from flowmatch.flow.config import Fixed, SamplerConfig, SolverConfig
-from flowmatch.models import precision, teachers
 from flowmatch.models.config import Precision
-from flowmatch.models.digest import module_digest
-from flowmatch.runs import command, process
+from flowmatch.runs import command, folder, process
 from flowmatch.runs.config import StageConfig
-from flowmatch.runs.files import write_atomic
-from flowmatch.runs.folder import RunFolder, begin
+
+if TYPE_CHECKING:
+    from flowmatch.data.dataset import Data
+    from flowmatch.evaluation.feature_choice import FeatureChoice
+    from flowmatch.evaluation.sampling import SampledRow, Sampler
+    from flowmatch.models.teachers import Teacher
 
 
 class EvaluateConfig(StageConfig):
     """Config of the evaluation."""
 
-    teacher: str = required("the teacher: a sealed training stage, or a diffusers model", run=True)
-    student: str = required("the student: a sealed training stage, or a diffusers model", run=True)
+    stage: ClassVar[str] = "evaluate"
+
+    teacher: str = required(
+        "the teacher: a finished training stage, or a diffusers model", run=True
+    )
+    student: str = required(
+        "the student: a finished training stage, or a diffusers model", run=True
+    )
     data: DataConfig = required(
-        "real data that the models were trained on, to compare with; with labels where a classifier "
-        "is to be trained here"
+        "real data that the models were trained on; needs labels if a classifier is trained here"
     )
     reference: DataConfig | None = option(
-        None, "real data to compare with that the models have not seen; default: data itself"
+        None, "real data that the models have not seen, to compare with; default: data itself"
     )
     samples: int = option(
-        2000, "generated samples, and real ones; all real ones if they are fewer", ge=4
+        2000, "generated samples a row, and as many real ones; at most all real ones", ge=4
     )
-    steps: list[int] = option([1, 2, 4, 8, 16, 32], "numbers of steps, a row each")
-    solver: SamplerConfig = option(SamplerConfig(), "how the rows are sampled")
+    steps: list[int] = option([1, 2, 4, 8, 16, 32], "numbers of steps, one row for each")
+    solver: SamplerConfig = option(SamplerConfig(), "sampler of the rows")
     student_solver: SamplerConfig | None = option(
-        None, "how the student's rows are sampled, where that differs"
+        None, "sampler of the student's rows, if it differs"
     )
     converged_solver: Literal[Fixed, "dopri5"] = option(
         "heun", "ODE solver of the reference 'converged', on uniform steps"
     )
     converged_steps: int = option(
-        64, "steps of the reference 'converged', all solvers but dopri5", ge=1
+        64, "steps of the reference 'converged', for all solvers but dopri5", ge=1
     )
     converged_tolerance: float = option(1e-5, "dopri5: rtol and atol of 'converged'", gt=0, lt=1)
     guidance: float = option(1.0, "classifier-free guidance scale; 1 is none")
@@ -68,21 +68,21 @@ class EvaluateConfig(StageConfig):
     )
     features: Literal["classifier", "values", "inception"] = option(
         "classifier",
-        "what images are scored on: features of a classifier, the values themselves, or Inception's "
-        "features where its weights are given",
+        "features that images are scored on: those of a classifier, the pixel values themselves, or "
+        "Inception's, if its weights are given",
     )
     classifier: str | None = option(
         None,
-        "sealed folder of train_classifier; default: a classifier is trained on the data here",
+        "finished folder of train_classifier; default: a classifier is trained on the data here",
         run=True,
     )
     training_samples: int = option(
         100_000,
-        "images of data among which each sample's nearest is sought; all of them if they are fewer",
+        "training images that each sample's nearest neighbour is searched in; at most all of them",
         ge=12,
     )
     inception_weights: str | None = option(
-        None, "torch-fidelity's weights file of Inception; nothing is downloaded", run=True
+        None, "file of Inception's weights from torch-fidelity; nothing is downloaded", run=True
     )
 
     @pydantic.field_validator("converged_tolerance")
@@ -91,68 +91,108 @@ class EvaluateConfig(StageConfig):
         return used(cls, value, info, "converged_solver", "dopri5")
 
     def rows_of(self, name: str) -> tuple[str, SamplerConfig]:
-        """Give the key and the config of how a model's rows are sampled. name: teacher or student."""
+        """Return the key and the config of the sampler of a model's rows. name: teacher or student."""
         if name == "student" and self.student_solver is not None:
             return "student_solver", self.student_solver
         return "solver", self.solver
 
     @property
     def converged(self) -> SolverConfig:
-        """How the reference is integrated."""
+        """The solver of the reference."""
         solver, tolerance = self.converged_solver, self.converged_tolerance
-        own = {"rtol": tolerance, "atol": tolerance} if solver == "dopri5" else {}
+        own: dict[str, Any] = {"rtol": tolerance, "atol": tolerance} if solver == "dopri5" else {}
         return SolverConfig(name=solver, steps=self.converged_steps, **own)
 
 
-def main(config: EvaluateConfig, dry_run: bool) -> None:
-    """Plan, then sample, score, draw and seal."""
-    faults = configs.Faults()
-    inputs: dict[str, str] = {}
-    with faults:
+@dataclass
+class Plan(folder.Plan):
+    """Opened data and models, and how samples are scored.
+
+    sets: "data" and, where it differs, "reference". models: "teacher" and "student". kind: the
+    distance. samples: of each row.
+    """
+
+    sets: "dict[str, Data]"
+    models: "dict[str, Teacher]"
+    kind: str
+    look: "FeatureChoice"
+    samples: int
+
+    @property
+    def real(self) -> "Data":
+        """The data that samples are compared with."""
+        return self.sets.get("reference", self.sets["data"])
+
+
+def plan(config: EvaluateConfig) -> Plan:
+    """Check the config, open the data, load both models, and choose the features."""
+    from flowmatch.data import dataset
+    from flowmatch.evaluation import feature_choice, sampling, scoring
+    from flowmatch.flow import grids, samplers
+    from flowmatch.models import precision, teachers
+
+    def check_device() -> str:
         device = process.pick_device(config.device)
         precision.check("precision", config.precision, device)
+        require("matplotlib", "eval", "evaluate")
+        if config.converged_solver == "dopri5":
+            require("torchdiffeq", "eval", "converged_solver=dopri5")
         if not config.steps or min(config.steps) < 1:
             raise UserError(f"steps={config.steps}: expected one or more numbers, from 1")
-    for name in ("teacher", "student"):
-        for steps in config.steps:
-            with faults:
-                grids.make(config.rows_of(name)[1], steps)
-    sets: dict[str, Data] = {}
-    for name, given in (("data", config.data), ("reference", config.reference)):
-        with faults:
-            if given is not None:
-                sets[name] = dataset.load(given, name)
-                inputs[name] = sets[name].digest
-    models: dict[str, teachers.Teacher] = {}
-    for name in ("teacher", "student"):
-        with faults:
-            models[name] = teachers.load(getattr(config, name), name)
-            inputs[name] = models[name].digest
-            key, sampler = config.rows_of(name)
-            samplers.check(sampler.name, models[name].round, f"{key}.name")
-    if "teacher" in models:
-        with faults:
-            models["teacher"].check_teaches("teacher")
-    with faults:
-        sampling.check(models, sets.get("data"), config.guidance)
-    if "data" in sets:
-        kind = feature_choice.kind_of(config.distance, sets["data"])
-        with faults:
-            look = feature_choice.look_of(config, sets["data"], kind, inputs)
-            if look.module is not None:
-                feature_choice.refuse_own(look.module, models)
-        with faults:
-            for name, made in (sets | models).items():
-                if made.shape != sets["data"].shape:
-                    raise UserError(
-                        f"{name} {'holds' if name in sets else 'makes samples of'} "
-                        f"{list(made.shape)}; data holds {list(sets['data'].shape)}"
-                    )
-    faults.check()
-    again = "reference" in sets and scoring.same(sets["reference"], sets["data"])
+        return device
+
+    def check_grid(name: str, steps: int) -> None:
+        grids.make(config.rows_of(name)[1], steps)
+
+    def load_model(name: str) -> "Teacher":
+        model = teachers.load(getattr(config, name), name)
+        key, sampler = config.rows_of(name)
+        samplers.check(sampler.name, model.round, f"{key}.name")
+        if name == "teacher":
+            model.check_teaches("teacher")
+        return model
+
+    names = ("teacher", "student")
+    keys = ["data"] if config.reference is None else ["data", "reference"]
+    device, teacher, student, *opened = together(
+        check_device,
+        *(partial(load_model, name) for name in names),
+        *(partial(dataset.load, getattr(config, key), key) for key in keys),
+        *(
+            partial(check_grid, name, steps)
+            for name in names
+            for steps in config.steps
+            if steps > 0
+        ),
+    )
+    models: dict[str, Teacher] = {"teacher": teacher, "student": student}
+    sets: dict[str, Data] = dict(zip(keys, opened, strict=False))
+    inputs = {key: data.digest for key, data in sets.items()}
+    inputs |= {name: model.digest for name, model in models.items()}
+    data = sets["data"]
+    kind = feature_choice.kind_of(config.distance, data)
+
+    def choose_features() -> "FeatureChoice":
+        look = feature_choice.look_of(config, data, kind, inputs)
+        if look.module is not None:
+            feature_choice.refuse_own(look.module, models)
+        return look
+
+    def check_shapes() -> None:
+        for name, made in (sets | models).items():
+            if made.shape != data.shape:
+                raise UserError(
+                    f"{name} {'holds' if name in sets else 'makes samples of'} {list(made.shape)}; "
+                    f"data holds {list(data.shape)}"
+                )
+
+    _, look, _ = together(
+        lambda: sampling.check(models, data, config.guidance), choose_features, check_shapes
+    )
+    again = "reference" in sets and scoring.same(sets["reference"], data)
     if again:
         del sets["reference"]
-    real = sets.get("reference", sets["data"])
+    real = sets.get("reference", data)
     samples = min(config.samples, real.count)
     if kind == "frechet" and samples < 2 * scoring.NEIGHBOURS + 2:
         raise UserError(
@@ -165,54 +205,72 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
         )
         for name, model in models.items()
     )
-    plan = [
+    lines = [
         f"{samples} samples a row, {kind} distance to {samples} of {real.count} real ones",
         f"{evaluations:,} network evaluations"
         f"{'' if converged.evaluations else ', and those of dopri5,'} for "
         f"{len(config.steps) + 1} rows of 2 models, on {device}",
     ]
     if again:
-        plan.append("reference holds what data holds: scored as without it, as seen in training")
-    if not begin("evaluate", config, inputs, plan, dry_run):
-        return
+        lines.append(
+            "reference holds the same items as data: scored without it, as seen in training"
+        )
+    return Plan(config, inputs, lines, sets, models, kind, look, samples)
+
+
+def run(plan: Plan) -> None:
+    """Sample, score, draw, and seal the folder."""
+    from flowmatch.evaluation import feature_choice, figures, results
+    from flowmatch.evaluation.sampling import Sampler
+    from flowmatch.models import teachers
+
+    config: EvaluateConfig = plan.config
     accelerator = process.start_accelerator(config.device)
-    with RunFolder("evaluate", config, inputs) as folder:
+    with folder.RunFolder("evaluate", config, plan.inputs) as opened:
         command.exit_on_sigterm()
         if accelerator.num_processes == 1:  # before the samples, which its refusal would lose
-            look = feature_choice.taught(look, config, kind, sets["data"], models)
+            plan.look = feature_choice.taught(
+                plan.look, config, plan.kind, plan.sets["data"], plan.models
+            )
         sampled = {
             name: Sampler(
                 model,
-                samples,
+                plan.samples,
                 config.compute_batch,
                 config.seed,
                 config.guidance,
                 config.precision,
                 accelerator,
             )
-            for name, model in models.items()
+            for name, model in plan.models.items()
         }
-        found = {  # collective: every rank
-            name: sampler.rows(config.steps, config.rows_of(name)[1], converged)
+        rows = {  # collective: every rank
+            name: sampler.rows(config.steps, config.rows_of(name)[1], config.converged)
             for name, sampler in sampled.items()
         }
         if process.leads():
-            result = score(config, sets, sampled, found, kind, look)
-            write(folder, result, found, sampled, real)
+            result = score(plan, sampled, rows)
+            folders = {name: teachers.run_of(getattr(config, name))[0] for name in rows}
+            place = Path(opened.folder)
+            results.write(place, result, rows, sampled, plan.real, folders, dump(config))
+            opened.seal(["metrics.json"])
+            process.say(f"\n{figures.table(result)}\nreport: {place / 'report.html'}")
     accelerator.end_training()
 
 
 def score(
-    config: EvaluateConfig,
-    sets: dict[str, Data],
-    sampled: dict[str, Sampler],
-    made: dict[str, list[SampledRow]],
-    kind: str,
-    look: FeatureChoice,
+    plan: Plan, sampled: "dict[str, Sampler]", rows: "dict[str, list[SampledRow]]"
 ) -> dict[str, Any]:
     """Measure all rows, and write down the protocol."""
-    n, device = sampled["teacher"].samples, sampled["teacher"].accelerator.device
-    unflipped = {name: dataclasses.replace(found, flip=False) for name, found in sets.items()}
+    from flowmatch.data import dataset
+    from flowmatch.evaluation import feature_choice, scoring
+    from flowmatch.evaluation.scoring import Scorer
+    from flowmatch.flow import noise, samplers
+    from flowmatch.models.digest import module_digest
+
+    config, kind, sets = plan.config, plan.kind, plan.sets
+    n, device = plan.samples, sampled["teacher"].accelerator.device
+    unflipped = {name: dataclasses.replace(data, flip=False) for name, data in sets.items()}
     training, real = unflipped["data"], unflipped.get("reference", unflipped["data"])
     reference = dataset.reference(real, n, config.seed)["x1"].to(device)
     protocol: dict[str, Any] = {
@@ -230,9 +288,8 @@ def score(
         protocol["reference"] = real.digest
     if config.student_solver is not None:
         protocol["student_solver"] = samplers.describe(config.student_solver)
-    # here where there are others: they would wait for it longer than a collective does
-    models = {name: sampler.model for name, sampler in sampled.items()}
-    look = feature_choice.taught(look, config, kind, sets["data"], models)
+    # with several processes trained here: the others would wait for it longer than a collective does
+    look = feature_choice.taught(plan.look, config, kind, sets["data"], plan.models)
     net, known = look.module, None
     if kind == "frechet":
         protocol["features"] = {"name": config.features, **look.facts}
@@ -244,8 +301,8 @@ def score(
         protocol |= {"neighbours": scoring.NEIGHBOURS, "training_samples": seen}
     scorer = Scorer(kind, reference, net, known, apart="reference" not in sets)
     result: dict[str, Any] = {"protocol": protocol, "floor": scorer.floor()}
-    truth = made["teacher"][-1].x
-    for name, found in made.items():
+    truth = rows["teacher"][-1].x
+    for name, made in rows.items():
         result[name] = {
             "round": sampled[name].model.round,
             **sampled[name].straightness(),
@@ -253,7 +310,7 @@ def score(
         }
         if sampled[name].model.one_step:
             result[name]["one_step"] = True
-        for row in found:
+        for row in made:
             x = (row.x.clamp(-1, 1) if real.images else row.x).to(device)
             rmse = (row.x - truth).square().mean().sqrt().item()
             facts = {"steps": row.steps, "evaluations": row.evaluations}
@@ -261,39 +318,7 @@ def score(
     return result
 
 
-def write(
-    folder: RunFolder,
-    result: dict[str, Any],
-    made: dict[str, list[SampledRow]],
-    sampled: dict[str, Sampler],
-    real: Data,
-) -> None:
-    """Write metrics.json, the table, the pictures and the report, and seal."""
-    place = Path(folder.folder)
-    samples = {name: {r.steps: r.x for r in found} for name, found in made.items()}
-    write_atomic(place / "metrics.json", json.dumps(result, indent=1) + "\n")
-    write_atomic(place / "table.md", figures.table(result))
-    figures.curve(place / "curve.png", result)
-    figures.grid(place / "grid.png", samples)
-    accelerator = sampled["student"].accelerator
-    page = report.page(
-        place.absolute().parent.name,
-        result,
-        samples,
-        real=dataset.reference(real, min(16 if real.images else 2000, real.count), 0)["x1"],
-        paths={name: sampler.paths() for name, sampler in sampled.items()},
-        folders={name: teachers.run_of(getattr(folder.config, name))[0] for name in made},
-        config=configs.dump(folder.config),
-        facts={
-            f"{name}, network": f"{type(net).__name__}, {net.num_parameters():,} parameters"
-            for name, net in ((name, sampler.model.net) for name, sampler in sampled.items())
-        }
-        | report.machine(accelerator.device, accelerator.num_processes),
-    )
-    write_atomic(place / "report.html", page)
-    folder.seal(["metrics.json"])
-    process.say(f"\n{figures.table(result)}\nreport: {place / 'report.html'}")
-
+STAGE = command.Stage("evaluate", EvaluateConfig, plan, run, __doc__)
 
 if __name__ == "__main__":
-    command.command("evaluate", EvaluateConfig, main, __doc__)
+    command.main(STAGE)

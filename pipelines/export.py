@@ -11,24 +11,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from flowmatch import config as configs
-from flowmatch.config import UserError, option, required
-from flowmatch.export import model_card
-from flowmatch.export.model_card import Kind
-from flowmatch.flow import grids, solvers
-from flowmatch.models import teachers, two_time
-from flowmatch.models.velocity import Velocity
-from flowmatch.runs import command, manifest, process
+from flowmatch.config import UserError, option, required, together
+from flowmatch.runs import command, folder, manifest, process
 from flowmatch.runs.config import StageConfig
 from flowmatch.runs.files import write_atomic
-from flowmatch.runs.folder import RunFolder, begin
 
-FRESH = Path(model_card.__file__).with_name("sample_fresh.py")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowmatch.export.model_card import Kind
+    from flowmatch.models.teachers import Teacher
+
 TOLERANCE = 1e-6  # largest difference of a pixel in [0, 1] to our own solver, exact schedulers
 WARNING = 0.01  # the same with the folder's own scheduler, above which the stage warns
 SAMPLES = 4  # of each check
@@ -37,23 +35,41 @@ SAMPLES = 4  # of each check
 class ExportConfig(StageConfig):
     """Config of the export."""
 
-    student: str = required("a sealed training stage (its EMA weights)", run=True)
+    stage: ClassVar[str] = "export"
+
+    student: str = required("a finished training stage (its EMA weights)", run=True)
     evaluation: str | None = option(
-        None, "the student's sealed evaluation, whose table goes into the card", run=True
+        None, "the student's finished evaluation, whose table goes into the card", run=True
     )
     steps: list[int] = option([1, 2, 4], "numbers of steps that get an exact stock scheduler")
 
 
-def main(config: ExportConfig, dry_run: bool) -> None:
-    """Plan, then write the folder, try it, and seal."""
-    faults = configs.Faults()
-    inputs: dict[str, str] = {}
-    with faults:
+@dataclass
+class Plan(folder.Plan):
+    """The student, the kind of its pipeline, and the table of its evaluation."""
+
+    student: "Teacher"
+    kind: "Kind"
+    table: str
+
+
+def plan(config: ExportConfig) -> Plan:
+    """Check the config, and load the student and its evaluation."""
+    from flowmatch.export import model_card
+    from flowmatch.models import teachers, two_time
+
+    def check_config() -> None:
+        faults = []
         if not config.steps or min(config.steps) < 1:
-            raise UserError(f"steps={config.steps}: expected one or more numbers, from 1")
-    with faults:
+            faults.append(f"steps={config.steps}: expected one or more numbers, from 1")
+        if config.device == "cuda":
+            faults.append("device=cuda: an export is checked on the CPU; leave device out")
+        if faults:
+            raise UserError(faults)
+
+    def load_student() -> "tuple[Teacher, str]":
         student = teachers.load(config.student, "student")
-        inputs["student"] = student.digest
+        digest = student.digest
         if student.diffusion is not None:
             raise UserError(
                 f"student={config.student} is a diffusion model, which predicts "
@@ -66,55 +82,58 @@ def main(config: ExportConfig, dry_run: bool) -> None:
             raise UserError(
                 f"steps={config.steps}: the student is for one step only; use steps=[1]"
             )
-    table = "Not evaluated.\n"
+        return student, digest
+
+    def read_evaluation() -> dict[str, Any] | None:
+        if config.evaluation is None:
+            return None
+        return manifest.read(config.evaluation, "evaluation", ["evaluate"])
+
+    _, (student, digest), evaluation = together(check_config, load_student, read_evaluation)
+    inputs, table = {"student": digest}, "Not evaluated.\n"
     if config.evaluation is not None:
-        with faults:
-            evaluation = manifest.read(config.evaluation, "evaluation", ["evaluate"])
-            inputs["evaluation"] = manifest.digest(config.evaluation)
-            table = (Path(config.evaluation) / "table.md").read_text()
-    if not faults.errors and config.evaluation is not None:
-        with faults:
-            if evaluation["inputs"]["student"] != student.digest:
-                raise UserError(
-                    f"evaluation={config.evaluation} scored another student than {config.student}"
-                )
-    faults.check()
+        if evaluation["inputs"]["student"] != digest:
+            raise UserError(
+                f"evaluation={config.evaluation} scored another student than {config.student}"
+            )
+        inputs["evaluation"] = manifest.digest(config.evaluation)
+        table = (Path(config.evaluation) / "table.md").read_text()
     kind = model_card.kind_of(student)
-    plan = [
+    lines = [
         f"{type(student.net).__name__} of {student.net.num_parameters():,} parameters, as {kind.name}",
         f"checked in a fresh process without flowmatch at {config.steps} steps",
     ]
-    pictures = [] if config.evaluation is None else sorted(Path(config.evaluation).glob("*.png"))
-    shown = ", ".join(map(str, pictures)) or "none"
-    snippet = kind.snippet.replace("FOLDER", config.run_dir)
-    summary = f"\n{table}\npictures: {shown}\n\n{snippet}"
-    if not begin("export", config, inputs, plan, dry_run):
-        if manifest.sealed(config.run_dir):
-            process.say(summary)
-        return
+    return Plan(config, inputs, lines, student, kind, table)
+
+
+def run(plan: Plan) -> None:
+    """Write the folder, check it, and seal it; rank 0 alone."""
     if not process.leads():
         return
-    with RunFolder("export", config, inputs) as folder:
-        command.exit_on_sigterm()  # there is nothing to save
-        written = write(folder.folder, student, kind, config.steps)
-        differences = check(folder.folder, student, kind, config.steps)
-        text = model_card.text(student, kind, table, differences)
-        write_atomic(folder.folder / "README.md", text)
+    from flowmatch.export import model_card
+
+    config: ExportConfig = plan.config
+    student, kind = plan.student, plan.kind
+    with folder.RunFolder("export", config, plan.inputs) as opened:
+        command.exit_on_sigterm()
+        written = write(opened.folder, student, kind, config.steps)
+        differences = compare(opened.folder, student, kind, config.steps, config.seed)
+        text = model_card.text(student, kind, plan.table, differences)
+        write_atomic(opened.folder / "README.md", text)
         for steps, found in differences.items():
-            process.say(
-                f"export: {steps} steps: " + ", ".join(f"{k} {d:.2g}" for k, d in found.items())
-            )
+            told = ", ".join(f"{name} {value:.2g}" for name, value in found.items())
+            process.say(f"export: {steps} steps: {told}")
         if max(found.get("folder", 0) for found in differences.values()) > WARNING:
             process.say(
                 f"export: warning: with the folder's own scheduler pixels differ by more than "
                 f"{WARNING:.0%}; use scheduler_N/ where N is one of {config.steps}"
             )
-        folder.seal(written, round=student.round)
-        process.say(summary)
+        opened.seal(written, round=student.round)
+    process.say(f"\n{kind.snippet.replace('FOLDER', config.run_dir)}")
 
 
-def write(folder: Path, student: teachers.Teacher, kind: Kind, steps: list[int]) -> list[str]:
-    """Write everything but the card; return the files, relative to the folder."""
+def write(folder: Path, student: "Teacher", kind: "Kind", steps: list[int]) -> list[str]:
+    """Write everything but the card; return the file names, relative to the folder."""
     from diffusers import (
         ConsistencyModelPipeline,
         DDPMPipeline,
@@ -127,7 +146,7 @@ def write(folder: Path, student: teachers.Teacher, kind: Kind, steps: list[int])
 
     net = student.net
     net.register_to_config(_name_or_path="")
-    # DDIM is Euler on this path: first order in log-SNR is right, to some .5%, for any number of steps
+    # DDIM is Euler on this path: first order in log-SNR is right to about 0.5% for any number of steps
     any_n = DPMSolverMultistepScheduler(
         solver_order=1,
         algorithm_type="dpmsolver++",
@@ -138,14 +157,14 @@ def write(folder: Path, student: teachers.Teacher, kind: Kind, steps: list[int])
     )
     one_n = FlowMatchEulerDiscreteScheduler()  # its first step goes from 1000 to 0 where N = 1
     named = one_n if student.one_step else any_n
-    parts = {
+    parts: dict[str, Callable[[], Any]] = {
         "DDPMPipeline": lambda: DDPMPipeline(unet=net, scheduler=named),
         "ConsistencyModelPipeline": lambda: ConsistencyModelPipeline(unet=net, scheduler=any_n),
         "ReflowPipeline": lambda: pipeline.ReflowPipeline(net, one_n),
     }
     parts[kind.name]().save_pretrained(folder, safe_serialization=True)
     for n in steps:
-        exact = FlowMatchEulerDiscreteScheduler(shift_terminal=1 / n if n > 1 else None)
+        exact: Any = FlowMatchEulerDiscreteScheduler(shift_terminal=1 / n if n > 1 else None)
         exact.save_pretrained(folder / f"scheduler_{n}")
     ours = scheduler.RectifiedFlowScheduler(reflow_round=student.round)
     ours.save_pretrained(folder / "scheduler_flowmatch")
@@ -161,25 +180,31 @@ def write(folder: Path, student: teachers.Teacher, kind: Kind, steps: list[int])
     return sorted(set(names))
 
 
-def check(
-    folder: Path, student: teachers.Teacher, kind: Kind, steps: list[int]
+def compare(
+    folder: Path, student: "Teacher", kind: "Kind", steps: list[int], seed: int
 ) -> dict[int, dict[str, float]]:
     """Sample in a fresh process without flowmatch, and compare with our own solver.
 
     Returns the largest differences, in [0, 1] after the clamp for images: steps -> name -> difference.
     Raises UserError where the exact schedulers differ by more than TOLERANCE.
     """
+    import torch
+
+    from flowmatch.export import model_card
+
+    fresh = Path(model_card.__file__).with_name("sample_fresh.py")
     task = {
         "folder": str(folder.resolve()),
         "steps": steps,
         "pipeline": kind.name,
         "samples": SAMPLES,
+        "seed": seed,
         "output_type": "latent" if model_card.latent(student) else "np",
         "labels": None if student.classes is None else labels(student).tolist(),
     }
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run(
-            [sys.executable, str(FRESH), json.dumps(task)],
+            [sys.executable, str(fresh), json.dumps(task)],
             cwd=scratch,
             env=os.environ
             | {
@@ -197,35 +222,45 @@ def check(
                 f"{done.stderr.strip().splitlines()[-1]}"
             )
         theirs = torch.load(Path(scratch) / "samples.pt", weights_only=True)
-    found: dict[int, dict[str, float]] = {}
+    differences: dict[int, dict[str, float]] = {}
     for n in steps:
-        mine = own_samples(student, n)
-        found[n] = {name: (x - mine).abs().max().item() for name, x in theirs[str(n)].items()}
-        if not found[n]["exact"] <= TOLERANCE:
+        mine = own_samples(student, n, seed)
+        largest = {name: (x - mine).abs().max().item() for name, x in theirs[str(n)].items()}
+        if not largest["exact"] <= TOLERANCE:
             raise UserError(
                 f"run_dir={folder}: at {n} steps the export differs from our solver by "
-                f"{found[n]['exact']:.2g}, expected at most {TOLERANCE}; is this diffusers "
-                "release a supported one?"
+                f"{largest['exact']:.2g}, expected at most {TOLERANCE}; check that this diffusers "
+                "release is a supported one"
             )
-    return found
+        differences[n] = largest
+    return differences
 
 
-def labels(student: teachers.Teacher) -> Tensor:
+def labels(student: "Teacher") -> "Tensor":
     """Labels of the check: the first classes in turn."""
+    import torch
+
     return torch.arange(SAMPLES) % (student.classes or 1)
 
 
-@torch.no_grad()
-def own_samples(student: teachers.Teacher, steps: int) -> Tensor:
+def own_samples(student: "Teacher", steps: int, seed: int) -> "Tensor":
     """Sample with our solver, the noise drawn as DDPMPipeline draws it; pictures in [0, 1]."""
+    import torch
     from diffusers.utils.torch_utils import randn_tensor
 
-    x0 = randn_tensor((SAMPLES, *student.shape), generator=torch.Generator().manual_seed(0))
+    from flowmatch.export import model_card
+    from flowmatch.flow import grids, solvers
+    from flowmatch.models.velocity import Velocity
+
+    x0 = randn_tensor((SAMPLES, *student.shape), generator=torch.Generator().manual_seed(seed))
     v = Velocity(student.net)
     cond = None if student.classes is None else {"label": labels(student)}
-    x = solvers.integrate(lambda x, t: v(x, t, cond), x0, grids.uniform_grid(steps))
+    with torch.no_grad():
+        x = solvers.integrate(lambda x, t: v(x, t, cond), x0, grids.uniform_grid(steps))
     return x if x.ndim < 4 or model_card.latent(student) else (x / 2 + 0.5).clamp(0, 1)
 
 
+STAGE = command.Stage("export", ExportConfig, plan, run, __doc__, alone=True)
+
 if __name__ == "__main__":
-    command.command("export", ExportConfig, main, __doc__)
+    command.main(STAGE)

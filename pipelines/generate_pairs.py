@@ -1,6 +1,6 @@
-"""Stage two: carry noise along the teacher's flow, and store where it ends: straight pairs.
+"""Stage two: integrate the teacher's flow from noise, and store where it ends: straight pairs.
 
-With `data` the other way round: images are carried back to the noise that the teacher makes them from.
+With `data` in the other direction: images are integrated back to the noise that they come from.
 
 Noise i, its label and so pair i are functions of the config, the teacher and i alone. Workers share
 the folder and nothing else: start any number of them, stop them, start others; the bytes are the same.
@@ -8,50 +8,55 @@ the folder and nothing else: start any number of them, stop them, start others; 
 
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pydantic
 
-from flowmatch import config as configs
-from flowmatch.config import UserError, option, required
-from flowmatch.data import dataset
+from flowmatch.config import UserError, content, option, require, required, together
 from flowmatch.data.config import DataConfig
-from flowmatch.data.dataset import Data
 from flowmatch.flow.config import SolverConfig
-from flowmatch.models import precision, teachers
 from flowmatch.models.config import Precision
-from flowmatch.pairs import generator, leases, shards
-from flowmatch.pairs.generator import Made, PairGenerator
-from flowmatch.pairs.layout import Layout
-from flowmatch.pairs.progress import ShardProgress
-from flowmatch.pairs.writer import Writer
-from flowmatch.runs import command, manifest, process, storage
+from flowmatch.runs import command, folder, manifest, process, storage
 from flowmatch.runs.config import StageConfig
-from flowmatch.runs.folder import begin, write_config
-from flowmatch.runs.storage import Store
+
+if TYPE_CHECKING:
+    from flowmatch.data.dataset import Data
+    from flowmatch.models.teachers import Teacher
+    from flowmatch.models.velocity import Velocity
+    from flowmatch.pairs.generator import Made
+    from flowmatch.pairs.layout import Layout
 
 
 class PairsConfig(StageConfig):
     """Config of stage two."""
 
+    stage: ClassVar[str] = "generate_pairs"
+
     teacher: str = required(
-        "a sealed training stage (its EMA weights), a diffusers flow model, or a diffusers pipeline "
+        "a finished training stage (its EMA weights), a diffusers flow model, or a diffusers pipeline "
         "whose network predicts noise, data or v",
         run=True,
     )
     data: DataConfig | None = option(
-        None, "invert this data: pair i is item i and its noise; default: generate from noise"
+        None,
+        "invert this data: pair i is item i and its noise; default: generate from noise",
+        shared=False,
     )
     shards: int = required("number of shards; more of them extend a finished set", run=True, ge=1)
-    shard_size: int = option(16384, "pairs in a shard, the unit of work and of retry", ge=1)
-    block: int = option(64, "pairs in a tar member; choose it so that one is 0.25 to 4 MB", ge=1)
-    compute_batch: int = option(256, "pairs integrated together; part of what comes out", ge=1)
-    solver: SolverConfig = option(SolverConfig(), "how the teacher's ODE is solved")
+    shard_size: int = option(16384, "pairs in a shard, the unit of work", ge=1)
+    block: int = option(
+        64, "pairs in a tar member; choose it so that a member has 0.25 to 4 MB", ge=1
+    )
+    compute_batch: int = option(256, "pairs integrated together; changes rounding", ge=1)
+    solver: SolverConfig = option(SolverConfig(), "solver of the teacher's ODE")
     guidance: float = option(
-        1.0, "classifier-free guidance scale w, baked into the pairs; 1 is none, others cost twice"
+        1.0,
+        "classifier-free guidance scale w of the pairs; 1 disables guidance, other values double the "
+        "evaluations",
     )
     dtype: Literal["float16", "float32"] = option(
-        "float16", "stored dtype; the noise stays exact; float32 with data", validate_default=True
+        "float16", "stored dtype; float32 is needed with data", validate_default=True
     )
     precision: Precision = option(
         "fp32",
@@ -60,31 +65,74 @@ class PairsConfig(StageConfig):
     )
     compile: bool = option(
         False,
-        "compile the network by torch.compile; alters rounding, so let all workers of a set agree",
+        "compile the network with torch.compile; changes rounding, so use it for all workers or none",
         run=True,
     )
     lease_seconds: float = option(
-        60.0, "a shard whose worker has not moved for so long is taken over", run=True, gt=0
+        60.0, "seconds after which the shard of a silent worker is taken over", run=True, gt=0
     )
 
     @pydantic.field_validator("dtype")
     @classmethod
     def _exact(cls, dtype: str, info: pydantic.ValidationInfo) -> str:
         if info.data.get("data") is not None and dtype != "float32":
-            raise ValueError("the noise of inverted data is found, not drawn; set dtype=float32")
+            raise ValueError("the noise of inverted data cannot be drawn again; set dtype=float32")
         return dtype
 
 
-def main(config: PairsConfig, dry_run: bool) -> None:
-    """Plan, then make the shards that are missing; the worker that finds all of them there seals."""
-    faults = configs.Faults()
-    with faults:
+@dataclass
+class Plan(folder.Plan):
+    """The teacher's velocity, the layout of the shards, and the data to invert."""
+
+    device: str
+    teacher: "Teacher"
+    velocity: "Velocity"
+    layout: "Layout"
+    source: "Data | None"
+    store: storage.Store
+    fingerprint: str
+    evaluations: float | None  # a pair; None: dopri5 chooses
+
+    @property
+    def count(self) -> int:
+        """Number of pairs of the set."""
+        return self.config.shards * self.config.shard_size
+
+    def reopen(self) -> bool:
+        """Check whether a finished set lacks shards, or its card."""
+        from flowmatch.pairs import shards
+
+        lacks_card = self.store.sizes([shards.README]) == [None]
+        every = range(self.config.shards)
+        return lacks_card or bool(shards.missing(self.store, every, self.fingerprint))
+
+    def measure(self) -> list[str]:
+        """Measure the largest compute batch that fits, where nothing is sealed yet."""
+        from flowmatch.pairs import generator
+
+        if manifest.sealed(self.store):
+            return []
+        there = process.worker_device(self.device)
+        shape, precision = self.layout.shape, self.config.precision
+        return [generator.measure_batch(self.velocity, shape, there, precision)]
+
+
+def plan(config: PairsConfig) -> Plan:
+    """Check the config, load the teacher, and lay out the shards."""
+    from flowmatch.data import dataset
+    from flowmatch.models import precision, teachers
+    from flowmatch.pairs.layout import Layout
+
+    def check_device() -> str:
         device = process.pick_device(config.device)
         precision.check("precision", config.precision, device)
-    with faults:
+        if config.solver.name == "dopri5":
+            require("torchdiffeq", "eval", "solver.name=dopri5")
+        return device
+
+    def load_teacher() -> "tuple[Teacher, Velocity, Layout]":
         teacher = teachers.load(config.teacher, "teacher")
         teacher.check_teaches("teacher")
-        velocity = teacher.velocity(config.guidance)
         layout = Layout(
             shape=teacher.shape,
             dtype=config.dtype,
@@ -93,112 +141,137 @@ def main(config: PairsConfig, dry_run: bool) -> None:
             block=min(config.block, config.shard_size),
             index=config.data is not None,
         )
-    source = None
-    if config.data is not None:
-        with faults:
-            source = dataset.load(config.data)
-            check_data(source, teacher, config)
-    with faults:
-        folder = storage.at(config.run_dir)
-        refuse_fewer(folder, config.shards)
-    faults.check()
+        return teacher, teacher.velocity(config.guidance), layout
+
+    def open_store() -> storage.Store:
+        store = storage.at(config.run_dir)
+        refuse_fewer(store, config.shards)
+        return store
+
+    device, (teacher, velocity, layout), source, store = together(
+        check_device,
+        load_teacher,
+        lambda: None if config.data is None else dataset.load(config.data),
+        open_store,
+    )
+    if source is not None:
+        check_data(source, teacher, config)
     inputs = {"teacher": teacher.digest} | ({"data": source.digest} if source else {})
-    fingerprint = manifest.pair_fingerprint(configs.content(config), inputs, teacher.round)
-    pairs = config.shards * config.shard_size
-    evaluations: float | None = config.solver.evaluations  # a pair
+    fingerprint = manifest.pair_fingerprint(content(config), inputs, teacher.round)
+    count = config.shards * config.shard_size
+    evaluations: float | None = config.solver.evaluations
     cost = "dopri5 chooses its evaluations"
     if evaluations is not None:
         evaluations += 0 if source else velocity.extra
         evaluations *= 1 if config.guidance == 1 else 2
-        cost = f"{evaluations} evaluations a pair ({config.solver.name}), {pairs * evaluations:,} in all"
-    plan = [
-        f"{pairs:,} pairs of {list(teacher.shape)} in {config.shards} shards, "
+        cost = f"{evaluations} evaluations a pair ({config.solver.name}), {count * evaluations:,} in all"
+    lines = [
+        f"{count:,} pairs of {list(teacher.shape)} in {config.shards} shards, "
         f"{config.shards * layout.tar_bytes / 1e6:,.1f} MB on disk",
         f"{type(teacher.net).__name__} of {teacher.net.num_parameters():,} parameters, on {device}: "
         f"{cost}",
     ]
     if source:
-        plan.append(f"inverted: items 0 to {pairs - 1:,} of the {len(source):,} of the data")
-    every = range(config.shards)
+        lines.append(f"inverted: items 0 to {count - 1:,} of the {len(source):,} of the data")
+    opened = (device, teacher, velocity, layout, source, store)
+    return Plan(config, inputs, lines, *opened, fingerprint, evaluations)
 
-    def unfinished() -> bool:
-        lacks_card = folder.sizes([shards.README]) == [None]
-        return lacks_card or bool(shards.missing(folder, every, fingerprint))
 
-    if dry_run and not manifest.sealed(folder):
-        there = process.worker_device(device)
-        plan.append(generator.measure_batch(velocity, layout.shape, there, config.precision))
-    if not begin("generate_pairs", config, inputs, plan, dry_run, unfinished):
-        return
-    look = command.heed_sigterm()
-    folder.make()
-    write_config(config, inputs)
-    make = PairGenerator(
+def run(plan: Plan) -> None:
+    """Make the missing shards; the worker that finds all of them there seals the set."""
+    from flowmatch.pairs import generator, leases, shards
+    from flowmatch.pairs.progress import ShardProgress
+    from flowmatch.pairs.writer import Writer
+
+    config: PairsConfig = plan.config
+    layout, store = plan.layout, plan.store
+    leave_if_asked = command.defer_sigterm()
+    store.make()
+    folder.write_config(config, plan.inputs)
+    make = generator.PairGenerator(
         layout,
-        velocity,
-        process.worker_device(device),
-        data=source,
-        before_evaluation=look,
-        **{
-            name: getattr(config, name)
-            for name in ("seed", "compute_batch", "solver", "precision", "compile")
-        },
+        plan.velocity,
+        process.worker_device(plan.device),
+        data=plan.source,
+        before_evaluation=leave_if_asked,
+        seed=config.seed,
+        compute_batch=config.compute_batch,
+        solver=config.solver,
+        precision=config.precision,
+        compile=config.compile,
     )
-    card = CARD.format(
-        ends=INVERTED.format(digest=source.digest) if source else GENERATED,
-        pairs=f"{pairs:,}",
-        shape=list(teacher.shape),
-        solver=how(config, evaluations),
-        guidance=config.guidance,
-        digest=teacher.digest,
-        labels=(LABELS if layout.labels else "") + (INDEX if layout.index else ""),
-    )
-    shards.write_card(folder, card)
+    card = card_of(plan)
+    shards.write_card(store, card)
+    every = range(config.shards)
     own = list(every)[process.rank() :: process.world_size()]
 
-    def write(k: int, made: Iterator[Made]) -> None:
+    def write(k: int, made: "Iterator[Made]") -> None:
         environment = dict(make.environment)
         blocks = generator.cut(made, layout, environment)
-        shards.write_shard(folder, k, layout, blocks, fingerprint, environment, card)
+        shards.write_shard(store, k, layout, blocks, plan.fingerprint, environment, card)
 
-    shown = ShardProgress(folder, every, fingerprint, config.shard_size, shown=process.has_log())
-    behind = Writer(write)
+    progress = ShardProgress(
+        store, every, plan.fingerprint, config.shard_size, shown=process.has_log()
+    )
+    writer = Writer(write)
 
     def settle() -> None:
-        behind.settle()
-        look()
+        writer.settle()
+        leave_if_asked()
 
-    todo = leases.claim(folder, own, every, fingerprint, config.lease_seconds, settle)
-    with shown, closing(todo), behind:  # left the other way round: leases outlast the writer
+    todo = leases.claim(store, own, every, plan.fingerprint, config.lease_seconds, settle)
+    # left in reverse order: the leases outlast the writer
+    with progress, closing(todo), writer:
         for k in todo:
-            behind.shard(k, make.batches(k))
-    refuse_fewer(folder, config.shards)  # others may have made it grow meanwhile
-    sidecars = dict(zip(every, shards.sidecars(folder, every), strict=True))
+            writer.shard(k, make.batches(k))
+    refuse_fewer(store, config.shards)  # other workers may have grown the set meanwhile
+    seal(plan)
+
+
+def seal(plan: Plan) -> None:
+    """Write the manifest of a set whose shards are all committed."""
+    from flowmatch.pairs import shards
+
+    config, evaluations = plan.config, plan.evaluations
+    every = range(config.shards)
+    sidecars = {
+        k: side for k, side in zip(every, shards.sidecars(plan.store, every), strict=True) if side
+    }
     if evaluations is None:  # a pair, as counted; the mean over all batches
         counts = [side["environment"]["evaluations"] for side in sidecars.values()]
         evaluations = sum(counts) / len(counts)
     manifest.seal(
-        folder,
+        plan.store,
         stage="generate_pairs",
-        config=configs.content(config),
-        inputs=inputs,
+        config=content(config),
+        inputs=plan.inputs,
         outputs={shards.tar_name(k): side["sha256"] for k, side in sidecars.items()},
-        fingerprint=fingerprint,
-        kind="inverted" if source else "generated",
-        round=teacher.round,
-        classes=teacher.classes,
+        fingerprint=plan.fingerprint,
+        kind="inverted" if plan.source else "generated",
+        round=plan.teacher.round,
+        classes=plan.teacher.classes,
         evaluations=evaluations,
-        layout=layout.entries(),
+        layout=plan.layout.entries(),
         shards=config.shards,
-        count=pairs,
+        count=plan.count,
         convention="x0 noise, x1 data, x_t = (1 - t) x0 + t x1, v = x1 - x0",
-        **teacher.facts,
+        **plan.teacher.facts,
     )
-    process.say(f"generate_pairs: sealed {folder}")
+    process.say(f"generate_pairs: sealed {plan.store}")
 
 
-def check_data(source: Data, teacher: teachers.Teacher, config: PairsConfig) -> None:
-    """Raise UserError where data is not what the teacher makes, or has fewer items than pairs."""
+def intact(config: PairsConfig, sealed: dict[str, Any]) -> bool:
+    """Check that a finished set has its shards, as many as the config asks for, and its card."""
+    from flowmatch.pairs import shards
+
+    store, facts = storage.at(config.run_dir), sealed["facts"]
+    if facts.get("shards") != config.shards or store.sizes([shards.README]) == [None]:
+        return False
+    return not shards.missing(store, range(config.shards), facts["fingerprint"])
+
+
+def check_data(source: "Data", teacher: "Teacher", config: PairsConfig) -> None:
+    """Raise UserError where the data do not match the teacher's samples, or are fewer than the pairs."""
     faults, count, pairs = [], len(source), config.shards * config.shard_size
     if source.shape != teacher.shape:
         faults.append(
@@ -220,59 +293,37 @@ def check_data(source: Data, teacher: teachers.Teacher, config: PairsConfig) -> 
         raise UserError(faults)
 
 
-def refuse_fewer(folder: Store, number: int) -> None:
+def refuse_fewer(store: storage.Store, number: int) -> None:
     """Raise UserError where a set has more shards than are asked for: stock readers take every tar."""
-    there = max(shards.committed(folder), default=-1) + 1
-    if (sealed := manifest.find(folder, "run_dir")) is not None:
-        number_then = sealed["facts"].get("shards")  # what is damaged is no number
-        there = max(there, number_then if isinstance(number_then, int) else 0)
+    from flowmatch.pairs import shards
+
+    there = max(shards.committed(store), default=-1) + 1
+    if (sealed := manifest.find(store, "run_dir")) is not None:
+        sealed_number = sealed["facts"].get("shards")  # None where it is damaged
+        there = max(there, sealed_number if isinstance(sealed_number, int) else 0)
     if there > number:
         raise UserError(
-            f"shards={number}: run_dir={folder} has {there} already, and a set never shrinks; give "
-            f"shards={there} or more, or another run_dir"
+            f"shards={number}: run_dir={store} has {there} already, and a set never shrinks; set "
+            f"shards={there} or more, or use another run_dir"
         )
 
 
-def how(config: PairsConfig, evaluations: float | None) -> str:
-    """Say in words how the pairs are integrated."""
-    solver = config.solver
-    rounded = "" if config.precision == "fp32" else f", the network in {config.precision}"
-    if evaluations is None:
-        return f"dopri5 to rtol {solver.rtol:g}, atol {solver.atol:g}{rounded}"
-    grid = "" if solver.grid == "uniform" else f" on a grid {solver.grid}"
-    return (
-        f"{solver.name} with {solver.steps} steps{grid}, {evaluations} network evaluations a pair"
-        f"{rounded}"
+def card_of(plan: Plan) -> str:
+    """Write the card of a set, the README.md of its folder."""
+    from flowmatch.pairs import card
+
+    config = plan.config
+    return card.text(
+        plan.count,
+        plan.layout,
+        card.describe(config.solver, plan.evaluations, config.precision),
+        config.guidance,
+        plan.teacher.digest,
+        None if plan.source is None else plan.source.digest,
     )
 
 
-GENERATED = """`x1` is where the teacher's flow carries
-the noise `x0` (x_t = (1 - t) x0 + t x1, from t = 0 to 1)"""
-INVERTED = """`x0` is where the teacher's flow,
-followed backward (x_t = (1 - t) x0 + t x1, from t = 1 to 0), carries the sample `x1` of a data set
-(sha256 {digest})"""
-INDEX = ", `.i.npy` (the sample's number in the data, int64)"
-LABELS = ", `.y.npy` (class label, int64)"
-CARD = """# Noise/sample pairs of a flow model
-
-{pairs} pairs of shape {shape}, made by flowmatch for reflow: {ends},
-{solver}, guidance {guidance}. Teacher: sha256 {digest}.
-
-The tars hold blocks of pairs: `.x0.npy` (noise), `.x1.npy` (sample){labels}, with the pairs of a block
-along the first axis. `manifest.json` holds the full provenance and the sha256 of every tar.
-
-```python
-import glob, webdataset
-for block in webdataset.WebDataset(sorted(glob.glob("*.tar")), shardshuffle=False).decode():
-    x0, x1 = block["x0.npy"], block["x1.npy"]  # [block, ...]
-```
-
-```python
-import datasets
-pairs = datasets.load_dataset("path/of/this/folder", split="train").with_format("numpy")
-```
-"""
-
+STAGE = command.Stage("generate_pairs", PairsConfig, plan, run, __doc__, intact)
 
 if __name__ == "__main__":
-    command.command("generate_pairs", PairsConfig, main, __doc__)
+    command.main(STAGE)

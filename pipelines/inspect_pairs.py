@@ -1,9 +1,9 @@
-"""Inspect a sealed set of pairs: what it holds, where it comes from, what its pairs look like.
+"""Inspect a finished set of pairs: its contents, its provenance, and pictures of its pairs.
 
 Prints counts, bytes, environments, the chain of digests back to the data, and the transport cost
 |x1 - x0|^2 beside that of the same points paired at random; writes pairs.png, cost.png and summary.json.
 
-Exit status: 0, or 2 for a folder that is no sealed set. Damage of the tars is for verify_pairs to find.
+Exit status: 0, or 2 for a folder that is not a finished set. `flowmatch verify` finds damaged tars.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flowmatch.config import UserError
+from flowmatch.config import UserError, require
 from flowmatch.evaluation import figures
 from flowmatch.flow import noise
 from flowmatch.pairs import audit, shards
@@ -30,32 +30,33 @@ from flowmatch.runs.storage import Store
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SHOWN_IMAGES, SHOWN_POINTS = 16, 400
 SHOWN_PROMPTS = 4
-FETCHED = 8  # shards of a URL that the statistics are of; what is drawn is of the first ones
+FETCHED = 8  # shards of a URL that the statistics use; the pictures use the first ones
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Look, print, draw; return the exit status."""
+    """Print the summary, draw the pictures, and return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.inspect_pairs",
+        prog="flowmatch inspect",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", metavar="DIR", help="folder or URL of the pairs (their run_dir)")
-    parser.add_argument("--out", help="where pictures and summary.json go (default: DIR_inspect)")
-    parser.add_argument("--teacher", help="the teacher's folder, where it has moved since")
+    parser.add_argument("--out", help="folder for pictures and summary.json (default: DIR_inspect)")
+    parser.add_argument("--teacher", help="the teacher's folder, if it has moved")
     parser.add_argument(
         "--pairs",
         type=number,
-        help=f"pairs drawn ({SHOWN_IMAGES} of images, {SHOWN_POINTS} of points)",
+        help=f"pairs to draw (default: {SHOWN_IMAGES} for images, {SHOWN_POINTS} for points)",
     )
     parser.add_argument(
         "--samples",
         type=number,
         default=10_000,
-        help="pairs the statistics are of (10000, at random)",
+        help="pairs for the statistics, chosen at random (default: 10000)",
     )
     call = parser.parse_args(argv)
     try:
+        require("matplotlib", "eval", "inspect")
         folder = storage.at(call.folder)
         local = f"{call.folder.rstrip('/')}_inspect"
         out = Path(call.out or (f"{folder.name}_inspect" if storage.is_url(folder) else local))
@@ -127,8 +128,9 @@ def statistics(data: PairData, samples: int) -> dict[str, Any]:
     count = min(samples, len(some) * size)
     shard, index = np.divmod(np.sort(rng.choice(len(some) * size, count, replace=False)), size)
     ids = some[shard] * size + index
-    cost, at_random, labels = [], [], Counter()
-    moments = {name: [] for name in ("x0", "x1")}
+    cost, at_random = [], []
+    labels: Counter[int] = Counter()
+    moments: dict[str, list[tuple[float, ...]]] = {name: [] for name in ("x0", "x1")}
     for batch in data.parts(ids):
         x0, x1 = (batch[name].double().flatten(1) for name in ("x0", "x1"))  # [B, D]
         cost.append(transport_cost(x0, x1))
@@ -226,7 +228,7 @@ def place(config: dict[str, Any], name: str) -> str | None:
 
 
 def describe(data: Any) -> str:
-    """Say in words what a data config names."""
+    """Describe a data config."""
     if not isinstance(data, dict) or "source" not in data:
         return "data"
     return " ".join(str(data[key]) for key in ("source", "path") if data.get(key))
@@ -253,7 +255,7 @@ def tell(folder: Store, found: dict[str, Any]) -> Iterator[str]:
     if len(found["environments"]) > 1:
         yield "  WARNING: a mixture; equal bytes are promised within one environment only"
     if found["without_sidecar"]:
-        yield f"  WARNING: {found['without_sidecar']} shards without sidecar; see verify_pairs"
+        yield f"  WARNING: {found['without_sidecar']} shards without sidecar; see flowmatch verify"
     yield "made from"
     for link in found["provenance"]:
         path = f" {link['path']}" if link["path"] else ""

@@ -1,46 +1,46 @@
 """Stage three: reflow. Train again, from the teacher's weights, on the pairs of stage two.
 
-Same loop, same path, same target x1 - x0; but x0 and x1 now belong together, so the lines that the
-network learns do not cross, and few Euler steps follow them. With `times.zero=1`, from a reflowed start:
-distillation to one step, which is all that the student is then good for. With `objective.name=meanflow`:
-the average velocity between any two times, by a second time in the network.
+Same loop, same path, same target x1 - x0; but x0 and x1 belong together, so the lines that the network
+learns do not cross, and few Euler steps follow them. With `times.zero=1`, from a reflowed start:
+distillation to one step, after which the student samples in one step only. With
+`objective.name=meanflow`: the average velocity between any two times, by a second time in the network.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from flowmatch import config as configs
-from flowmatch.config import Config, UserError, option, required
-from flowmatch.evaluation import features
-from flowmatch.flow import coupling, objectives
+from flowmatch.config import Config, UserError, option, required, together
 from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
-from flowmatch.models import diffusion, networks, teachers, two_time
-from flowmatch.models.digest import network_digest
-from flowmatch.pairs import mixture, truncation
-from flowmatch.pairs.dataset import PairData
-from flowmatch.runs import command, process
+from flowmatch.runs import command, folder, process
 from flowmatch.runs.config import StageConfig
-from flowmatch.runs.folder import RunFolder, begin
 from flowmatch.training.config import FitConfig
-from flowmatch.training.loop import check, check_net, fit, split_batch
+
+if TYPE_CHECKING:
+    from flowmatch.models.teachers import Teacher
+    from flowmatch.pairs.dataset import PairData
+    from flowmatch.pairs.mixture import Mixture
 
 
 class PairsEntry(Config):
     """One set of pairs."""
 
+    called: ClassVar[str] = "path"
+
     path: str = required(
-        "folder of a sealed set of pairs, or URL such as s3://BUCKET/PREFIX", run=True
+        "folder of a finished set of pairs, or a URL such as s3://BUCKET/PREFIX", run=True
     )
     weight: float = option(1.0, "share of each batch, relative to the other sets", gt=0)
     group: int = option(
         0,
         "shards that are shuffled together: a pass over the set touches each shard once, and two "
-        "groups of a URL must fit into its cache; 0: all of them, at hand all the time",
+        "groups of a URL must fit into its cache; 0: all of them",
         ge=0,
     )
     truncate: float = option(
         0.0,
-        "share of the pairs, those with the largest |x1 - x0|^2, that is left out of training; found "
-        "by each process at its start, of a dry run too, in one pass over the whole set",
+        "share of the pairs that is left out of training: those with the largest |x1 - x0|^2, found "
+        "in one pass over the whole set at the start of each process",
         ge=0,
         lt=1,
     )
@@ -49,8 +49,8 @@ class PairsEntry(Config):
     )
     cache_gb: float | None = option(
         None,
-        "what they may take there, in 10^9 bytes; the least recently used go first (default: nine "
-        "tenths of what is free, in equal parts for all sets that leave it out)",
+        "size limit of that cache in 10^9 bytes; the least recently used tars are removed first "
+        "(default: nine tenths of the free space, shared equally by all sets without a limit)",
         run=True,
         gt=0,
     )
@@ -59,121 +59,161 @@ class PairsEntry(Config):
 class ReflowConfig(StageConfig):
     """Config of stage three."""
 
+    stage: ClassVar[str] = "reflow"
+
     pairs: list[PairsEntry] = required("sets of pairs, mixed in each batch by weight")
     start: str = required(
-        "start weights: a sealed training stage (its EMA), or a diffusers model or pipeline; one that "
-        "predicts noise or data learns the velocity from there",
+        "start weights: a finished training stage (its EMA), or a diffusers model or pipeline; a "
+        "network that predicts noise or data is trained to predict the velocity",
         run=True,
     )
     fit: FitConfig = required("the training loop")
-    objective: ObjectiveConfig = option(ObjectiveConfig(), "what is learnt on the pairs")
+    objective: ObjectiveConfig = option(ObjectiveConfig(), "what the network learns from the pairs")
     times: TimesConfig = option(
         TimesConfig(name="noise_heavy", zero=0.5),
-        "which times it sees: half at exactly 0, where one-step sampling looks, the others near it",
+        "density of the training times; default: half at exactly 0, where one-step sampling evaluates "
+        "the network, the others near it",
     )
     loss: LossConfig = option(LossConfig(name="pseudo_huber"), "loss on the velocity")
 
 
-def main(config: ReflowConfig, dry_run: bool) -> None:
-    """Plan, then train and seal."""
-    faults = configs.Faults()
-    with faults:
-        device = process.pick_device(config.device)
-        check(config.fit, device, process.world_size())
-    with faults:
-        objectives.check(config.objective, config.loss, config.times, config.fit)
-    if config.loss.features is not None:
-        with faults:
-            features.check(config.loss.features, "loss.features")
-    inputs: dict[str, str] = {}
-    with faults:
-        start = teachers.load(config.start, "start")
-        inputs["start"] = start.digest
-        check_net(config.fit, start.net)
-    sets: list[tuple[PairData, float]] = []
-    rounds = []
-    for number, entry in enumerate(config.pairs):
-        with faults:
-            key = f"pairs.{number}.path"
-            data = PairData(entry.path, key, entry.group, entry.cache, entry.cache_gb)
-            if entry.truncate:
-                truncation.check(data, entry.truncate)
-            sets.append((data, entry.weight))
-            rounds.append(data.sealed["facts"]["round"])
-            inputs[f"pairs.{number}"] = data.digest
-    if not faults.errors:
-        with faults:
-            check_match(start, [data for data, _ in sets])
-            stream = mixture.Mixture(sets, config.fit.batch_size, config.seed)
-        with faults:
-            net = network(start, config)
-    module, looked = None, set()
-    if not faults.errors:
-        looked.update(start.features)
-        for data, _ in sets:
-            looked.update(data.sealed["facts"].get("features", ()))  # of its teacher
-        if config.loss.features is not None:
-            with faults:
-                module, inputs["features"], looks = features.perceptual(
-                    config.loss.features,
-                    "loss.features",
-                    split_batch(config.fit, process.world_size())[0],
-                    start.shape,
-                    process.worker_device(device),
-                )
-                looked.add(looks)
-    faults.check()
+@dataclass
+class Plan(folder.Plan):
+    """The network to train, its pairs, and the feature module of the loss.
 
+    seen_features: digests of all classifiers that a loss of the student or its teachers used.
+    """
+
+    net: Any
+    stream: "Mixture"
+    module: Any
+    round: int
+    seen_features: set[str]
+
+
+def plan(config: ReflowConfig) -> Plan:
+    """Check the config, open the pairs, and load the start."""
+    from flowmatch.evaluation import features
+    from flowmatch.flow import objectives
+    from flowmatch.models import teachers
+    from flowmatch.pairs import truncation
+    from flowmatch.pairs.dataset import PairData
+    from flowmatch.pairs.mixture import Mixture
+    from flowmatch.training import loop
+
+    def check_loop() -> str:
+        device = process.pick_device(config.device)
+        loop.check(config.fit, device, process.world_size())
+        return device
+
+    def check_features() -> None:
+        if config.loss.features is not None:
+            features.check(config.loss.features, "loss.features")
+
+    def load_start() -> "Teacher":
+        start = teachers.load(config.start, "start")
+        loop.check_net(config.fit, start.net)
+        return start
+
+    def open_pairs(number: int, entry: PairsEntry) -> PairData:
+        key = f"pairs.{number}.path"
+        data = PairData(entry.path, key, entry.group, entry.cache, entry.cache_gb)
+        if entry.truncate:
+            truncation.check(data, entry.truncate)
+        return data
+
+    device, _, _, start, *sets = together(
+        check_loop,
+        lambda: objectives.check(config.objective, config.loss, config.times, config.fit),
+        check_features,
+        load_start,
+        *(partial(open_pairs, number, entry) for number, entry in enumerate(config.pairs)),
+    )
+    weights = [entry.weight for entry in config.pairs]
+    micro, _ = loop.split_batch(config.fit, process.world_size())
+    _, stream, net = together(
+        lambda: check_match(start, sets),
+        lambda: Mixture(list(zip(sets, weights, strict=True)), config.fit.batch_size, config.seed),
+        lambda: network(start, config),
+    )
+    inputs = {"start": start.digest}
+    inputs |= {f"pairs.{number}": data.digest for number, data in enumerate(sets)}
+    seen_features = {*start.features}
+    for data in sets:
+        seen_features.update(data.sealed["facts"].get("features", ()))  # of its teacher
+    module = None
+    if config.loss.features is not None:
+        module, inputs["features"], digest = features.perceptual(
+            config.loss.features,
+            "loss.features",
+            micro,
+            start.shape,
+            process.worker_device(device),
+        )
+        seen_features.add(digest)
     cuts = []
     for number, entry in enumerate(config.pairs):
-        if entry.truncate:  # a whole set is read: after all that is cheap to find
-            kept, cut = truncation.truncate(sets[number][0], entry.truncate)
+        if entry.truncate:  # reads a whole set: last
+            kept, line = truncation.truncate(sets[number], entry.truncate)
             stream.keep(number, kept)
-            cuts.append(cut)
+            cuts.append(line)
     count = sum(order.n for order in stream.orders)
     seen = config.fit.steps * config.fit.batch_size
-    one_step = config.times.zero == 1
-    only = ", for one step only: all times are 0" if one_step else ""
-    plan = [
+    only = ", for one step only: all times are 0" if config.times.zero == 1 else ""
+    lines = [
         f"{count:,} pairs of {list(start.shape)} in {len(sets)} set(s), "
         f"{'with labels' if start.classes else 'no labels'}",
         *cuts,
         f"{type(net).__name__} of {net.num_parameters():,} parameters, on {device}",
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / count:.1f} epochs{only}",
     ]
-    if not begin("reflow", config, inputs, plan, dry_run):
-        return
-    with RunFolder("reflow", config, inputs) as folder:
+    last = max(data.sealed["facts"]["round"] for data in sets)
+    return Plan(config, inputs, lines, net, stream, module, last + 1, seen_features)
+
+
+def run(plan: Plan) -> None:
+    """Train, and seal the folder."""
+    from flowmatch.flow import coupling, objectives
+    from flowmatch.models import networks
+    from flowmatch.models.digest import network_digest
+    from flowmatch.training.loop import fit
+
+    config: ReflowConfig = plan.config
+    with folder.RunFolder("reflow", config, plan.inputs) as opened:
         files = fit(
-            net,
-            stream,
+            plan.net,
+            plan.stream,
             coupling.stored,
-            folder,
+            opened,
             config.fit,
             config.times,
-            objectives.build(config.objective, config.loss, module),
+            objectives.build(config.objective, config.loss, plan.module),
             seed=config.seed,
             device=config.device,
         )
         if process.leads():
-            facts: dict[str, Any] = {"features": sorted(looked)} if looked else {}
-            if one_step:
+            facts: dict[str, Any] = {}
+            if plan.seen_features:
+                facts["features"] = sorted(plan.seen_features)
+            if config.times.zero == 1:
                 facts["one_step"] = True
-            net = networks.load(folder.folder / "net", "net")
-            folder.seal(files, round=max(rounds) + 1, net=network_digest(net), **facts)
+            net = networks.load(opened.folder / "net", "net")
+            opened.seal(files, round=plan.round, net=network_digest(net), **facts)
 
 
-def network(start: teachers.Teacher, config: ReflowConfig) -> Any:
-    """Give the network that is trained: the start's, with a second time where the objective asks for it.
+def network(start: "Teacher", config: ReflowConfig) -> Any:
+    """Return the network to train: the start's, with a second time where the objective needs one.
 
-    Raises UserError where the network has no place for one, or has one that would be left untrained.
+    Raises UserError where the network has no place for one, or has one that would stay untrained.
     """
+    from flowmatch.models import two_time
+
     has = two_time.argument(start.net) is not None
     if config.objective.name == "meanflow":
         if config.objective.step == 0 and two_time.has_attention(start.net):
             raise UserError(
-                f"start={config.start} has attention, through whose fused kernels torch has no "
-                "forward-mode derivative, as objective.step=0 needs; use objective.step=0.05"
+                f"start={config.start} has attention, and torch has no forward-mode derivative of its "
+                "fused kernels, which objective.step=0 needs; use objective.step=0.05"
             )
         return start.net if has else two_time.add(start.net, config.seed)
     if has:
@@ -184,13 +224,15 @@ def network(start: teachers.Teacher, config: ReflowConfig) -> Any:
     return start.net
 
 
-def check_match(start: teachers.Teacher, sets: list[PairData]) -> None:
-    """Raise UserError where the pairs are not what the network takes, or it can be no velocity."""
+def check_match(start: "Teacher", sets: "list[PairData]") -> None:
+    """Raise UserError where the pairs do not fit the network, or it cannot become a velocity."""
+    from flowmatch.models import diffusion
+
     faults = []
     if start.diffusion is not None and not diffusion.can_be_velocity(start.net):
         faults.append(
-            "start= is no network for velocities: it gives a variance too, or has no row for the null "
-            "class; start from a flow model"
+            "start= cannot predict a velocity: it predicts a variance too, or has no row for the "
+            "null class; start from a flow model"
         )
     for data in sets:
         if data.shape != start.shape:
@@ -205,10 +247,12 @@ def check_match(start: teachers.Teacher, sets: list[PairData]) -> None:
                 f"{start.classes or 'none'}"
             )
         if data.has_prompts:
-            faults.append(f"{data.key}={data.folder} has prompts; no network here takes text")
+            faults.append(f"{data.key}={data.folder} has prompts; networks here take no text")
     if faults:
         raise UserError(faults)
 
 
+STAGE = command.Stage("reflow", ReflowConfig, plan, run, __doc__)
+
 if __name__ == "__main__":
-    command.command("reflow", ReflowConfig, main, __doc__)
+    command.main(STAGE)

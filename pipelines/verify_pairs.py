@@ -1,11 +1,12 @@
-"""Verify a set of pairs: hold what is there against what its sidecars and its manifest promise.
+"""Verify a set of pairs: compare its files with its sidecars and its manifest.
 
-Looked at are names, sizes, counts, sidecars, fingerprints and the header of every tar member; with
---full also the sha256 of every tar, that every value is finite, and that labels are classes. Nothing is
-changed without --repair. A set that is not finished is not sound, and says which shards it lacks. Of a
-URL the tars are fetched with --full only, one after another; without it their sizes are looked at.
+Checks names, sizes, counts, sidecars, fingerprints and the header of every tar member; with --full also
+the sha256 of every tar, that every value is finite, and that labels are classes. Changes nothing without
+--repair. An unfinished set is not sound, and its missing shards are listed. The tars of a URL are
+fetched with --full only, one after another; without it their sizes are checked.
 
-Exit status: 0 sound, 2 not; then each fault is a line, and the last lines are the commands that mend it.
+Exit status: 0 if the set is sound, 2 if not; then each fault is a line, and the last lines are the
+commands that repair it.
 """
 
 import argparse
@@ -26,21 +27,21 @@ HEADERS = "names, sizes, sidecars and headers, not values"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Look, say what was found, with --repair set aside what is bad; return the exit status."""
+    """Check the set, print the findings, and with --repair rename bad files; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.verify_pairs",
+        prog="flowmatch verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", metavar="DIR", help="folder or URL of the pairs (their run_dir)")
     parser.add_argument(
-        "--full", action="store_true", help="also read, hash and look at every value"
+        "--full", action="store_true", help="also read and hash every tar, and check every value"
     )
     parser.add_argument(
         "--repair",
         action="store_true",
-        help=f"rename what is bad to *{BAD} and remove what dead processes left, so that repeating "
-        "generate_pairs makes exactly the bad shards again; nothing else is touched",
+        help=f"rename bad files to *{BAD} and remove what dead processes left; repeating generate_pairs "
+        "then makes the bad shards again, and no others",
     )
     call = parser.parse_args(argv)
     try:
@@ -79,10 +80,12 @@ def report(folder: Store, full: bool, repair: bool) -> int:
             f"{found.shards * found.layout.shard_size:,} pairs, {size:,.1f} MB; looked at {looked}"
         )
         return 0
-    lines = [f"{found.sound} of {found.shards} shards are sound; looked at {looked}. To mend:"]
+    lines = [
+        f"{found.sound} of {found.shards} shards are sound; looked at {looked}. To repair the set:"
+    ]
     if not repair and any(fault.aside for fault in found.faults):
         flags = "--full --repair" if full else "--repair"
-        lines += [f"  python -m pipelines.verify_pairs {shlex.quote(str(folder))} {flags}"]
+        lines += [f"  flowmatch verify {shlex.quote(str(folder))} {flags}"]
     lines += [f"  {command(folder, found)}"]
     for line in lines:
         print(f"verify_pairs: {line}", file=sys.stderr)
@@ -100,11 +103,11 @@ def set_aside(folder: Store, name: str) -> str:
 
 def command(folder: Store, found: Findings) -> str:
     """Write the command that makes again what is missing or set aside."""
-    words = ["python", "-m", "pipelines.generate_pairs"]
+    words = ["flowmatch", "pairs"]
     config = audit.read_config(folder)
     if config is None or any("config.yaml" in fault.aside for fault in found.faults):
         words += ["THE_CONFIG_IT_WAS_MADE_WITH.yaml", f"run_dir={folder}"]
-        return " ".join([*words[:4], *map(shlex.quote, words[4:])])
+        return " ".join([*words[:3], *map(shlex.quote, words[3:])])
     words += [str(folder / "config.yaml")]
     said = str(config.get("run_dir"))
     same = said.rstrip("/") == str(folder)

@@ -1,15 +1,15 @@
-"""The ablation table of an experiment: each recipe of configs/NAME/ablation.yaml, trained and scored.
+"""The ablation table of an experiment: each recipe of its `ablation` section, trained and scored.
 
 python -m scripts.ablation NAME [--seeds 3] [--jobs 2] [--only A,B] [--table] [STAGE.key=value ...]
 
-Teacher, pairs and judge are made once; a recipe is one or more reflow stages, one after the other, that
-share the updates of configs/NAME/reflow.yaml. The seed is that of reflow: which pairs and times an
-update sees. Every seed is scored on the same noise by the same judge. Each run is a stage's folder below
-runs/NAME/ablation: repeat the command, and what is sealed is passed over. STAGE is one of flow pairs
-reflow classifier evaluate; reflow's keys hold for all recipes, but for what a recipe sets itself. Which
-run works on what is not the caller's to say: those keys are refused, and `pairs` of reflow.yaml gives
-way, whole, to the pairs made here; a recipe may name its own. --table writes the table of what is there,
-and runs nothing.
+Teacher, pairs and classifiers are made once; a recipe is one or more reflow stages, one after the other,
+that share the updates of the experiment's `reflow`. The seed is that of reflow: which pairs and times an
+update sees. Every seed is scored on the same noise by the same classifier. Each run is a stage's folder
+below runs/NAME/ablation: repeat the command, and finished runs are skipped. STAGE is one of flow pairs
+reflow classifier evaluate; reflow's keys hold for all recipes, except for what a recipe sets itself.
+run_dir, teacher, start, pairs, student and the seeds of reflow and of the classifiers are set by the
+ablation and refused here; a recipe may name its own pairs. --table writes the table of the finished
+runs, and runs nothing.
 """
 
 import argparse
@@ -22,9 +22,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from flowmatch.config import Config, Faults, UserError, load, option, required
+from flowmatch.config import Config, UserError, option, required, together, validate
 from flowmatch.runs import manifest
+from flowmatch.runs.command import load
+from flowmatch.runs.experiment import find_config
 from flowmatch.runs.files import write_atomic
+from flowmatch.runs.values import read_yaml
 from pipelines.reflow import ReflowConfig
 
 MODULES = {"flow": "train_flow", "pairs": "generate_pairs", "reflow": "reflow"}
@@ -40,7 +43,7 @@ SHOWN = (1, 2, 4, 8, None)  # numbers of steps; None is converged
 class Part(Config):
     """A reflow stage of a recipe. Later parts start from the one before."""
 
-    share: float = option(1.0, "share of the updates of reflow.yaml", gt=0, le=1)
+    share: float = option(1.0, "share of the updates of reflow", gt=0, le=1)
     words: list[str] = option([], "key=value of reflow; {root} is the ablation's folder")
 
 
@@ -48,20 +51,20 @@ class Recipe(Config):
     """A row of the table."""
 
     name: str = required("name of its folder")
-    says: str = required("what the table says of it")
+    says: str = required("its description in the table")
     parts: list[Part] = required("its reflow stages, in order")
 
 
 class AblationConfig(Config):
-    """What configs/NAME/ablation.yaml holds."""
+    """The `ablation` section of an experiment."""
 
     classifier: list[str] | None = option(
         None,
-        "words of train_classifier: a judge ({root}/judge, seed 0) and another one for feature losses "
+        "key=value of two classifiers: one that scores ({root}/judge, seed 0), one for feature losses "
         "({root}/eyes, seed 1); none where no classifier scores",
     )
     inverted: list[str] | None = option(
-        None, "words of generate_pairs: data carried back to noise ({root}/inverted)"
+        None, "key=value of pairs: data integrated back to noise ({root}/inverted)"
     )
     words: list[str] = option([], "key=value of reflow for every recipe, before its own")
     recipes: list[Recipe] = required("the rows")
@@ -73,10 +76,13 @@ class Ablation:
     def __init__(self, name: str, runs: Path, seeds: int, given: list[str]):
         """given: STAGE.key=value. Raises UserError for another stage, and a key that is set here."""
         self.writing = threading.Lock()
-        self.configs, self.seeds = Path("configs") / name, seeds
-        self.runs, self.root = runs / name, runs / name / "ablation"
-        config, _ = load(AblationConfig, [str(self.configs / "ablation.yaml")])
-        assert config is not None
+        self.file, self.seeds = find_config(name), seeds
+        values = read_yaml(self.file)
+        if "ablation" not in values:
+            raise UserError(f"{name}: expected an experiment with an `ablation` section")
+        self.runs = runs / str(values["name"])
+        self.root = self.runs / "ablation"
+        config = validate(AblationConfig, values["ablation"])
         self.config = config
         self.words: dict[str, list[str]] = {stage: [] for stage in MODULES}
         for word in given:
@@ -92,7 +98,7 @@ class Ablation:
                     "and --runs say how many and where); leave it out"
                 )
             self.words[stage].append(rest)
-        self.base = [str(self.configs / "reflow.yaml"), *config.words, *self.words["reflow"]]
+        self.base = [self.file, *config.words, *self.words["reflow"]]
         reflow, _ = load(ReflowConfig, self.base)
         assert reflow is not None
         self.steps = reflow.fit.steps
@@ -118,16 +124,16 @@ class Ablation:
     def prepare(self) -> None:
         """Make what all recipes share: teacher, pairs, classifiers."""
         flow, pairs = self.runs / "flow", self.runs / "pairs"
-        self.launch("flow", flow, [str(self.configs / "flow.yaml"), *self.words["flow"]])
-        words = [str(self.configs / "pairs.yaml"), *self.words["pairs"], f"teacher={flow}"]
+        self.launch("flow", flow, [self.file, *self.words["flow"]])
+        words = [self.file, *self.words["pairs"], f"teacher={flow}"]
         self.launch("pairs", pairs, words)
         if self.config.inverted is not None:
-            first, *own = self.config.inverted
-            words = [first, *self.words["pairs"], *own, f"teacher={flow}"]
-            self.launch("pairs", self.root / "inverted", words)
+            own = [*words, *self.config.inverted]
+            self.launch("pairs", self.root / "inverted", own)
         if self.config.classifier is not None:
             for seed, name in enumerate(("judge", "eyes")):
-                words = [*self.config.classifier, *self.words["classifier"], f"seed={seed}"]
+                own = [*self.config.classifier, *self.words["classifier"], f"seed={seed}"]
+                words = [self.file, *own]
                 self.launch("classifier", self.root / name, words)
 
     def words_of(self, part: Part) -> list[str]:
@@ -151,7 +157,7 @@ class Ablation:
             words = [*self.base, *inputs, *steps, *self.words_of(part)]
             self.launch("reflow", place, words)
             start = place
-        words = [str(self.configs / "evaluate.yaml"), *self.words["evaluate"]]
+        words = [self.file, *self.words["evaluate"]]
         words += [f"teacher={self.runs / 'flow'}", f"student={start}"]
         if self.config.classifier is not None:
             words.append(f"classifier={self.root / 'judge'}")
@@ -239,7 +245,7 @@ def positive(text: str) -> int:
 def main() -> int:
     """Run what is missing, whatever fails; print the table; return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("name", help="a folder of configs/ that holds an ablation.yaml")
+    parser.add_argument("name", help="an experiment with an `ablation` section")
     parser.add_argument("words", nargs="*", metavar="STAGE.key=value")
     parser.add_argument(
         "--seeds", type=positive, default=3, help="seeds of each recipe (default 3)"
@@ -249,7 +255,6 @@ def main() -> int:
     parser.add_argument("--only", metavar="A,B", help="these recipes alone")
     parser.add_argument("--table", action="store_true", help="write the table, run nothing")
     given = parser.parse_intermixed_args()
-    faults = Faults()
     try:
         ablation = Ablation(given.name, given.runs, given.seeds, given.words)
         names = [recipe.name for recipe in ablation.config.recipes]
@@ -263,12 +268,10 @@ def main() -> int:
             chosen = [recipe for recipe in ablation.config.recipes if recipe.name in only]
             with ThreadPoolExecutor(given.jobs) as pool:
                 every = [(recipe, seed) for seed in range(given.seeds) for recipe in chosen]
-                for done in [pool.submit(ablation.run, *each) for each in every]:
-                    with faults:
-                        done.result()
-        with faults:
+                runs = [pool.submit(ablation.run, *each).result for each in every]
+                together(*runs, lambda: print(ablation.table()))
+        else:
             print(ablation.table())
-        faults.check()
     except UserError as error:
         for fault in error.faults:
             print(f"ablation: {fault}", file=sys.stderr)

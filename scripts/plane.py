@@ -1,4 +1,4 @@
-"""Pictures of a flow in the plane: paths side by side, and curves over a number."""
+"""Draw a flow in the plane: paths in panels, and curves over a number."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,15 @@ def paths(
     panels: Mapping[str, Mapping[str, Tensor]],
     ground: Tensor | None = None,
 ) -> None:
-    """Draw paths in the plane, a panel beside the other on one scale, and save a PNG.
+    """Draw paths in the plane, in panels of one scale, and save a PNG.
 
-    panels: title -> label -> points [T, N, 2], N paths of T points that share a colour: a ring where
-    they begin, a dot where they end, small dots at the points between where these are few. ground:
-    [M, 2], points shown under the paths. A panel of several labels has a legend.
+    A ring marks the start of a path, a dot its end, small dots the points between where they are few.
+    A panel with several labels has a legend.
+
+    Args:
+        path: the PNG file.
+        panels: title -> label -> points [T, N, 2], N paths of T points that share a colour.
+        ground: points [M, 2] drawn under the paths.
     """
     side = min(3.6, 8.8 / len(panels))
     figure, axes = canvas(side * len(panels), side + 0.28, 1, len(panels), dpi=125)
@@ -57,10 +61,15 @@ def curves(
     up: str,
     log: bool = False,
 ) -> None:
-    """Draw up to five named curves, label -> (x, y), and save a PNG.
+    """Draw up to five named curves and save a PNG.
 
-    title: the finding. across, up: what the axes show, with units. log: both axes logarithmic, with
-    ticks at the x of the curves.
+    Args:
+        path: the PNG file.
+        lines: label -> (x, y).
+        title: the finding.
+        across: label of the x axis, with its unit.
+        up: label of the y axis, with its unit.
+        log: whether both axes are logarithmic, with ticks at the x of the curves.
     """
     figure, axes = canvas(7.6, 3.3, dpi=125)
     for (label, (x, y)), colour in zip(lines.items(), PALETTE, strict=False):
@@ -81,7 +90,7 @@ def curves(
 
 
 def _save_small(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Save a PNG of 256 colours, which lines and dots of a few do with: half the bytes."""
+    """Save a PNG with 256 colours, which are enough for lines and dots and halve its size."""
     from PIL import Image
 
     figure.canvas.draw()

@@ -1,9 +1,9 @@
 """Run the python blocks of a Markdown page in order, in one namespace, as a reader would.
 
-python -m scripts.run_page docs/flow-matching.md [--into DIR]
+python -m scripts.run_page docs/concepts/flow-matching.md [--into DIR]
 
-What the blocks save by relative paths lands in the page's folder, or in DIR; what they print goes to
-the screen. A block that fails ends the run with its line in the page, exit status 1.
+Relative paths are below the page's folder, or below DIR; the output is printed. A block that fails
+ends the run with its line in the page, exit status 1.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import matplotlib
 
 
 def blocks(text: str, language: str = "python") -> list[tuple[int, str]]:
-    """List the fenced blocks of a language: (line of the fence, what stands in it)."""
+    """List the fenced blocks of a language as (line of the fence, content)."""
     found, start, lines = [], 0, text.splitlines()
     for number, line in enumerate(lines, 1):
         if start and line == "```":

@@ -6,12 +6,12 @@ import subprocess
 
 import torch
 
-from flowmatch.config import load
 from flowmatch.models import networks
 from flowmatch.models.config import NetConfig
 from flowmatch.models.digest import network_digest
 from flowmatch.pairs.layout import Layout
 from flowmatch.runs import manifest
+from flowmatch.runs.command import execute, load
 from pipelines import generate_pairs
 
 SHARDS = 3
@@ -45,7 +45,7 @@ def words(root, *more, folder="pairs"):
 def generate(*argv):
     """Run stage two in this process."""
     config, call = load(generate_pairs.PairsConfig, list(argv))
-    generate_pairs.main(config, call.dry_run)
+    execute(generate_pairs.STAGE, config, call.dry_run)
 
 
 def copy(source, target):

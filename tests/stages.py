@@ -1,6 +1,6 @@
 """Stages in this process, and the small U-Net that tests give them."""
 
-from flowmatch.config import load
+from flowmatch.runs.command import execute, load
 from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
 
 UNET = {
@@ -24,4 +24,4 @@ MODELS = {
 def run(stage, *words):
     """Run a stage on a CPU, to its end."""
     config, _ = load(MODELS[stage], ["device=cpu", *words])
-    stage.main(config, False)
+    execute(stage.STAGE, config)

@@ -1,12 +1,14 @@
 """Configs: every fault at once, with key, what was given, what is allowed; content apart from run."""
 
-from typing import Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 import fsspec
 import pytest
 
 from flowmatch import config as configs
-from flowmatch.config import Config, NotReady, UserError, option, required
+from flowmatch.config import Config, NotReady, UserError, option, required, together
+from flowmatch.runs.command import load
 from pipelines import evaluate, generate_pairs, train_flow
 
 
@@ -16,6 +18,8 @@ class Inner(Config):
 
 
 class Entry(Config):
+    called: ClassVar[str] = "path"
+
     path: str = required("folder", run=True)
     weight: float = option(1.0, "share", gt=0)
 
@@ -32,7 +36,7 @@ GOOD = ["sets=[{path: a}]", "steps=3"]
 
 def faults(words):
     with pytest.raises(UserError) as error:
-        configs.load(Outer, words)
+        load(Outer, words)
     return error.value.faults
 
 
@@ -43,10 +47,10 @@ def test_all_faults_are_listed_at_once_with_key_given_and_allowed():
     for expected in (
         "fit.lr=-1: input should be greater than 0",
         "fit.every='x': input should be a valid integer",
-        "fit.momentum: unknown key (given 3); known keys there: every, lr",
+        "fit.momentum: unknown key (given 3); known keys: every, lr",
         "kind='w': input should be 'u' or 'v'",
         "sets.0.path: missing",
-        "sets.0.pth: unknown key (given 3); known keys there: path, weight",
+        "sets.0.pth: unknown key (given 3); did you mean path? known keys: path, weight",
         "steps: missing; set it in the config file or as steps=value",
     ):
         assert expected in text
@@ -62,7 +66,7 @@ def test_nothing_is_converted_silently(word):
 def test_values_are_yaml_and_the_last_one_wins(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("steps: 5\nfit:\n  lr: 1e-4\nsets:\n- path: x\n  weight: 2\n")
-    config, call = configs.load(Outer, [str(file), "steps=7", "sets=[{path: y}]", "--dry-run"])
+    config, call = load(Outer, [str(file), "steps=7", "sets=[{path: y}]", "--dry-run"])
     assert (config.steps, config.fit.lr, config.sets[0].path) == (7, 1e-4, "y")
     assert config.fit.every == 20  # a key left out is the stage's default, as --help prints it
     assert call.dry_run
@@ -75,22 +79,25 @@ def test_file_faults_name_the_file(tmp_path):
     assert len(lines) == 2
     assert "not readable as YAML" in lines[0]
     assert "no such config file" in lines[1]
-    assert faults(["--fast"]) == ["--fast: unknown flag; known: --dry-run, --help"]
+    assert faults(["--fast", "--fit.lr=3"]) == [
+        "--fast: unknown flag; known: --dry-run, --help, --version",
+        "--fit.lr=3: unknown flag; keys have no dashes: fit.lr=3",
+    ]
 
 
 def test_run_fields_are_not_content():
-    a, _ = configs.load(Outer, GOOD)
-    b, _ = configs.load(Outer, ["sets=[{path: b}]", "steps=3", "fit.every=99"])
-    c, _ = configs.load(Outer, [*GOOD, "fit.lr=0.5"])
+    a, _ = load(Outer, GOOD)
+    b, _ = load(Outer, ["sets=[{path: b}]", "steps=3", "fit.every=99"])
+    c, _ = load(Outer, [*GOOD, "fit.lr=0.5"])
     assert configs.content(a) == configs.content(b)
     assert configs.content(a)["sets"] == [{"weight": 1.0}]
     assert configs.differences(configs.content(a), configs.content(c)) == ["fit.lr: 0.001 -> 0.5"]
 
 
 def test_dump_is_read_back(tmp_path):
-    config, _ = configs.load(Outer, [*GOOD, "fit.lr=3e-5"])
+    config, _ = load(Outer, [*GOOD, "fit.lr=3e-5"])
     (tmp_path / "c.yaml").write_text(configs.dump(config))
-    again, _ = configs.load(Outer, [str(tmp_path / "c.yaml")])
+    again, _ = load(Outer, [str(tmp_path / "c.yaml")])
     assert again == config
 
 
@@ -107,26 +114,53 @@ def test_usage_prints_every_key_with_meaning_and_default():
     assert "interval (run)" in text
 
 
-def test_faults_are_collected_over_blocks():
-    collected = configs.Faults()
-    with collected:
-        raise UserError("one")
-    with collected:
-        raise NotReady("two")
+def raising(error):
+    raise error
+
+
+def test_the_faults_of_several_calls_are_raised_together():
+    assert together(lambda: 1, lambda: 2) == [1, 2]
+    missing = partial(raising, NotReady("two", ["runs/a"]))
     with pytest.raises(UserError) as error:
-        collected.check()
+        together(partial(raising, UserError("one")), missing)
     assert error.value.faults == ["one", "two"]
     assert not isinstance(error.value, NotReady)
-    waiting = configs.Faults()
-    with waiting:
-        raise NotReady("two")
-    with pytest.raises(NotReady):
-        waiting.check()
+    with pytest.raises(NotReady) as waiting:
+        together(missing, lambda: 1, partial(raising, NotReady("three", ["runs/b"])))
+    assert waiting.value.places == ["runs/a", "runs/b"]
+    with pytest.raises(ZeroDivisionError):
+        together(partial(raising, ZeroDivisionError()))
 
 
-def test_other_errors_pass_through_faults():
-    with pytest.raises(ZeroDivisionError), configs.Faults():
-        raise ZeroDivisionError
+def test_a_name_stands_for_a_config_and_a_value_for_a_list():
+    config, _ = load(Outer, ["sets=a", "steps=3"])
+    assert [entry.path for entry in config.sets] == ["a"]
+    words = ["run_dir=x", "teacher=y", "student=z", "data=digits", "solver=heun", "steps=4"]
+    config, _ = load(evaluate.EvaluateConfig, words)
+    assert (config.data.source, config.solver.name, config.steps) == ("digits", "heun", [4])
+
+
+def test_keys_reach_into_lists():
+    for key in ("sets.0.weight", "sets[0].weight"):
+        config, _ = load(Outer, [*GOOD, f"{key}=2.5", "sets.1={path: b}"])
+        assert [(entry.path, entry.weight) for entry in config.sets] == [("a", 2.5), ("b", 1.0)]
+    assert faults([*GOOD, "sets.5.path=x"]) == [
+        "sets.5.path: the list holds 1 entries; expected a number there"
+    ]
+    assert "steps is 3, not a mapping" in faults([*GOOD, "steps.more=1"])[0]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("fit={lr:3}", "a blank is missing after the colon in 'lr:3'"),
+        ("kind=${oc.env:HOME}", "'${...}' is not replaced; write the value"),
+        ("fit.every=none", "for no value write null"),
+        ("fit.evry=3", "did you mean every?"),
+    ],
+)
+def test_common_slips_are_explained(word, message):
+    assert message in faults([*GOOD, word])[0]
 
 
 def test_content_of_before_a_field_is_completed_with_its_default():
@@ -190,7 +224,7 @@ def test_a_config_in_a_store_that_refuses_is_our_error(monkeypatch):
 )
 def test_what_a_choice_leaves_without_effect_is_refused(words, message):
     with pytest.raises(UserError, match=message):
-        configs.load(train_flow.FlowConfig, ["configs/ring/flow.yaml", *words])
+        load(train_flow.FlowConfig, ["configs/ring.yaml", *words])
 
 
 @pytest.mark.parametrize(
@@ -206,12 +240,12 @@ def test_what_a_choice_leaves_without_effect_is_refused(words, message):
 def test_what_a_grid_or_solver_does_not_look_at_is_refused(solver):
     words = [f"{key}=runs/x" for key in ("teacher", "run_dir")]
     with pytest.raises(UserError, match="belongs to"):
-        configs.load(generate_pairs.PairsConfig, [*words, f"solver={solver}"])
+        load(generate_pairs.PairsConfig, [*words, f"solver={solver}"])
 
 
 def test_the_tolerance_of_the_reference_is_that_of_its_adaptive_solver():
-    words = ["configs/ring/evaluate.yaml", "converged_tolerance=1.0e-4"]
+    words = ["configs/ring.yaml", "converged_tolerance=1.0e-4"]
     with pytest.raises(UserError, match="belongs to converged_solver=dopri5"):
-        configs.load(evaluate.EvaluateConfig, words)
-    config, _ = configs.load(evaluate.EvaluateConfig, [*words, "converged_solver=dopri5"])
+        load(evaluate.EvaluateConfig, words)
+    config, _ = load(evaluate.EvaluateConfig, [*words, "converged_solver=dopri5"])
     assert (config.converged.rtol, config.converged.atol) == (1e-4, 1e-4)

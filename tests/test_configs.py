@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from flowmatch.config import load
 from flowmatch.evaluation import features
 from flowmatch.models import networks
 from flowmatch.models.config import NetConfig
 from flowmatch.models.digest import network_digest
 from flowmatch.pairs import shards
 from flowmatch.runs import manifest
-from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
-from scripts.ablation import AblationConfig
+from flowmatch.runs.command import execute, load
+from pipelines import evaluate, export, generate_pairs, reflow, train_flow
 
 ROOT = Path(__file__).parent.parent
 SHAPES = {  # shape, classes, parameters of the network in millions, GB of all pairs
@@ -37,29 +35,6 @@ TINY = {
     "DiTTransformer2DModel": {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8}
     | {"patch_size": 2, "norm_num_groups": 4},
 }
-
-
-STAGES = {
-    **{"flow": train_flow.FlowConfig, "pairs": generate_pairs.PairsConfig},
-    **{"inverted": generate_pairs.PairsConfig, "reflow": reflow.ReflowConfig},
-    **{"distil": reflow.ReflowConfig, "meanflow": reflow.ReflowConfig},
-    **{"features": train_classifier.ClassifierConfig},
-    **{"classifier": train_classifier.ClassifierConfig},
-    **{"evaluate": evaluate.EvaluateConfig, "export": export.ExportConfig},
-    "ablation": AblationConfig,
-}
-FILES = sorted(
-    path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "accelerate"
-)
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_a_stage_reads_its_config_and_works_beside_the_others(path):
-    config, _ = load(STAGES[path.stem], [str(path)])
-    assert path.stem == "ablation" or config.run_dir == f"runs/{path.parent.name}/{path.stem}"
-    runs = re.findall(r"runs/([\w.-]+)/", path.read_text())
-    assert set(runs) <= {path.parent.name}
-    assert path.stem == "ablation" or runs
 
 
 def stand_in(folder, name, shape, classes):
@@ -91,9 +66,8 @@ def test_an_experiment_is_planned_as_its_page_says(tmp_path, name, capsys, monke
     path = f"data.path={stand_in(tmp_path, name, shape, classes)}"
 
     def plan(stage, model, key, *words):
-        words = [f"configs/{name}/{key}.yaml", "device=cpu", f"run_dir={tmp_path}/{key}", *words]
-        config, _ = load(model, [str(ROOT / words[0]), *words[1:]])
-        stage.main(config, True)
+        config, _ = load(model, [name, "device=cpu", f"run_dir={tmp_path}/{key}", *words])
+        execute(stage.STAGE, config, True)
         return capsys.readouterr().out, config
 
     out, flow = plan(train_flow, train_flow.FlowConfig, "flow", path, "fit.precision=fp32")
@@ -108,8 +82,8 @@ def test_an_experiment_is_planned_as_its_page_says(tmp_path, name, capsys, monke
     size = float(out.split(" MB on disk")[0].split()[-1].replace(",", "")) / 1e3
     assert size == pytest.approx(gigabytes, rel=0.01)
     few = ["shards=1", "shard_size=12", "compute_batch=12", "solver.steps=1", "device=cpu"]
-    words = [str(ROOT / f"configs/{name}/pairs.yaml"), f"run_dir={tmp_path}/pairs", teacher, *few]
-    generate_pairs.main(load(generate_pairs.PairsConfig, words)[0], False)
+    words = [name, f"run_dir={tmp_path}/pairs", teacher, *few]
+    execute(generate_pairs.STAGE, load(generate_pairs.PairsConfig, words)[0], False)
     assert shards.sidecar(tmp_path / "pairs", 0)["count"] == 12
 
     entry = f"pairs=[{{path: {tmp_path}/pairs}}]"
@@ -124,7 +98,7 @@ def test_an_experiment_is_planned_as_its_page_says(tmp_path, name, capsys, monke
     kind = "sliced_wasserstein" if name.startswith("latent") else "frechet"
     assert f"{kind} distance" in out
     plan(export, export.ExportConfig, "export", student, "evaluation=null")
-    page = (ROOT / f"configs/{name}/README.md").read_text()
+    page = (ROOT / "docs/guides/large-data.md").read_text()
     assert f"{pairs.shards * pairs.shard_size:,} pairs" in page
     assert f"{gigabytes} GB" in page
     assert "not measured" in page or "Nothing on this page has been measured" in page
@@ -139,7 +113,7 @@ def test_latents_go_through_every_stage(tmp_path):
     small = ["fit.steps=4", "fit.batch_size=4", "fit.log_every=2"]
 
     def run(stage, model, *words):
-        stage.main(load(model, list(words))[0], False)
+        execute(stage.STAGE, load(model, list(words))[0])
 
     flow = (f"run_dir={tmp_path}/flow", *data, "data.labels=true", net, *small)
     run(train_flow, train_flow.FlowConfig, *flow)
@@ -165,12 +139,11 @@ def test_latents_go_through_every_stage(tmp_path):
         assert "vae.decode(sample[None] / vae.config.scaling_factor)" in text
 
 
-def test_images_of_fashion_mnist_are_inverted_by_its_config(tmp_path):
+def test_images_of_fashion_mnist_are_inverted_by_its_config():
     """All 60,000 of them: no shard is cut short."""
-    words = [str(ROOT / "configs/fashion_mnist/inverted.yaml"), f"run_dir={tmp_path}"]
+    words = ["fashion_mnist", "section=inverted"]
     config, _ = load(generate_pairs.PairsConfig, words)
     assert config.shards * config.shard_size == 60_000
     assert config.shard_size % config.compute_batch == config.shard_size % config.block == 0
-    path = ROOT / "configs/fashion_mnist/reflow.yaml"
-    reflowed, _ = load(reflow.ReflowConfig, [str(path)])
+    reflowed, _ = load(reflow.ReflowConfig, ["fashion_mnist"])
     assert reflowed.fit.batch_size * 0.05 >= 1  # the share of the mixture that the config tells of

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from flowmatch.config import UserError, load
+from flowmatch.config import UserError
 from flowmatch.export.pipeline import ReflowPipeline
 from flowmatch.export.scheduler import RectifiedFlowScheduler
 from flowmatch.flow import coupling, grids, objectives, samplers, solvers, toy
@@ -22,6 +22,7 @@ from flowmatch.models.velocity import Velocity
 from flowmatch.pairs.dataset import PairData
 from flowmatch.pairs.generator import PairGenerator
 from flowmatch.runs import manifest
+from flowmatch.runs.command import execute, load
 from flowmatch.runs.config import StageConfig
 from flowmatch.runs.folder import RunFolder
 from flowmatch.training.config import FitConfig
@@ -81,7 +82,7 @@ def stage(name, *words):
     AcceleratorState._reset_state(True)
     device = [] if name is train_classifier else ["device=cuda"]
     config, _ = load(MODELS[name], [*device, *words])
-    name.main(config, False)
+    execute(name.STAGE, config)
 
 
 def test_no_update_waits_for_the_gpu(tmp_path, monkeypatch):
@@ -254,7 +255,7 @@ def test_pairs_are_the_same_bytes_whoever_makes_them(tmp_path, precision):
 
     config, _ = load(generate_pairs.PairsConfig, ["device=cpu", *command[4:]])
     config = config.model_copy(update={"run_dir": str(tmp_path / "cpu"), "precision": "fp32"})
-    generate_pairs.main(config, False)
+    execute(generate_pairs.STAGE, config, False)
     ids = np.arange(96)
     there, here = (PairData(tmp_path / name).batch(ids) for name in ("one", "cpu"))
     assert torch.equal(there["x0"], here["x0"])
@@ -284,25 +285,25 @@ def test_the_whole_chain(tmp_path):
     )
     short = ("fit.steps=60", "fit.batch_size=64", "fit.log_every=20")
     small = [f"net.{key}={json.dumps(value)}" for key, value in NET.items()]
-    stage(train_flow, "configs/digits/flow.yaml", *small, *short, f"run_dir={at.flow}")
+    stage(train_flow, "configs/digits.yaml", *small, *short, f"run_dir={at.flow}")
     generate(tmp_path, "pairs", "precision=bf16")
-    words = ("configs/digits/features.yaml", "steps=60", f"run_dir={at.eyes}")
+    words = ("configs/digits.yaml", "section=features", "steps=60", f"run_dir={at.eyes}")
     stage(train_classifier, *words)
     stage(
         reflow,
-        *("configs/digits/reflow.yaml", *short, f"run_dir={at.reflow}", f"start={at.flow}"),
+        *("configs/digits.yaml", *short, f"run_dir={at.reflow}", f"start={at.flow}"),
         *(f"pairs=[{{path: {at.pairs}}}]", f"loss.features={at.eyes}", "fit.precision=bf16"),
     )
     stage(
         evaluate,
-        *("configs/digits/evaluate.yaml", "samples=256", "steps=[1,2]", "converged_steps=4"),
+        *("configs/digits.yaml", "samples=256", "steps=[1,2]", "converged_steps=4"),
         *(f"run_dir={at.evaluate}", f"teacher={at.flow}", f"student={at.reflow}"),
     )
     rows = json.loads((at.evaluate / "metrics.json").read_text())["student"]["rows"]
     assert all(np.isfinite(row["distance"]) for row in rows)
     stage(
         export,
-        *("configs/digits/export.yaml", f"run_dir={at.export}", f"student={at.reflow}"),
+        *("configs/digits.yaml", f"run_dir={at.export}", f"student={at.reflow}"),
         f"evaluation={at.evaluate}",
     )
     assert (at.export / "model_index.json").exists()

@@ -1,6 +1,6 @@
 """The config of a data set."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pydantic
 
@@ -12,6 +12,8 @@ EMBEDDED = ("digits", "ring")
 
 class DataConfig(Config):
     """A dataset, for training or for comparison."""
+
+    called: ClassVar[str] = "source"
 
     source: Literal["digits", "ring", "idx", "npz", "latents", "images"] = option(
         "images",

@@ -1,8 +1,9 @@
 """Sample an exported folder in a process that cannot import flowmatch: what `export` runs to check it.
 
 usage: python sample_fresh.py TASK, a JSON object: folder, pipeline (the class of its
-model_index.json), steps, samples, output_type (np, or latent), labels (or null). Writes samples.pt into
-the working directory: steps -> {"exact": ..., "folder": ...} -> [samples, ...], images in [0, 1].
+model_index.json), steps, samples, seed, output_type (np, or latent), labels (or null). Writes
+samples.pt into the working directory, steps -> {"exact": ..., "folder": ...} -> [samples, ...],
+images in [0, 1].
 """
 
 import json
@@ -19,13 +20,13 @@ OURS = {"custom_pipeline": "pipeline", "trust_remote_code": True}
 
 
 def draw(pipe: Any, steps: int, task: dict[str, Any]) -> Tensor:
-    """Sample with the noise of seed 0."""
+    """Sample with the noise of the task's seed."""
     pipe.set_progress_bar_config(disable=True)
     labels = {} if task["labels"] is None else {"class_labels": task["labels"]}
     x = pipe(
         batch_size=task["samples"],
         num_inference_steps=steps,
-        generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator().manual_seed(task["seed"]),
         output_type=task["output_type"],
         return_dict=False,
         **labels,

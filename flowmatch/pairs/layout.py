@@ -241,7 +241,7 @@ def flaw(
         if classes is not None and not ((values >= 0) & (values < classes)).all():
             return f"holds labels outside 0 to {classes - 1}"
     elif name == "i" and not np.array_equal(values, layout.numbers(shard, block)):
-        return "holds numbers that are not those of its pairs"
+        return "holds other numbers than those of its pairs"
     elif not np.isfinite(values).all():
         return "holds values that are not finite"
     return ""

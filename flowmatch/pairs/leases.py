@@ -9,7 +9,7 @@ store whose client cannot create an object exclusively there are no leases.
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ def claim(
     fingerprint: str,
     ttl: float = 60.0,
     settle: Callable[[], None] = lambda: None,
-) -> Iterator[int]:
+) -> Generator[int]:
     """Yield the numbers of shards to make until all of `every` are done.
 
     The worker's own shards come first. The others follow from the end of `every`, where a slow or dead

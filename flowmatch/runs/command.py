@@ -1,6 +1,6 @@
-"""A stage from the command line to its plan: errors as exit codes, one folder, one content.
+"""The command line of a stage: its config, its plan, its work, and their errors as exit codes.
 
-Resume means: repeat the command. The same content resumes, a sealed folder says so and is left alone,
+Resume means: repeat the command. The same content resumes, a finished folder says so and is left alone,
 other content is an error that lists the keys.
 """
 
@@ -8,15 +8,113 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
-from flowmatch import config as configs
-from flowmatch.config import NotReady, UserError
+import flowmatch
+from flowmatch.config import Config, NotReady, UserError, dump, together, usage, validate
+from flowmatch.runs import folder
 from flowmatch.runs.config import PREEMPTED, REFUSED, USER_ERROR, StageConfig
+from flowmatch.runs.experiment import Experiment, find_config
 from flowmatch.runs.process import has_log, say
+from flowmatch.runs.values import assign, merge, parse_word, read_yaml
 
-S = TypeVar("S", bound=StageConfig)
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the pipeline.
+
+    Args:
+        name: its name, which its manifests carry.
+        config: the class of its config.
+        plan: checks a config and opens its inputs; raises every refusal before any work.
+        run: does the work of a plan.
+        summary: what it does, for --help.
+        intact: checks without torch that the files of a finished folder are there; default: hash them.
+        alone: whether one process does all of the work.
+    """
+
+    name: str
+    config: type[StageConfig]
+    plan: Callable[[Any], folder.Plan]
+    run: Callable[[Any], None]
+    summary: str
+    intact: Callable[[Any, dict[str, Any]], bool] | None = field(default=None)
+    alone: bool = False
+
+    def finished(self, config: StageConfig) -> bool:
+        """Check without torch whether the folder holds the finished work of this config."""
+        return folder.finished(self.name, config, self.intact)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a command line asks for beside the config."""
+
+    dry_run: bool = False
+    help: bool = False
+    version: bool = False
+    chain: bool = False  # words are those of a chain, SECTION.key=value
+
+
+FLAGS = {"--dry-run": "dry_run", "--help": "help", "-h": "help", "--version": "version"}
+FLAGS |= {"--chain": "chain"}
+
+
+def read_flags(argv: list[str]) -> tuple[Call, list[str]]:
+    """Split a command line into flags and words. Raises UserError for an unknown flag."""
+    flags = [word for word in argv if word.startswith("-")]
+    faults = []
+    for word in flags:
+        if word not in FLAGS:
+            known = "--dry-run, --help, --version"
+            way = f"keys have no dashes: {word.lstrip('-')}" if "=" in word else f"known: {known}"
+            faults.append(f"{word}: unknown flag; {way}")
+    if faults:
+        raise UserError(faults)
+    return Call(**{FLAGS[word]: True for word in flags}), [w for w in argv if w not in flags]
+
+
+def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
+    """Read `CONFIG [key=value ...] [--dry-run] [--help] [--version]` into the config of a stage.
+
+    Later values win. Raises UserError with every fault at once. With --help, with --version and
+    without any word the config is None.
+    """
+    call, words = read_flags(argv)
+    if call.help or call.version or not words:
+        return None, call
+    files = [word for word in words if "=" not in word]
+    keys = [word for word in words if "=" in word]
+    read = together(
+        *(partial(lambda file: read_yaml(find_config(file)), file) for file in files),
+        *(partial(parse_word, word) for word in keys),
+    )
+    values: dict[str, Any] = {}
+    experiment: Experiment | None = None
+    for file, found in zip(files, read, strict=False):
+        if "name" in found and hasattr(model, "stage"):
+            experiment = Experiment(found, file)
+        else:
+            values = merge(values, found)
+    given: list[tuple[str, Any]] = read[len(files) :]
+    if experiment is None:
+        together(*(partial(assign, values, key, value) for key, value in given))
+        return validate(model, values), call
+    asked = [value for key, value in given if key == "section"]
+    section = experiment.section_for(str(model.stage), *asked[-1:])  # type: ignore[attr-defined]
+    if call.chain:
+        together(*(partial(experiment.apply, *pair) for pair in given if pair[0] != "section"))
+    else:
+        own = experiment.sections.setdefault(section, {})
+        experiment.sections[section] = own = merge(own, values)
+        together(*(partial(assign, own, *pair) for pair in given if pair[0] != "section"))
+    return validate(model, experiment.values(section, model)), call
 
 
 def exit_on_sigterm() -> None:
@@ -28,32 +126,28 @@ def exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
-def heed_sigterm() -> Callable[[], None]:
-    """Note SIGTERM from now on; the call returned exits 75 once it came.
+def defer_sigterm() -> Callable[[], None]:
+    """Defer SIGTERM from now on; return a function that exits with 75 if the signal has arrived.
 
-    For a stage that holds leases: between making one and knowing of it, nothing may unwind.
+    For a stage that holds leases: no lease is left half made.
     """
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
 
-    def look() -> None:
+    def leave_if_asked() -> None:
         if asked.is_set():
             sys.exit(PREEMPTED)
 
-    return look
+    return leave_if_asked
 
 
-def command(name: str, model: type[S], body: Callable[[S, bool], None], summary: str) -> None:
-    """Run a stage from the command line: `body(config, dry_run)` with its errors as exit codes."""
-    argv = sys.argv[1:]
+@contextmanager
+def exit_codes(name: str, dry_run: bool = False) -> Iterator[None]:
+    """Print the faults of a body and exit with 2; in a dry run an input not made yet is a remark."""
     try:
-        config, call = configs.load(model, argv)
-        if config is None:
-            say(configs.usage(model, name, summary))
-            return
-        body(config, call.dry_run)
+        yield
     except NotReady as error:
-        if "--dry-run" not in argv:
+        if not dry_run:
             _fail(name, error)
         for line in error.faults:
             say(f"{name}: later: {line}")
@@ -65,10 +159,10 @@ def command(name: str, model: type[S], body: Callable[[S, bool], None], summary:
         number = int(told[1]) if told else getattr(error, "errno", None)
         if number not in REFUSED:
             raise
-        again = (
-            "free space there or make it writable, and repeat the command: what is whole is kept"
+        way = (
+            "free space there or make it writable, and repeat the command: finished parts are kept"
         )
-        _fail(name, UserError(f"the disk refuses: {error}; {again}"))
+        _fail(name, UserError(f"the disk refuses: {error}; {way}"))
 
 
 def _fail(name: str, error: UserError) -> None:
@@ -76,3 +170,31 @@ def _fail(name: str, error: UserError) -> None:
         for line in error.faults:
             print(f"{name}: {line}", file=sys.stderr, flush=True)
     sys.exit(USER_ERROR)
+
+
+def execute(stage: Stage, config: StageConfig, dry_run: bool = False) -> None:
+    """Plan a stage, and run it unless its folder is finished or the plan is all that is asked for."""
+    plan = stage.plan(config)
+    if dry_run:
+        say(dump(config))
+        plan.lines.extend(plan.measure())
+    if folder.begin(stage.name, plan, dry_run):
+        stage.run(plan)
+
+
+def main(stage: Stage, argv: Sequence[str] | None = None) -> None:
+    """Run a stage from the command line: plan, then work unless the folder is finished."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    with exit_codes(stage.name, "--dry-run" in words):
+        config, call = load(stage.config, words)
+        if call.version:
+            say(f"flowmatch {flowmatch.__version__}")
+        elif call.help:
+            say(usage(stage.config, stage.name, stage.summary))
+        elif config is None:
+            line = f"usage: flowmatch {stage.name} CONFIG [key=value ...] [--dry-run] [--help]"
+            raise UserError(f"expected a config; {line}")
+        elif not call.dry_run and stage.finished(config):
+            say(f"{stage.name}: {config.run_dir} is sealed: nothing to do")
+        else:
+            execute(stage, config, call.dry_run)

@@ -15,8 +15,8 @@ REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 class StageConfig(Config):
     """What every stage has."""
 
-    run_dir: str = required("the stage's own folder, made if absent", run=True)
+    run_dir: str = required("the stage's own folder; made if it does not exist", run=True)
     device: Literal["auto", "cpu", "cuda"] = option(
-        "auto", "where networks run; auto takes a GPU where there is one", run=True
+        "auto", "device of the networks; auto uses a GPU if there is one", run=True
     )
-    seed: int = option(0, "key of every random number of the stage", ge=0, lt=2**63)
+    seed: int = option(0, "seed of every random number of the stage", ge=0, lt=2**63)

@@ -7,10 +7,13 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 from flowmatch import config as configs
 from flowmatch.config import UserError
@@ -82,7 +85,7 @@ class RunFolder:
 
     # Checkpoints: a folder `checkpoints/step_%08d` appears whole (by rename) or not at all.
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> None:
+    def save(self, step: int, tensors: "Mapping[str, Mapping[str, Tensor]]", keep: int) -> None:
         """Write a checkpoint (rank 0). tensors: file stem -> name -> tensor."""
         from safetensors.torch import save_file
 
@@ -110,7 +113,7 @@ class RunFolder:
         """List the complete checkpoints, oldest first."""
         return sorted((self.folder / "checkpoints").glob("step_" + "[0-9]" * 8))
 
-    def restore(self) -> tuple[int, dict[str, dict[str, Tensor]]]:
+    def restore(self) -> "tuple[int, dict[str, dict[str, Tensor]]]":
         """Read the newest checkpoint: (step, tensors), on the CPU; (0, {}) where there is none."""
         from safetensors.torch import load_file
 
@@ -152,42 +155,110 @@ def _step(line: str) -> int:
     return int(json.loads(line)["step"])
 
 
-def begin(
-    name: str,
-    config: StageConfig,
-    inputs: Mapping[str, str],
-    plan: list[str],
-    dry_run: bool,
-    unfinished: Callable[[], bool] | None = None,
+def finished(
+    name: str, config: StageConfig, intact: Callable[[Any, dict[str, Any]], bool] | None = None
 ) -> bool:
-    """Hold the folder against the config, print the plan, and tell whether there is work to do.
+    """Check whether a folder holds the finished work of a config, without opening its inputs.
 
-    unfinished: given by a stage whose sealed folder may be reopened; tells whether it lacks
-    something, and then unseals it. Raises UserError where the folder was made with other content,
-    listing the keys, or where a sealed file has changed.
+    True where the manifest is there, the whole config is the one in config.yaml but for the device,
+    the inputs' own manifests have the digests of then, and the files are intact (`intact(config,
+    manifest)`, or their hashes). Data are not hashed again. False means: plan the stage, which tells.
     """
     folder = storage.at(config.run_dir)
-    if unfinished is None and storage.is_url(folder):
+    try:
+        sealed = manifest.find(folder, "run_dir", (name,))
+        early = folder.read_all(["config.yaml"])[0] if sealed is not None else None
+        if sealed is None or early is None:
+            return False
+        written, _ = read_config(folder, early, type(config))
+        whole = [c.model_dump(exclude={"device"}) for c in (written, config)]
+        content = configs.complete(sealed["config"], type(config))
+        if whole[0] != whole[1] or configs.differences(content, configs.content(config)):
+            return False
+        for key, digest in sealed["inputs"].items():
+            if key not in ("data", "reference", "held_out") and digest not in _digests(config, key):
+                return False
+        if intact is not None:
+            return intact(config, sealed)
+        manifest.verify(folder, "run_dir", sealed)
+    except UserError:
+        return False
+    return True
+
+
+def _digests(config: StageConfig, key: str) -> set[Any]:
+    """The digests by which a sealed input may be known: of its manifest, its network, its classifier."""
+    value: Any = config
+    names = ["loss", "features"] if key == "features" else key.split(".")
+    for part in names:
+        value = value[int(part)] if part.isdecimal() else getattr(value, part, None)
+    path = getattr(value, "path", value)
+    if not isinstance(path, str):
+        return set()
+    place = Path(path).parent if Path(path).name.startswith("net") else path
+    facts = (manifest.find(place, key) or {}).get("facts", {})
+    return {manifest.digest(place), facts.get("net"), facts.get("sha256")} if facts else set()
+
+
+@dataclass
+class Plan:
+    """What a stage is going to do: all refusals are behind it, its inputs are open.
+
+    config: the config of the stage. inputs: the digest of each input by its name. lines: the plan in
+    words.
+    """
+
+    config: Any
+    inputs: dict[str, str]
+    lines: list[str]
+
+    def reopen(self) -> bool | None:
+        """Check whether a sealed folder lacks something to be made; None where it is never reopened."""
+        return None
+
+    def measure(self) -> list[str]:
+        """Measure what takes running a network, for an explicit dry run; return lines of the plan."""
+        return []
+
+
+def compare(name: str, plan: Plan) -> tuple[bool, bool]:
+    """Compare a folder with a plan: whether it is sealed, and whether there is work to do.
+
+    Raises UserError where the folder was made with other content, listing the keys, or where a sealed
+    file has changed.
+    """
+    config, folder = plan.config, storage.at(plan.config.run_dir)
+    if storage.is_url(folder) and type(plan).reopen is Plan.reopen:
         raise UserError(f"run_dir={folder}: only pairs go into a store; use a local folder")
     sealed = manifest.find(folder, "run_dir", (name,))
     if sealed is not None:
         before = configs.complete(sealed["config"], type(config))
-        _refuse_other(folder, before, sealed["inputs"], config, inputs)
-        if unfinished is None:
+        _refuse_other(folder, before, sealed["inputs"], config, plan.inputs)
+        reopened = plan.reopen()
+        if reopened is None:
             manifest.verify(folder, "run_dir", sealed)
-        if unfinished is None or not unfinished():
-            say(f"{name}: {folder} is sealed: nothing to do")
-            return False
+        if not reopened:
+            return True, False
     early = folder.read_all(["config.yaml"])[0]
     if early is not None:
         written, before_inputs = read_config(folder, early, type(config))
-        _refuse_other(folder, configs.content(written), before_inputs, config, inputs)
-    if dry_run:
-        say(configs.dump(config))
-    for line in plan:
+        _refuse_other(folder, configs.content(written), before_inputs, config, plan.inputs)
+    return sealed is not None, True
+
+
+def begin(name: str, plan: Plan, dry_run: bool) -> bool:
+    """Compare the folder with the plan, print the plan, and return whether there is work to do.
+
+    A sealed folder that the plan reopens is unsealed. Raises what `compare` raises.
+    """
+    sealed, work = compare(name, plan)
+    if not work:
+        say(f"{name}: {plan.config.run_dir} is sealed: nothing to do")
+        return False
+    for line in plan.lines:
         say(f"{name}: {line}")
-    if sealed is not None and not dry_run:
-        folder.remove(manifest.NAME)
+    if sealed and not dry_run:
+        storage.at(plan.config.run_dir).remove(manifest.NAME)
     return not dry_run
 
 

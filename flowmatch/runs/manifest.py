@@ -118,9 +118,9 @@ def read_hashed(folder: Place, key: str, stages: Iterable[str] = ()) -> tuple[di
     except (FileNotFoundError, NotADirectoryError):
         if not folder.exists():
             missing = f"{key}={folder} does not exist; run the stage that makes it first"
-            raise NotReady(missing) from None
+            raise NotReady(missing, [folder]) from None
         unfinished = f"{key}={folder} has no {NAME}: its stage has not finished; repeat it first"
-        raise NotReady(unfinished) from None
+        raise NotReady(unfinished, [folder]) from None
     try:
         manifest = json.loads(text)
         known, stage = manifest["format"], manifest["stage"]

@@ -4,8 +4,6 @@ import os
 import sys
 from typing import Any
 
-import torch
-
 from flowmatch.config import UserError
 
 
@@ -42,6 +40,8 @@ def bar_options() -> dict[str, Any]:
 
 def pick_device(device: str) -> str:
     """Resolve `auto`; raise UserError where a GPU is asked for and there is none."""
+    import torch
+
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device='cuda': torch sees no GPU here; use device=auto or device=cpu")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -58,6 +58,7 @@ def start_accelerator(device: str, **options: Any) -> Any:
     On a machine without a GPU the launcher's obvious flags leave every process believing to be rank
     0 of 1; such a job is stopped here. float32 means all of its bits, until `fit` allows TF32.
     """
+    import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     torch.backends.cudnn.allow_tf32 = False

@@ -14,6 +14,7 @@ from flowmatch.models.config import NetConfig
 from flowmatch.pairs import shards
 from flowmatch.pairs.dataset import PairData
 from flowmatch.pairs.layout import Layout
+from flowmatch.runs.command import execute
 from pipelines import generate_pairs
 from scripts.bench.yardsticks import BareSampler, Figure, Load, alternate, summary, write_set
 
@@ -41,7 +42,7 @@ def generation(folder: Path, load: Load, device: str) -> dict[str, Figure]:
     def ours() -> None:
         nonlocal made
         made += 1  # the set grows by a shard
-        generate_pairs.main(config.model_copy(update={"shards": made}), dry_run=False)
+        execute(generate_pairs.STAGE, config.model_copy(update={"shards": made}), dry_run=False)
 
     def forwards() -> None:
         bare.forwards(-(-load.shard // load.batch) * load.evaluations)

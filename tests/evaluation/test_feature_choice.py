@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler
 
-from flowmatch.config import UserError, load
+from flowmatch.config import UserError
 from flowmatch.data.config import DataConfig
 from flowmatch.data.dataset import load as load_data
 from flowmatch.evaluation import scoring
 from flowmatch.models import networks
 from flowmatch.models.config import NetConfig
+from flowmatch.runs.command import execute, load
 from pipelines import evaluate
 from tests.stages import UNET, run
 
@@ -39,7 +40,7 @@ def planned(root, teacher, data, *words, student=None):
     few = ["steps=[1]", "samples=16", "converged_steps=1", "device=cpu", f"run_dir={root}/evaluate"]
     config, _ = load(evaluate.EvaluateConfig, [*models, f"data={{{data}}}", *few, *words])
     try:
-        evaluate.main(config, True)
+        execute(evaluate.STAGE, config, True)
     except UserError as error:
         return error.faults
     return []

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from flowmatch.config import UserError, load
+from flowmatch.config import UserError
 from flowmatch.data import dataset
 from flowmatch.data.config import DataConfig
 from flowmatch.evaluation import features, metrics
 from flowmatch.models.digest import module_digest
 from flowmatch.runs import manifest
+from flowmatch.runs.command import execute, load
 from pipelines import train_classifier
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -161,16 +162,16 @@ def stage_config(folder, *words):
 def test_a_classifier_is_kept_by_content(tmp_path, digits):
     """What the stage seals is what evaluate would train; what was changed is refused."""
     net, _ = features.train_classifier(digits, 0, steps=20)
-    train_classifier.main(stage_config(tmp_path / "a", "steps=20"), False)
+    execute(train_classifier.STAGE, stage_config(tmp_path / "a", "steps=20"), False)
     read, facts = features.load(tmp_path / "a", "classifier", (1, 8, 8))
     assert module_digest(read) == module_digest(net) == facts["sha256"]
     assert not read.training
-    train_classifier.main(stage_config(tmp_path / "b", "steps=20"), False)
+    execute(train_classifier.STAGE, stage_config(tmp_path / "b", "steps=20"), False)
     assert manifest.digest(tmp_path / "a") == manifest.digest(tmp_path / "b")
     with pytest.raises(UserError, match="looks at images of .1, 8, 8.; data holds .3, 8, 8."):
         features.load(tmp_path / "a", "classifier", (3, 8, 8))
     with pytest.raises(UserError, match="steps: 20 -> 21"):
-        train_classifier.main(stage_config(tmp_path / "a", "steps=21"), False)
+        execute(train_classifier.STAGE, stage_config(tmp_path / "a", "steps=21"), False)
     (tmp_path / "a" / features.WEIGHTS).write_bytes(b"")
     with pytest.raises(UserError, match="is not the file that was sealed"):
         features.load(tmp_path / "a", "classifier", (1, 8, 8))
@@ -196,7 +197,7 @@ def test_all_images_are_learnt_where_others_are_held_out(digits, monkeypatch):
 def test_the_stage_names_what_it_cannot_learn_from(tmp_path):
     words = ["data.labels=false", "held_out={source: ring, labels: true, samples: 20}"]
     with pytest.raises(UserError) as error:
-        train_classifier.main(stage_config(tmp_path, *words), False)
+        execute(train_classifier.STAGE, stage_config(tmp_path, *words), False)
     assert error.value.faults == [
         "data: expected images with labels; set data.labels=true",
         "held_out: expected images with labels; set held_out.labels=true",
@@ -213,7 +214,7 @@ def test_the_stage_refuses_what_it_would_not_do(tmp_path):
     def faults(*words):
         config = load(train_classifier.ClassifierConfig, [f"run_dir={tmp_path}/no", *words])[0]
         with pytest.raises(UserError) as error:
-            train_classifier.main(config, True)
+            execute(train_classifier.STAGE, config, True)
         return [fault.partition(":")[0] for fault in error.value.faults]
 
     few = f"data={{{source}/4.npz}}"
@@ -225,15 +226,15 @@ def test_the_stage_refuses_what_it_would_not_do(tmp_path):
         f"held_out.path={tmp_path}/data.npz does not exist"
     ]
     words = [f"data={{{source}/5.npz}}", "steps=2", "batch_size=2", f"run_dir={tmp_path}/five"]
-    train_classifier.main(load(train_classifier.ClassifierConfig, words)[0], False)
+    execute(train_classifier.STAGE, load(train_classifier.ClassifierConfig, words)[0], False)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not FASHION.is_dir(), reason="dataset-fashion-mnist is not installed")
 def test_the_classifier_learns_fashion_mnist(tmp_path):
     """By its own config: at least 92% of the test images."""
-    words = ["configs/fashion_mnist/classifier.yaml", f"run_dir={tmp_path}/classifier"]
-    train_classifier.main(load(train_classifier.ClassifierConfig, words)[0], False)
+    words = ["fashion_mnist", "section=classifier", f"run_dir={tmp_path}/classifier"]
+    execute(train_classifier.STAGE, load(train_classifier.ClassifierConfig, words)[0], False)
     _, facts = features.load(tmp_path / "classifier", "classifier", (1, 28, 28))
     assert facts["accuracy"] >= 0.92
 

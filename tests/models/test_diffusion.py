@@ -28,6 +28,7 @@ from flowmatch.models import diffusion, teachers
 from flowmatch.models.diffusion import DiffusionVelocity
 from flowmatch.pairs import shards
 from flowmatch.runs import manifest
+from flowmatch.runs.command import execute
 from pipelines import evaluate, export, generate_pairs, reflow
 from tests.models.test_networks import UNET
 
@@ -173,7 +174,7 @@ def config_of(tmp_path, teacher, **keys):
 def test_stage_two_takes_it_as_a_teacher(tmp_path):
     teacher = save(tmp_path / "ddpm", unet(classes=3), ddpm())
     config = config_of(tmp_path, teacher)
-    generate_pairs.main(config, dry_run=False)
+    execute(generate_pairs.STAGE, config, dry_run=False)
     sealed = manifest.read(tmp_path / "pairs", "pairs")
     facts = sealed["facts"]
     assert facts["evaluations"] == 4  # three of the solver and the last step
@@ -185,13 +186,13 @@ def test_stage_two_takes_it_as_a_teacher(tmp_path):
     index["prediction_type"] = "v_prediction"
     (teacher / "scheduler/scheduler_config.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="teacher"):
-        generate_pairs.main(config, dry_run=False)
+        execute(generate_pairs.STAGE, config, dry_run=False)
     assert (tmp_path / "pairs" / shards.tar_name(0)).is_file()
 
 
 def test_reflow_starts_from_it_and_evaluate_compares_with_it(tmp_path):
     teacher = save(tmp_path / "ddpm", unet(), ddpm())
-    generate_pairs.main(config_of(tmp_path, teacher), dry_run=False)
+    execute(generate_pairs.STAGE, config_of(tmp_path, teacher), dry_run=False)
     values = {
         "run_dir": str(tmp_path / "reflow"),
         "pairs": [{"path": str(tmp_path / "pairs")}],
@@ -199,7 +200,7 @@ def test_reflow_starts_from_it_and_evaluate_compares_with_it(tmp_path):
         "fit": {"steps": 2, "batch_size": 4},
         "device": "cpu",
     }
-    reflow.main(reflow.ReflowConfig.model_validate(values), dry_run=False)
+    execute(reflow.STAGE, reflow.ReflowConfig.model_validate(values), dry_run=False)
     np.savez(tmp_path / "data.npz", x=np.arange(512, dtype=np.uint8).reshape(8, 8, 8, 1) % 255)
     values = {
         "run_dir": str(tmp_path / "evaluate"),
@@ -212,7 +213,7 @@ def test_reflow_starts_from_it_and_evaluate_compares_with_it(tmp_path):
         "converged_steps": 4,
         "device": "cpu",
     }
-    evaluate.main(evaluate.EvaluateConfig.model_validate(values), dry_run=False)
+    execute(evaluate.STAGE, evaluate.EvaluateConfig.model_validate(values), dry_run=False)
     rows = json.loads((tmp_path / "evaluate/metrics.json").read_text())
     assert [row["evaluations"] for row in rows["teacher"]["rows"]] == [2, 3, 9]
     assert [row["evaluations"] for row in rows["student"]["rows"]] == [1, 2, 8]
@@ -226,7 +227,7 @@ def test_it_is_not_exported_as_the_flow_that_it_is_not(tmp_path):
     teacher = save(tmp_path / "ddpm", unet(), ddpm())
     values = {"run_dir": str(tmp_path / "export"), "student": str(teacher), "device": "cpu"}
     with pytest.raises(UserError, match="diffusion model, which predicts epsilon"):
-        export.main(export.ExportConfig.model_validate(values), dry_run=True)
+        execute(export.STAGE, export.ExportConfig.model_validate(values), dry_run=True)
 
 
 def test_a_flow_pipeline_is_a_flow_model_and_a_variance_is_left_out(tmp_path):

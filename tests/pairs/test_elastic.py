@@ -60,10 +60,10 @@ def test_workers_started_by_hand_share_the_work(whole, tmp_path, number):
 
 
 def test_an_array_lacks_a_member(whole, tmp_path):
-    """The line of the README for SLURM, members 0 and 2 of 3: nobody waits for member 1."""
+    """The line of the guide for SLURM, members 0 and 2 of 3: nobody waits for member 1."""
     line = next(
         line
-        for line in (ROOT / "README.md").read_text().splitlines()
+        for line in (ROOT / "docs/guides/pairs.md").read_text().splitlines()
         if "SLURM_ARRAY_TASK_ID" in line
     )
     argv = [word for word in words(tmp_path) if "teacher=" not in word]
@@ -182,7 +182,7 @@ def test_a_set_never_shrinks(whole, tmp_path):
     """Nor one that is not sealed: its tars would be read by whoever reads all tars of a folder."""
     folder = copy(whole, tmp_path)
     before = contents(folder)
-    refusal = r"shards=2: run_dir=\S+ has 3 already, and a set never shrinks; give shards=3 or more"
+    refusal = r"shards=2: run_dir=\S+ has 3 already, and a set never shrinks; set shards=3 or more"
     with pytest.raises(UserError, match=refusal):
         generate(*words(tmp_path, "shards=2"))
     shutil.rmtree(folder / ".meta")  # hidden, and so forgotten by some copies

@@ -130,7 +130,7 @@ def test_reflow_refuses_prompts(tmp_path):
         diffusion, shape, classes = None, (2, 3), 10
 
     finish(tmp_path, 1)
-    with pytest.raises(UserError, match="has prompts; no network here takes text") as error:
+    with pytest.raises(UserError, match="has prompts; networks here take no text") as error:
         reflow.check_match(Start, [PairData(tmp_path)])
     assert len(error.value.faults) == 1
 

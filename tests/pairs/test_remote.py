@@ -9,11 +9,12 @@ from contextlib import closing
 
 import pytest
 
-from flowmatch.config import UserError, load
+from flowmatch.config import UserError
 from flowmatch.pairs import leases, shards
 from flowmatch.runs import manifest, storage
+from flowmatch.runs.command import execute, load
 from flowmatch.runs.config import StageConfig
-from flowmatch.runs.folder import begin
+from flowmatch.runs.folder import Plan, begin
 from pipelines import inspect_pairs, reflow, verify_pairs
 from tests import forked, pairset
 from tests.pairs.test_faults import commands, mend
@@ -146,7 +147,7 @@ def test_other_stages_stay_local():
     with pytest.raises(
         UserError, match="run_dir=memory://somewhere/flow: only pairs go into a store"
     ):
-        begin("train_flow", config, {}, [], False)
+        begin("train_flow", Plan(config, {}, []), False)
 
 
 def test_a_shard_whose_making_fails_leaves_nothing(tmp_path, monkeypatch, bucket):
@@ -198,8 +199,8 @@ def test_a_lease_that_another_is_just_taking_is_not_ours(monkeypatch):
 
 
 def reflow_run(*words):
-    config, call = load(reflow.ReflowConfig, ["configs/ring/reflow.yaml", *map(str, words)])
-    reflow.main(config, call.dry_run)
+    config, call = load(reflow.ReflowConfig, ["configs/ring.yaml", *map(str, words)])
+    execute(reflow.STAGE, config, call.dry_run)
 
 
 def test_reflow_trains_from_a_bucket_as_from_a_folder(tmp_path, bucket):
@@ -321,7 +322,6 @@ def test_two_ranks_train_from_a_bucket_through_one_cache(tmp_path, bucket):
         "far": {"path": f"{bucket}/pairs", "group": 1, **limit},
     }.items():
         more = [f"run_dir={tmp_path / name}", f"pairs=[{json.dumps(entry)}]"]
-        forked.run_ranks(
-            2, ["pipelines.reflow", "configs/ring/reflow.yaml", *words, *more], check=True
-        )
+        command = ["pipelines.reflow", "configs/ring.yaml", *words, *more]
+        forked.run_ranks(2, command, check=True)
     assert manifest.digest(tmp_path / "near") == manifest.digest(tmp_path / "far")

@@ -52,15 +52,17 @@ def test_stock_readers_read_every_kind_of_set(tmp_path, kind):
 
 
 def test_the_recipe_for_other_trainers_gives_shuffled_pairs(tmp_path):
-    """The code of README.md: so many steps, of pairs that belong together, from all tars and blocks."""
+    """The code of the guide: so many steps, of pairs that belong together, from all tars and blocks."""
     layout = Layout((1, 8, 8), "float16", True, 300, 64)
     x0, x1, _ = store.finish(tmp_path, layout, 3)
-    (code,) = [code for _, code in blocks((ROOT / "README.md").read_text()) if "unpack" in code]
+    (code,) = [
+        code for _, code in blocks((ROOT / "docs/guides/pairs.md").read_text()) if "unpack" in code
+    ]
     code = code.replace("runs/digits/pairs", str(tmp_path)).replace(
         "pass  #", "seen.append((x0, x1))  #"
     )
     seen = []
-    exec(compile(code, "README.md", "exec"), {"seen": seen})
+    exec(compile(code, "pairs.md", "exec"), {"seen": seen})
     assert [len(batch[0]) for batch in seen] == [64] * 100
     numbers = {row.tobytes(): i for i, row in enumerate(x0)}
     found = [

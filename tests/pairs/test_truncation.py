@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from flowmatch.config import UserError, load
+from flowmatch.config import UserError
 from flowmatch.pairs import dataset, truncation
 from flowmatch.pairs.dataset import PairData
 from flowmatch.pairs.layout import Layout
 from flowmatch.pairs.mixture import Mixture
 from flowmatch.pairs.truncation import costs, truncate
+from flowmatch.runs.command import execute, load
 from pipelines import reflow
 from tests import pairset
 from tests.store import finish
@@ -60,7 +61,7 @@ def test_reflow_says_what_it_keeps_and_takes_another_share_for_other_content(tmp
 
     def run(entry):
         pairs = f"pairs=[{{path: {tmp_path}/pairs{entry}}}]"
-        reflow.main(load(reflow.ReflowConfig, [*words, pairs])[0], False)
+        execute(reflow.STAGE, load(reflow.ReflowConfig, [*words, pairs])[0], False)
 
     run(", truncate: 0.1")
     out = capsys.readouterr().out
@@ -88,7 +89,7 @@ def test_what_is_cheap_to_find_is_found_before_a_set_is_read(tmp_path, monkeypat
         words = [f"pairs=[{entry}]", f"start={tmp_path / start}", f"run_dir={tmp_path}/r"]
         words += ["device=cpu", "fit.steps=2", "fit.batch_size=9", *more]
         with pytest.raises(UserError, match=what):
-            reflow.main(load(reflow.ReflowConfig, words)[0], False)
+            execute(reflow.STAGE, load(reflow.ReflowConfig, words)[0], False)
 
     fails(r"holds \[2\]; the network at start= takes \[3\]")
     fails("reads the whole set first", group=1, start="nowhere")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowmatch.config import UserError, load
+from flowmatch.config import UserError
 from flowmatch.data import dataset
 from flowmatch.data.config import DataConfig
 from flowmatch.flow import solvers, toy
@@ -16,11 +16,11 @@ from flowmatch.models import teachers
 from flowmatch.models.velocity import Velocity
 from flowmatch.pairs import shards
 from flowmatch.pairs.dataset import PairData
+from flowmatch.runs.command import execute, load
 from pipelines import inspect_pairs, reflow, verify_pairs
-from tests import pairset
+from tests import pairset, stock
 from tests.models.test_diffusion import Config
 from tests.pairs.test_faults import commands, mend, rehash, verify
-from tests.pairs.test_stock import read_by_others
 from tests.pairset import contents, copy, generate
 
 RING = ["data.source=ring", "data.samples=33", "data.seed=5", "data.labels=true", "dtype=float32"]
@@ -114,7 +114,7 @@ def test_it_is_verified_inspected_and_read_by_others(whole, tmp_path, capsys):
     assert seal["inputs"]["data"] in card
     assert "`.i.npy`" in card
     batch = PairData(folder).batch(range(30))
-    for who, found in read_by_others(folder, tmp_path).items():
+    for who, found in stock.read(folder, tmp_path).items():
         assert set(found) == {"x0.npy", "x1.npy", "y.npy", "i.npy"}, who
         assert np.array_equal(found["i.npy"], np.arange(30)), who
         assert np.array_equal(found["x0.npy"], batch["x0"].numpy()), who
@@ -145,7 +145,7 @@ def test_reflow_mixes_it_with_generated_pairs(whole, tmp_path):
     ]
     words = [f"pairs={json.dumps(entries)}", f"start={tmp_path}/flow", f"run_dir={tmp_path}/r"]
     fit = ["fit.steps=2", "fit.batch_size=20", "device=cpu"]
-    reflow.main(load(reflow.ReflowConfig, [*words, *fit])[0], False)
+    execute(reflow.STAGE, load(reflow.ReflowConfig, [*words, *fit])[0], False)
     seal = json.loads((tmp_path / "r/manifest.json").read_text())
     assert seal["facts"]["round"] == 1
     assert {"pairs.0", "pairs.1"} <= seal["inputs"].keys()

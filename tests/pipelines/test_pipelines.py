@@ -1,8 +1,6 @@
 """Stages in this process, on small networks of every kind: labels, guidance, and what is exported."""
 
 import json
-import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowmatch.config import UserError, load
+from flowmatch.config import UserError
 from flowmatch.data.config import DataConfig
 from flowmatch.data.dataset import load as load_data
 from flowmatch.data.dataset import reference
@@ -26,6 +24,7 @@ from flowmatch.models.velocity import Velocity
 from flowmatch.pairs import generator
 from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import manifest
+from flowmatch.runs.command import execute, load
 from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
 from tests.stages import UNET, run
 
@@ -155,7 +154,7 @@ def test_a_dry_run_measures_batches_and_writes_nothing(tmp_path, kind, capsys):
         generate_pairs.PairsConfig,
         [f"run_dir={tmp_path}/pairs", f"teacher={tmp_path}/flow", "shards=1", "device=cpu"],
     )
-    generate_pairs.main(config, True)
+    execute(generate_pairs.STAGE, config, True)
     assert "generate_pairs: compute_batch: up to " in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["flow"]
 
@@ -243,7 +242,7 @@ def test_an_evaluation_with_a_reference_and_a_classifier_of_its_own(tmp_path):
     train, test = f"{{{source}/train.npz}}", f"{{{source}/test.npz}}"
     labelled = f"data={{{source}/train.npz, labels: true}}"
     words = [f"run_dir={tmp_path}/classifier", labelled, "steps=3", "batch_size=8", "device=cpu"]
-    train_classifier.main(load(train_classifier.ClassifierConfig, words)[0], False)
+    execute(train_classifier.STAGE, load(train_classifier.ClassifierConfig, words)[0], False)
     trained(tmp_path / "flow", "UNet2DModel", UNET, (1, 8, 8), None, round_=0)
     trained(tmp_path / "reflow", "UNet2DModel", UNET, (1, 8, 8), None)
     words = [f"teacher={tmp_path}/flow", f"student={tmp_path}/reflow", f"data={train}"]
@@ -318,64 +317,3 @@ def test_several_sets_of_pairs_mix_by_weight(tmp_path):
     words = [f"start={tmp_path}/flow", f"pairs={json.dumps(sets)}", *small]
     with pytest.raises(UserError, match="no place in a batch of 10"):
         run(reflow, f"run_dir={tmp_path}/no", *words)
-
-
-def test_reflow_sh_names_what_it_does_not_know():
-    def call(*words):
-        script = str(ROOT / "scripts/reflow.sh")
-        done = subprocess.run(["bash", script, *words], capture_output=True, text=True)
-        return done.returncode, done.stderr
-
-    for words, expected in (
-        ([], "no NAME"),
-        (["nothing"], "configs/nothing does not exist"),
-        (["ring", "flw.fit.steps=3"], "flw.fit.steps=3 is not STAGE.key=value"),
-        (["ring", "flow"], "flow is not STAGE.key=value"),
-        (["ring", "classifier.steps=3"], "configs/ring/classifier.yaml does not exist"),
-        (["ring", "pairs_2.shards=3"], "pairs_2.shards=3 is not STAGE.key=value"),
-    ):
-        code, err = call(*words)
-        assert code == 2
-        assert expected in err
-
-
-@pytest.mark.slow
-def test_a_second_round_follows_the_student_of_the_first(tmp_path):
-    """By the script itself, in a tree of its own: other noise, and the round stands everywhere."""
-    for name in ("flowmatch", "pipelines"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("configs", "scripts"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    words = ["flow.data.samples=200", "flow.net.hidden=8", "flow.fit.steps=4", "pairs.shards=1"]
-    words += ["pairs.shard_size=40", "pairs.solver.steps=2", "pairs.seed=5", "reflow.fit.steps=4"]
-    words += ["reflow_2.fit.steps=3", "evaluate.samples=60", "evaluate.data.samples=60"]
-    words += ["evaluate.converged_steps=2", "evaluate.steps=[1]"]
-    few = "{name: ab2, grid: shift, shift: 9, steps: 2}"  # as README.md makes a second round
-    assert few in (ROOT / "README.md").read_text()
-    words.append(f"pairs_2.solver={few}")
-    environment = os.environ | {"ROUNDS": "2", "LAUNCHER": sys.executable, "PYTHON": sys.executable}
-    script = ["bash", str(tmp_path / "scripts/reflow.sh"), "ring", *words]
-    done = subprocess.run(script, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    runs = tmp_path / "runs/ring"
-    seals = {p.parent.name: manifest.read(p.parent, "x") for p in runs.glob("*/manifest.json")}
-    rounds = {name: seal["facts"].get("round") for name, seal in seals.items()}
-    assert rounds == {
-        **{"flow": 0, "pairs": 0, "reflow": 1, "pairs_2": 1, "reflow_2": 2},
-        **{"evaluate_2": None, "export_2": 2},
-    }
-    student = seals["reflow"]["facts"]["net"]
-    assert seals["pairs_2"]["inputs"]["teacher"] == seals["reflow_2"]["inputs"]["start"] == student
-    assert seals["reflow_2"]["inputs"]["pairs.0"] == manifest.digest(runs / "pairs_2")
-    assert seals["evaluate_2"]["inputs"]["student"] == seals["reflow_2"]["facts"]["net"]
-    assert [seals[name]["config"]["seed"] for name in ("pairs", "pairs_2")] == [5, 6]
-    assert [seals[name]["facts"]["evaluations"] for name in ("pairs", "pairs_2")] == [4, 2]
-    assert [seals[name]["config"]["fit"]["steps"] for name in ("reflow", "reflow_2")] == [4, 3]
-    noises = [PairData(runs / name).batch(np.arange(40))["x0"] for name in ("pairs", "pairs_2")]
-    assert not (noises[0][:, None] == noises[1]).all(2).any()
-    again = subprocess.run(script, env=environment, capture_output=True, text=True)
-    assert again.stdout.count("is sealed: nothing to do") == 7, again.stdout + again.stderr
-    order = ("flow", "pairs", "reflow", "pairs_2", "reflow_2", "evaluate", "export")
-    took = ", ".join(rf"{stage} \d+" for stage in order)
-    assert re.fullmatch(f"reflow.sh: seconds by the clock: {took}", done.stdout.splitlines()[-1])
-    assert "seconds" not in again.stdout

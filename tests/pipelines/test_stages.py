@@ -21,22 +21,22 @@ TWO = [
 ]
 SMALL = {
     "train_flow": [
-        *("configs/ring/flow.yaml", "data.samples=500", "net.hidden=32", "fit.steps=300"),
+        *("configs/ring.yaml", "data.samples=500", "net.hidden=32", "fit.steps=300"),
         *("fit.batch_size=64", "fit.log_every=10", "fit.save_every=20"),
     ],
     "generate_pairs": [
-        *("configs/ring/pairs.yaml", "shards=3", "shard_size=500", "block=64", "compute_batch=20"),
+        *("configs/ring.yaml", "shards=3", "shard_size=500", "block=64", "compute_batch=20"),
         *("solver.steps=40", "dtype=float16"),
     ],
     "reflow": [
-        *("configs/ring/reflow.yaml", "fit.steps=300", "fit.batch_size=64", "fit.log_every=10"),
+        *("configs/ring.yaml", "fit.steps=300", "fit.batch_size=64", "fit.log_every=10"),
         "fit.save_every=20",
     ],
     "evaluate": [
-        *("configs/ring/evaluate.yaml", "data.samples=600", "samples=600", "steps=[1,4]"),
+        *("configs/ring.yaml", "data.samples=600", "samples=600", "steps=[1,4]"),
         *("converged_steps=8", "compute_batch=128"),
     ],
-    "export": ["configs/ring/export.yaml"],
+    "export": ["configs/ring.yaml"],
 }
 FOLDER = dict(zip(SMALL, ("flow", "pairs", "reflow", "evaluate", "export"), strict=True))
 
@@ -228,7 +228,7 @@ def test_a_finished_set_of_pairs_grows_and_heals(chain, tmp_path):
     broken = call("reflow", root)
     assert broken.returncode == 2
     assert "pairs-000001.tar has 3 bytes" in broken.stderr
-    assert "python -m pipelines.verify_pairs" in broken.stderr
+    assert "flowmatch verify" in broken.stderr
     succeed("generate_pairs", root)
     for name, content in tars.items():
         assert (root / "pairs" / name).read_bytes() == content

@@ -16,7 +16,7 @@ import torch
 from flowmatch.config import UserError, option
 from flowmatch.runs import manifest, process
 from flowmatch.runs.config import StageConfig
-from flowmatch.runs.folder import RunFolder, begin
+from flowmatch.runs.folder import Plan, RunFolder, begin, finished
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def config(tmp_path, **values):
 def work(c, inputs=None):
     """What a stage does."""
     inputs = inputs or {"data": "abc"}
-    if not begin("toy", c, inputs, ["a plan"], False):
+    if not begin("toy", Plan(c, inputs, ["a plan"]), False):
         return False
     with RunFolder("toy", c, inputs) as folder:
         (folder.folder / "w.bin").write_bytes(b"w")
@@ -79,7 +79,7 @@ def test_a_changed_output_is_found(tmp_path):
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
-    assert not begin("toy", config(tmp_path), {}, ["a plan"], True)
+    assert not begin("toy", Plan(config(tmp_path), {}, ["a plan"]), True)
     assert not (tmp_path / "stage").exists()
     assert "toy: a plan" in capsys.readouterr().out
 
@@ -125,13 +125,13 @@ STAGE = textwrap.dedent(
     from flowmatch.config import NotReady, UserError, option
     from flowmatch.runs import command
     from flowmatch.runs.config import StageConfig
-    from flowmatch.runs.folder import RunFolder
+    from flowmatch.runs.folder import Plan, RunFolder
 
     class Config(StageConfig):
         lr: float = option(0.1, "rate", gt=0)
         fault: str = option("", "what goes wrong")
 
-    def main(config, dry_run):
+    def plan(config):
         if config.fault == "user":
             raise UserError(["first", "second"])
         if config.fault == "input":
@@ -139,13 +139,17 @@ STAGE = textwrap.dedent(
         if config.fault.startswith("E"):
             number = getattr(errno, config.fault)
             raise OSError(number, os.strerror(number))
+        return Plan(config, {}, [])
+
+    def run(plan):
+        config = plan.config
         with RunFolder("toy", config, {}) as folder:
             print("ready", flush=True)
             while not folder.stop:
                 time.sleep(0.05)
             folder.preempted()
 
-    command.command("toy", Config, main, "A toy.")
+    command.main(command.Stage("toy", Config, plan, run, "A toy."))
     """
 )
 
@@ -201,7 +205,7 @@ def test_a_file_system_without_locks_is_told_from_a_folder_that_is_held(tmp_path
 @pytest.mark.slow
 def test_a_checkpoint_that_finds_no_room_is_named_and_made_again(tmp_path):
     """A limit of 10 KB on files; safetensors' error is its own, no OSError."""
-    words = [sys.executable, "-m", "pipelines.train_flow", "configs/ring/flow.yaml", "device=cpu"]
+    words = [sys.executable, "-m", "pipelines.train_flow", "configs/ring.yaml", "device=cpu"]
     words += [f"run_dir={tmp_path}", "fit.steps=4", "fit.save_every=2"]
     limited = ["sh", "-c", 'ulimit -f 20; exec "$@"', "sh"]
     done = subprocess.run([*limited, *words], cwd=ROOT, capture_output=True, text=True)
@@ -254,3 +258,32 @@ def test_seals_do_not_depend_on_the_folder(tmp_path):
     work(Config(run_dir=str(tmp_path / "a")))
     work(Config(run_dir=str(tmp_path / "b"), every=9))
     assert manifest.digest(tmp_path / "a") == manifest.digest(tmp_path / "b")
+
+
+class Reader(StageConfig):
+    teacher: str = option("", "input", run=True)
+    every: int = option(5, "interval", run=True)
+
+
+def test_a_finished_folder_is_known_without_opening_its_inputs(tmp_path):
+    """As long as config, inputs and files are those of then; otherwise the plan says what differs."""
+    (tmp_path / "flow").mkdir()
+    manifest.seal(tmp_path / "flow", stage="train_flow", config={}, inputs={}, outputs={}, net="n")
+    values = {"run_dir": str(tmp_path / "stage"), "teacher": str(tmp_path / "flow")}
+    reader = Reader(**values)
+    assert not finished("toy", reader)
+    with RunFolder("toy", reader, {"teacher": "n", "data": "of any digest"}) as folder:
+        (folder.folder / "w.bin").write_bytes(b"w")
+        assert not finished("toy", reader)
+        folder.seal(["w.bin"])
+    assert finished("toy", reader)
+    assert finished("toy", Reader(**values, device="cpu"))
+    assert not finished("other", reader)
+    for changed in ({"seed": 1}, {"every": 6}, {"teacher": str(tmp_path)}):
+        assert not finished("toy", Reader(**(values | changed)))
+    assert not finished("toy", reader, lambda config, sealed: False)
+    (tmp_path / "stage" / "w.bin").write_bytes(b"v")
+    assert not finished("toy", reader)
+    (tmp_path / "stage" / "w.bin").write_bytes(b"w")
+    manifest.seal(tmp_path / "flow", stage="train_flow", config={}, inputs={}, outputs={}, net="m")
+    assert not finished("toy", reader)  # another teacher lies there by now

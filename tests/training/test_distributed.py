@@ -17,11 +17,11 @@ from tests import pairset, ranks
 
 ROOT = Path(__file__).parents[2]
 RING = [
-    *("configs/ring/flow.yaml", "data.samples=500", "net.hidden=32", "fit.batch_size=64"),
+    *("configs/ring.yaml", "data.samples=500", "net.hidden=32", "fit.batch_size=64"),
     *("fit.log_every=10", "fit.save_every=20", "fit.keep=100", "fit.steps=200"),
 ]
 DIGITS = [
-    *("configs/digits/flow.yaml", "fit.steps=20", "fit.batch_size=16", "fit.warmup=5"),
+    *("configs/digits.yaml", "fit.steps=20", "fit.batch_size=16", "fit.warmup=5"),
     *("fit.log_every=5", "fit.save_every=5"),
 ]
 UNET = [

@@ -1,0 +1,55 @@
+"""The files of an evaluation: metrics.json, the table, the pictures and the report."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flowmatch.data import dataset
+from flowmatch.data.dataset import Data
+from flowmatch.evaluation import figures, report
+from flowmatch.evaluation.sampling import SampledRow, Sampler
+from flowmatch.runs.files import write_atomic
+
+
+def write(
+    place: Path,
+    result: dict[str, Any],
+    rows: Mapping[str, list[SampledRow]],
+    sampled: Mapping[str, Sampler],
+    real: Data,
+    folders: Mapping[str, Path],
+    config: str,
+) -> None:
+    """Write all files of an evaluation.
+
+    Args:
+        place: the run folder.
+        result: the content of metrics.json.
+        rows: the samples of "teacher" and "student".
+        sampled: the samplers that drew them.
+        real: the data that they are compared with.
+        folders: the run folders of both models, for their training curves.
+        config: the config as YAML, for the report.
+    """
+    samples = {name: {row.steps: row.x for row in made} for name, made in rows.items()}
+    write_atomic(place / "metrics.json", json.dumps(result, indent=1) + "\n")
+    write_atomic(place / "table.md", figures.table(result))
+    figures.curve(place / "curve.png", result)
+    figures.grid(place / "grid.png", samples)
+    accelerator = sampled["student"].accelerator
+    page = report.page(
+        place.absolute().parent.name,
+        result,
+        samples,
+        real=dataset.reference(real, min(16 if real.images else 2000, real.count), 0)["x1"],
+        paths={name: sampler.paths() for name, sampler in sampled.items()},
+        folders=dict(folders),
+        config=config,
+        facts={
+            f"{name}, network": f"{type(net).__name__}, {net.num_parameters():,} parameters"
+            for name, net in ((name, sampler.model.net) for name, sampler in sampled.items())
+        }
+        | report.machine(accelerator.device, accelerator.num_processes),
+    )
+    write_atomic(place / "report.html", page)

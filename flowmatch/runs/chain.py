@@ -1,0 +1,289 @@
+"""The chain of an experiment: every stage planned first, then run one after the other."""
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flowmatch.config import NotReady, UserError, closest, dump, together, validate
+from flowmatch.runs import folder
+from flowmatch.runs.command import Stage, exit_codes
+from flowmatch.runs.config import PREEMPTED, StageConfig
+from flowmatch.runs.experiment import Experiment, find_config, root, stage_module
+from flowmatch.runs.process import say
+from flowmatch.runs.values import parse_word, read_yaml
+
+
+@dataclass
+class Link:
+    """A section of the chain."""
+
+    section: str
+    stage: Stage
+    config: StageConfig
+
+
+def main(stage_of: Callable[[str], Stage], argv: list[str]) -> None:
+    """Run `flowmatch run CONFIG [SECTION.key=value ...]`. stage_of: imports a stage by its name."""
+    parser = argparse.ArgumentParser("flowmatch run", allow_abbrev=False)
+    parser.add_argument("config", help="a YAML file, or a shipped experiment such as digits")
+    parser.add_argument("words", nargs="*", metavar="SECTION.key=value")
+    parser.add_argument("--rounds", type=int, help="reflow so many times")
+    parser.add_argument("--only", help="sections to run, separated by commas")
+    parser.add_argument("--dry-run", action="store_true", help="plan every stage, and stop")
+    parser.add_argument("--accelerate", metavar="FILE", help="Accelerate's config file")
+    parser.add_argument("--launcher", metavar="WORDS", help="words in place of accelerate launch")
+    parser.add_argument("--processes", type=int, help="processes of that launcher, for the plan")
+    parser.add_argument("--list", action="store_true", help="print the sections, and stop")
+    call, unknown = parser.parse_known_intermixed_args(argv)
+    with exit_codes("run"):
+        for word in unknown:
+            keys = f"keys have no dashes: {word.lstrip('-')}" if "=" in word else "see --help"
+            raise UserError(f"{word}: unknown flag; {keys}")
+        chain = Chain(stage_of, call)
+        if call.list:
+            say("\n".join(link.section for link in chain.links))
+        else:
+            chain.run()
+
+
+class Chain:
+    """The sections of an experiment that a command line asks for."""
+
+    def __init__(self, stage_of: Callable[[str], Stage], call: argparse.Namespace):
+        self.call = call
+        values = read_yaml(find_config(call.config))
+        if "name" not in values:
+            raise UserError(
+                f"{call.config}: has no `name`: the config of one stage; run it as `flowmatch STAGE "
+                f"{call.config}`"
+            )
+        self.experiment = Experiment(values, call.config)
+        pairs = together(*(partial(parse_word, word) for word in call.words))
+        together(*(partial(self.experiment.apply, *pair) for pair in pairs))
+        rounds = self.experiment.rounds if call.rounds is None else call.rounds
+        if rounds < 1:
+            raise UserError(f"--rounds {rounds}: expected 1 or more")
+        sections = self.experiment.chain(rounds)
+        if call.only is not None:
+            sections = self._only(call.only.split(","), sections)
+        self.links = together(*(partial(self._link, stage_of, name) for name in sections))
+
+    def _only(self, asked: list[str], chain: list[str]) -> list[str]:
+        for name in asked:
+            if not self.experiment.has(name):
+                known = list(dict.fromkeys([*chain, *self.experiment.sections]))
+                near = closest(name, known)
+                raise UserError(f"--only {name}: {near}sections: {', '.join(known)}")
+        return [name for name in chain if name in asked] + [n for n in asked if n not in chain]
+
+    def _link(self, stage_of: Callable[[str], Stage], section: str) -> Link:
+        stage = stage_of(self.experiment.stage_of(section))
+        try:
+            config = validate(stage.config, self.experiment.values(section, stage.config))
+        except UserError as error:
+            raise UserError([f"{section}.{fault}" for fault in error.faults]) from None
+        return Link(section, stage, config)
+
+    def run(self) -> None:
+        """Plan every stage that is not finished, then run them in order."""
+        self._prepare()
+        todo = [link for link in self.links if not link.stage.finished(link.config)]
+        for link in self.links:
+            if link not in todo:
+                say(f"{link.section}: {link.config.run_dir} is finished")
+        self._plan(todo)
+        if self.call.dry_run:
+            return
+        seconds = {}
+        with Signals() as signals:
+            for number, link in enumerate(todo, 1):
+                say(f"\n{link.section} ({number} of {len(todo)}): {link.config.run_dir}")
+                began = time.monotonic()
+                code = signals.wait(self._launch(link))
+                seconds[link.section] = time.monotonic() - began
+                if code or (signals.asked and number < len(todo)):
+                    sys.exit(PREEMPTED if signals.asked else code)
+        self._report(seconds)
+
+    def _prepare(self) -> None:
+        """Choose the launcher, and how many processes it starts."""
+        call = self.call
+        self.file, self.processes = "", call.processes or 1
+        if call.launcher:
+            return
+        has_gpu = (
+            shutil.which("nvidia-smi") is not None
+            and not subprocess.run(
+                ["nvidia-smi", "-L"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ).returncode
+        )
+        name = "one_gpu" if has_gpu else "cpu_2"
+        self.file = call.accelerate or str(root() / "configs" / "accelerate" / f"{name}.yaml")
+        self.processes = call.processes or int(read_yaml(self.file).get("num_processes", 1))
+        if not has_gpu:
+            os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the cores
+
+    def _plan(self, todo: list[Link]) -> None:
+        """Plan each stage; an input that an earlier stage makes may be missing."""
+        made: set[str] = set()
+
+        def plan(link: Link, coming: set[str]) -> None:
+            name = link.section
+            try:
+                plan = link.stage.plan(link.config)
+                folder.compare(link.stage.name, plan)
+                if self.call.dry_run:
+                    for line in [*plan.lines, *plan.measure()]:
+                        say(f"{name}: {line}")
+            except NotReady as error:
+                if not error.places or not coming.issuperset(error.places):
+                    raise
+                if self.call.dry_run:
+                    for line in error.faults:
+                        say(f"{name}: later: {line}")
+            except UserError as error:
+                raise UserError([f"{name}: {fault}" for fault in error.faults]) from None
+
+        calls = []
+        for link in todo:
+            if self.call.dry_run:
+                calls.append(partial(_print_config, link))
+            calls.append(partial(plan, link, set(made)))
+            made.add(link.config.run_dir)
+        with _counted_as(self.processes):
+            together(*calls)
+
+    def _launch(self, link: Link) -> int:
+        """Start a stage in a process group of its own; return its number."""
+        words = [self.call.config, *self.call.words, f"section={link.section}", "--chain"]
+        module = stage_module(link.stage.name)
+        environment = dict(os.environ)
+        paths = [
+            str(root()) if module.startswith("pipelines") else "",
+            os.environ.get("PYTHONPATH", ""),
+        ]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        if self.call.launcher:
+            child = [*shlex.split(self.call.launcher), "-m", module, *words]
+        elif link.stage.alone:
+            child = [sys.executable, "-m", module, *words]
+        else:
+            return _fork(partial(_accelerate, self.file, module, words, environment))
+        return subprocess.Popen(child, env=environment, process_group=0).pid
+
+    def _report(self, seconds: dict[str, float]) -> None:
+        tables = [
+            Path(link.config.run_dir) / "table.md"
+            for link in self.links
+            if link.stage.name == "evaluate"
+        ]
+        for table in tables[-1:]:
+            if table.is_file():
+                say(f"\n{table.read_text()}")
+        if seconds:
+            took = ", ".join(f"{section} {value:.0f}" for section, value in seconds.items())
+            say(f"seconds: {took}")
+
+
+def _print_config(link: Link) -> None:
+    say(f"{link.section}:\n{dump(link.config)}")
+
+
+@contextmanager
+def _counted_as(processes: int) -> Iterator[None]:
+    """Let a plan count the processes that are going to run."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    before = {name: os.environ.pop(name, None) for name in names}
+    if processes > 1:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _accelerate(file: str, module: str, words: list[str], environment: dict[str, str]) -> int:
+    """Start a module by `accelerate launch`, in this process, which has imported torch already."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ.clear()
+    os.environ.update(environment)
+    options = ["--config_file", file, "--module", module, *words]
+    try:
+        launch_command(launch_command_parser().parse_args(options))
+    except ChildFailedError as error:
+        return int(error.get_first_failure()[1].exitcode)
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0
+
+
+def _fork(body: Callable[[], int]) -> int:
+    """Run a body in a forked process of a group of its own; return its number."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        code = body()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code % 256)
+
+
+class Signals:
+    """Signals to the chain: SIGTERM and SIGINT go on to the stage as SIGTERM, which saves.
+
+    After one of them, or SIGUSR1, no further stage starts. asked: whether one of them came.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.child = False, 0
+
+    def __enter__(self) -> "Signals":
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self.before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.asked = True
+        if self.child and number != signal.SIGUSR1:
+            with suppress(ProcessLookupError):
+                os.killpg(self.child, signal.SIGTERM)
+
+    def wait(self, child: int) -> int:
+        """Wait for a process group; return the exit status of its first process."""
+        self.child = child
+        if self.asked:  # it came while the process was started
+            self._on_signal(signal.SIGTERM, None)
+        _, status = os.waitpid(child, 0)
+        self.child = 0
+        code = os.waitstatus_to_exitcode(status)
+        return code if code >= 0 else 128 - code

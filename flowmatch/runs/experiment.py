@@ -1,0 +1,260 @@
+"""Experiments: one YAML file with a section for each stage, and `key=value` on top.
+
+An experiment has a `name`, keys that its stages share (`data`, `net`, ...) and a section for each
+stage. A stage reads its own section over the shared keys; its folder is runs/NAME/SECTION, and its
+inputs are the folders of the other stages unless a key names others. A file without a `name` is the
+config of one stage as it is, such as the config.yaml of a run folder.
+"""
+
+import re
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import flowmatch
+from flowmatch.config import Config, UserError, closest, shared_fields
+from flowmatch.runs.values import assign, merge
+
+CHAIN = {  # section -> its stage, in the order of the chain
+    "flow": "train_flow",
+    "pairs": "generate_pairs",
+    "features": "train_classifier",
+    "reflow": "reflow",
+    "classifier": "train_classifier",
+    "evaluate": "evaluate",
+    "export": "export",
+}
+STAGES = tuple(dict.fromkeys(CHAIN.values()))
+_FIELDS = (
+    "data net fit coupling times loss teacher shards shard_size block compute_batch solver guidance "
+    "dtype precision compile lease_seconds start objective student reference samples steps "
+    "student_solver converged_solver converged_steps converged_tolerance distance training_samples "
+    "inception_weights held_out batch_size lr evaluation device seed"
+)
+SHARED = set(_FIELDS.split())  # the fields of all stages that may stand at the top of an experiment
+FOLDERS = (
+    "run_dir",
+    "teacher",
+    "start",
+    "pairs",
+    "student",
+    "evaluation",
+)  # not those of a later round
+
+
+def root() -> Path:
+    """Find the folder that holds `pipelines` and `configs`: the package, or the checkout around it."""
+    package = Path(flowmatch.__file__).parent
+    return package if (package / "pipelines").is_dir() else package.parent
+
+
+def stage_module(stage: str) -> str:
+    """Name the module of a stage: `pipelines.X` in a checkout, `flowmatch.pipelines.X` elsewhere."""
+    installed = root() == Path(flowmatch.__file__).parent
+    return f"flowmatch.pipelines.{stage}" if installed else f"pipelines.{stage}"
+
+
+def shipped() -> list[str]:
+    """List the experiments that come with flowmatch."""
+    return sorted(path.stem for path in (root() / "configs").glob("*.yaml"))
+
+
+def find_config(word: str) -> str:
+    """Find the file that a word names: a file, a run folder, a URL, or a shipped experiment."""
+    if "://" in word or Path(word).is_file():
+        return word
+    if (Path(word) / "config.yaml").is_file():
+        return str(Path(word) / "config.yaml")
+    if "/" not in word and (file := root() / "configs" / f"{word}.yaml").is_file():
+        return str(file)
+    what = "a folder without a config.yaml" if Path(word).is_dir() else "no such config file"
+    near = closest(Path(word).stem, shipped())
+    raise UserError(f"{word}: {what}; {near}expected a YAML file or one of {', '.join(shipped())}")
+
+
+def base_of(section: str) -> tuple[str, int]:
+    """Split `reflow_2` into its first section and its round: ("reflow", 2); ("reflow", 1) without."""
+    matched = re.fullmatch(r"(.+)_(\d+)", section)
+    return (matched[1], int(matched[2])) if matched else (section, 1)
+
+
+class Experiment:
+    """An experiment: shared keys and sections, from a file or from values.
+
+    Raises UserError for a key that no stage has and for a section that names no stage.
+    """
+
+    def __init__(self, values: dict[str, Any], file: str):
+        self.file = file
+        self.name, self.shared, self.sections = "", {}, {}  # type: str, dict[str, Any], dict[str, Any]
+        faults = []
+        for key, value in deepcopy(values).items():
+            if key == "name":
+                self.name = str(value)
+            elif key == "ablation":  # for scripts.ablation
+                continue
+            elif self._is_section(key, value):
+                self.sections[key] = value or {}
+            elif key in SHARED:
+                self.shared[key] = value
+            else:
+                near = closest(key, {*SHARED, *CHAIN})
+                faults.append(
+                    f"{file}: {key}: neither a key of a stage nor a section; {near}a section beside "
+                    f"{', '.join(CHAIN)} names its stage with `stage:`"
+                )
+        for section, values in self.sections.items():
+            if not isinstance(values, dict):
+                faults.append(f"{file}: {section}: expected a mapping of keys to values")
+            elif (stage := values.get("stage", "reflow")) not in STAGES:
+                near = closest(str(stage), STAGES)
+                faults.append(
+                    f"{file}: {section}.stage={stage!r}: {near}stages: {', '.join(STAGES)}"
+                )
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            faults.append(f"{file}: name={self.name!r}: expected letters, digits, '_', '.' and '-'")
+        if faults:
+            raise UserError(faults)
+
+    @staticmethod
+    def _is_section(key: str, value: Any) -> bool:
+        own = isinstance(value, dict) and "stage" in value
+        return own or key in STAGES or base_of(key)[0] in CHAIN
+
+    def has(self, section: str) -> bool:
+        """Check whether a section can be run: it is written down, or is a later round of one that is."""
+        return section in self.sections or base_of(section)[0] in self.sections
+
+    def stage_of(self, section: str) -> str:
+        """Return the stage of a section, such as train_flow for flow."""
+        base = base_of(section)[0]
+        for name in (section, base):
+            if "stage" in self.sections.get(name, {}):
+                return str(self.sections[name]["stage"])
+        return CHAIN.get(base, base)
+
+    def folder(self, section: str) -> str:
+        """Return the folder of a section: its run_dir, or runs/NAME/SECTION."""
+        return str(self.sections.get(section, {}).get("run_dir", f"runs/{self.name}/{section}"))
+
+    @property
+    def rounds(self) -> int:
+        """Count the rounds of reflow that are written down."""
+        return max([1, *(base_of(name)[1] for name in self.sections if base_of(name)[0] in CHAIN)])
+
+    def chain(self, rounds: int) -> list[str]:
+        """List the sections of the chain in order; evaluation and export are of the last round."""
+        sections: list[str] = []
+        for name in CHAIN:
+            last = f"{name}_{rounds}" if rounds > 1 and name in ("evaluate", "export") else name
+            sections += [last] * (name in self.sections)
+            if name == "reflow":
+                for k in range(2, rounds + 1):
+                    sections += [f"{again}_{k}" for again in ("pairs", "reflow")]
+        return sections
+
+    def section_for(self, stage: str, asked: str | None = None) -> str:
+        """Choose the section that a stage reads. Raises UserError where there is none."""
+        if asked is None:
+            for section, name in CHAIN.items():
+                if name == stage and self.has(section):
+                    return section
+            known = ", ".join(self.sections)
+            raise UserError(f"{self.file}: no section for {stage}; sections: {known}")
+        if not self.has(asked):
+            near = closest(asked, self.sections)
+            raise UserError(
+                f"{self.file}: section={asked}: {near}sections: {', '.join(self.sections)}"
+            )
+        if self.stage_of(asked) != stage:
+            raise UserError(
+                f"{self.file}: section={asked} is of {self.stage_of(asked)}, not of {stage}"
+            )
+        return asked
+
+    def apply(self, key: str, value: Any) -> None:
+        """Set SECTION.key, or a shared key. Raises UserError where the experiment has neither."""
+        first, _, rest = key.partition(".")
+        if key == "name":
+            self.name = str(value)
+        elif rest and self.has(first):
+            assign(self.sections.setdefault(first, {}), rest, value)
+        elif re.split(r"[.\[]", key)[0] in SHARED:
+            assign(self.shared, key, value)
+        else:
+            near = closest(first, {*self.sections, *SHARED})
+            raise UserError(
+                f"{key}={value}: {near}expected SECTION.key=value; sections: {', '.join(self.sections)}"
+            )
+
+    def values(self, section: str, model: type[Config]) -> dict[str, Any]:
+        """Gather the config of a section: shared keys, its first round, its own keys, its inputs."""
+        base, k = base_of(section)
+        fields = shared_fields(model)
+        values = {key: deepcopy(value) for key, value in self.shared.items() if key in fields}
+        stage = self.stage_of(section)
+        if stage == "train_classifier":  # it learns labels, and is measured on data it has not seen
+            for key, source in (("data", "data"), ("held_out", "reference")):
+                if isinstance(given := self.shared.get(source), dict) and key not in self.shared:
+                    values[key] = deepcopy(given)
+                if isinstance(values.get(key), dict):
+                    values[key]["labels"] = True
+        if k > 1:
+            first = {n: v for n, v in self.sections.get(base, {}).items() if n not in FOLDERS}
+            values = merge({n: v for n, v in values.items() if n not in FOLDERS}, deepcopy(first))
+            if "teacher" in self.shared and stage == "evaluate":
+                values["teacher"] = self.shared["teacher"]
+            if stage == "generate_pairs":
+                values["seed"] = values.get("seed", 0) + k - 1
+        values = merge(values, deepcopy(self.sections.get(section, {})))
+        values.pop("stage", None)
+        values.setdefault("run_dir", self.folder(section))
+        for key, value in self._inputs(stage, section, values).items():
+            values.setdefault(key, value)
+        return self._resolved(values)
+
+    def _inputs(self, stage: str, section: str, values: dict[str, Any]) -> dict[str, Any]:
+        """The folders of other stages that a stage reads where no key names them."""
+        k = base_of(section)[1]
+        last = "reflow" if k == 1 else f"reflow_{k}"
+        before = "reflow" if k == 2 else f"reflow_{k - 1}"
+        found: dict[str, Any] = {}
+        start = before if k > 1 else "flow"
+        if stage in ("generate_pairs", "reflow") and (k > 1 or self.has("flow")):
+            found["teacher" if stage == "generate_pairs" else "start"] = start
+        elif stage == "reflow" and "teacher" in self.shared:
+            found["start"] = self.shared["teacher"]
+        if stage == "reflow":
+            found["pairs"] = ["pairs" if k == 1 else f"pairs_{k}"]
+            loss = values.get("loss")
+            if isinstance(loss, dict) and loss.get("name") == "feature" and self.has("features"):
+                values["loss"] = {"features": self.folder("features")} | loss
+        if stage in ("evaluate", "export") and self.has("reflow"):
+            found["student"] = last
+        if stage == "evaluate":
+            if self.has("flow"):
+                found["teacher"] = "flow"
+            if self.has("classifier") and values.get("features", "classifier") == "classifier":
+                found["classifier"] = "classifier"
+        if stage == "export" and self.has("evaluate"):
+            found["evaluation"] = "evaluate" if k == 1 else f"evaluate_{k}"
+        return found
+
+    def _resolved(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Replace the name of a section by its folder wherever an input names one."""
+
+        def place(value: Any) -> Any:
+            known = isinstance(value, str) and self.has(value)
+            return self.folder(value) if known else value
+
+        for key in ("teacher", "start", "student", "evaluation", "classifier"):
+            if key in values:
+                values[key] = place(values[key])
+        if isinstance(pairs := values.get("pairs"), str | dict):
+            values["pairs"] = pairs = [pairs]
+        if isinstance(pairs, list):
+            own = [p if isinstance(p, dict) else {"path": p} for p in pairs]
+            values["pairs"] = [p | {"path": place(p.get("path", "pairs"))} for p in own]
+        if isinstance(loss := values.get("loss"), dict) and "features" in loss:
+            values["loss"] = loss | {"features": place(loss["features"])}
+        return values

@@ -1,0 +1,183 @@
+"""Experiments: one file, shared keys, sections that know their folders and each other's."""
+
+import pytest
+
+from flowmatch.config import UserError, validate
+from flowmatch.runs.command import load
+from flowmatch.runs.experiment import (
+    CHAIN,
+    SHARED,
+    STAGES,
+    Experiment,
+    find_config,
+    shipped,
+)
+from flowmatch.runs.values import parse_word, read_yaml
+from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
+
+MODELS = {
+    module.STAGE.name: module.STAGE.config
+    for module in (evaluate, export, generate_pairs, reflow, train_classifier, train_flow)
+}
+FIT = {"steps": 2, "batch_size": 4}
+VALUES = {
+    "name": "mine",
+    "data": {"source": "images", "path": "a", "size": 8},
+    "reference": {"source": "images", "path": "b", "size": 8},
+    "net": {"name": "UNet2DModel"},
+    "flow": {"fit": FIT, "data": {"flip": True}},
+    "pairs": {"shards": 2, "solver": {"name": "heun", "steps": 16}, "seed": 5},
+    "features": {"seed": 1},
+    "reflow": {"fit": FIT, "loss": {"name": "feature", "power": 1.0}},
+    "classifier": None,
+    "evaluate": {"steps": 1},
+    "export": {},
+    "distil": {"stage": "reflow", "start": "reflow", "fit": FIT, "times": {"zero": 1.0}},
+    "inverted": {
+        **{"stage": "generate_pairs", "shards": 1, "dtype": "float32"},
+        "data": {"source": "images", "path": "a"},
+    },
+}
+
+
+def make(*words, without=(), **more):
+    values = {key: value for key, value in (VALUES | more).items() if key not in without}
+    experiment = Experiment(values, "mine.yaml")
+    for word in words:
+        experiment.apply(*parse_word(word))
+    return experiment
+
+
+def config(experiment, section):
+    model = MODELS[experiment.stage_of(section)]
+    return validate(model, experiment.values(section, model))
+
+
+def test_the_table_of_shared_fields_is_that_of_the_stages():
+    fields = {name for model in MODELS.values() for name in model.model_fields}
+    assert fields - set(CHAIN) - {"run_dir"} == SHARED
+    assert set(STAGES) == set(MODELS)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_experiment_is_sound_and_works_in_its_own_folder(name):
+    experiment = Experiment(read_yaml(find_config(name)), name)
+    assert experiment.name == name
+    for section in experiment.sections:
+        assert config(experiment, section).run_dir == f"runs/{name}/{section}"
+
+
+def test_sections_share_keys_and_read_the_folders_beside_them():
+    mine = make()
+    assert mine.chain(1) == list(CHAIN)
+    flow, pairs, reflowed = (config(mine, name) for name in ("flow", "pairs", "reflow"))
+    assert (flow.data.path, flow.data.size, flow.data.flip) == ("a", 8, True)
+    assert flow.run_dir == "runs/mine/flow"
+    assert (pairs.teacher, pairs.data) == ("runs/mine/flow", None)  # shared data invert nothing
+    assert reflowed.start == "runs/mine/flow"
+    assert [entry.path for entry in reflowed.pairs] == ["runs/mine/pairs"]
+    assert reflowed.loss.features == "runs/mine/features"
+    scored, exported = config(mine, "evaluate"), config(mine, "export")
+    assert (scored.teacher, scored.student) == ("runs/mine/flow", "runs/mine/reflow")
+    assert (scored.classifier, scored.reference.path) == ("runs/mine/classifier", "b")
+    assert (exported.student, exported.evaluation) == ("runs/mine/reflow", "runs/mine/evaluate")
+    for name in ("features", "classifier"):  # labels of both sets, without a word
+        learnt = config(mine, name)
+        assert (learnt.data.path, learnt.held_out.path) == ("a", "b")
+        assert learnt.data.labels
+        assert learnt.held_out.labels
+    distil, inverted = config(mine, "distil"), config(mine, "inverted")
+    assert (distil.start, distil.run_dir) == ("runs/mine/reflow", "runs/mine/distil")
+    assert inverted.data.path == "a"
+    assert inverted.teacher == "runs/mine/flow"
+
+
+def test_inputs_name_sections_and_folders_and_follow_them():
+    words = ["reflow.run_dir=/x/r", "reflow.pairs=[pairs, {path: inverted, weight: 0.1}, s3://b/c]"]
+    mine = make(*words, "evaluate.features=values", "name=other", "data.path=z")
+    reflowed = config(mine, "reflow")
+    paths = [entry.path for entry in reflowed.pairs]
+    assert paths == ["runs/other/pairs", "runs/other/inverted", "s3://b/c"]
+    assert config(mine, "evaluate").student == config(mine, "distil").start == "/x/r"
+    assert config(mine, "evaluate").classifier is None
+    assert config(mine, "flow").data.path == "z"
+    plain = make("reflow.loss.name=normalised", without=["features", "classifier"])
+    with pytest.raises(UserError, match="loss.features"):
+        config(make(without=["features"]), "reflow")
+    assert plain.chain(1) == ["flow", "pairs", "reflow", "evaluate", "export"]
+    assert config(make(without=["classifier"]), "evaluate").classifier is None
+
+
+def test_a_teacher_from_elsewhere_takes_the_place_of_stage_one():
+    mine = make(teacher="google/ddpm-cifar10-32", without=["flow", "net"])
+    assert config(mine, "pairs").teacher == "google/ddpm-cifar10-32"
+    assert config(mine, "reflow").start == "google/ddpm-cifar10-32"
+    assert config(mine, "evaluate").teacher == "google/ddpm-cifar10-32"
+    mine.sections["reflow_2"] = {}
+    assert config(mine, "pairs_2").teacher == "runs/mine/reflow"
+    assert config(mine, "evaluate_2").teacher == "google/ddpm-cifar10-32"
+
+
+def test_rounds_inherit_from_the_first_and_follow_the_one_before():
+    mine = make("pairs_2.solver={name: ab2, steps: 2}", "reflow_3.fit.steps=7", "pairs.run_dir=/p")
+    assert mine.rounds == 3
+    order = ["flow", "pairs", "features", "reflow", "pairs_2", "reflow_2", "pairs_3", "reflow_3"]
+    assert mine.chain(3) == [*order, "classifier", "evaluate_3", "export_3"]
+    second, third = config(mine, "pairs_2"), config(mine, "pairs_3")
+    assert (second.run_dir, second.teacher) == ("runs/mine/pairs_2", "runs/mine/reflow")
+    assert (second.seed, third.seed) == (6, 7)
+    assert (second.solver.name, second.solver.steps) == ("ab2", 2)
+    assert (third.solver.name, third.teacher) == ("heun", "runs/mine/reflow_2")
+    last = config(mine, "reflow_3")
+    assert (last.start, last.pairs[0].path) == ("runs/mine/reflow_2", "runs/mine/pairs_3")
+    assert (last.fit.steps, last.fit.batch_size, last.loss.name) == (7, 4, "feature")
+    assert config(mine, "evaluate_3").student == "runs/mine/reflow_3"
+    assert config(mine, "export_3").evaluation == "runs/mine/evaluate_3"
+
+
+def test_a_stage_reads_its_own_section(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    read, _ = load(reflow.ReflowConfig, ["digits", "fit.steps=100", "pairs.0.weight=2.0"])
+    assert (read.run_dir, read.fit.steps, read.pairs[0].weight) == ("runs/digits/reflow", 100, 2.0)
+    read, _ = load(reflow.ReflowConfig, ["digits", "section=distil"])
+    assert (read.run_dir, read.times.zero) == ("runs/digits/distil", 1.0)
+    read, _ = load(reflow.ReflowConfig, ["digits", "section=reflow_2", "--chain", "flow.run_dir=x"])
+    assert (read.run_dir, read.start) == ("runs/digits/reflow_2", "runs/digits/reflow")
+    read, _ = load(train_classifier.ClassifierConfig, ["digits"])
+    assert read.run_dir == "runs/digits/features"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["digit"], "no such config file; did you mean digits?"),
+        (["."], "a folder without a config.yaml"),
+        (["digits", "section=refow"], "section=refow: did you mean reflow?"),
+        (["digits", "section=pairs"], "section=pairs is of generate_pairs, not of reflow"),
+        (["digits", "--chain", "reflw.fit.steps=2"], "did you mean reflow?"),
+        (["digits", "fit.stpes=2"], "did you mean steps?"),
+    ],
+)
+def test_what_is_not_known_is_named(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        load(reflow.ReflowConfig, words)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"dta": {"source": "digits"}},
+            "dta: neither a key of a stage nor a section; did you mean",
+        ),
+        ({"more": {"stage": "reflw"}}, "more.stage='reflw': did you mean reflow?"),
+        ({"reflow": 3}, "reflow: expected a mapping"),
+        ({"name": "a/b"}, "name='a/b': expected letters"),
+    ],
+)
+def test_a_file_with_faults_is_refused(more, message):
+    with pytest.raises(UserError) as error:
+        make(**more)
+    assert message in str(error.value)
