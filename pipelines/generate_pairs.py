@@ -193,7 +193,7 @@ def run(plan: Plan) -> None:
         plan.velocity,
         process.worker_device(plan.device),
         data=plan.source,
-        look=leave_if_asked,
+        before_evaluation=leave_if_asked,
         seed=config.seed,
         compute_batch=config.compute_batch,
         solver=config.solver,

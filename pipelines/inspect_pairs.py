@@ -21,14 +21,13 @@ from flowmatch.config import UserError, require
 from flowmatch.evaluation import figures
 from flowmatch.flow import noise
 from flowmatch.pairs import audit, shards
-from flowmatch.pairs.dataset import PairData
+from flowmatch.pairs.dataset import PairData, transport_cost
 from flowmatch.pairs.layout import PROMPT
 from flowmatch.runs import manifest, storage
 from flowmatch.runs.config import REFUSED, USER_ERROR
 from flowmatch.runs.storage import Store
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-READ = 1 << 24  # values of x0 read at once
 SHOWN_IMAGES, SHOWN_POINTS = 16, 400
 SHOWN_PROMPTS = 4
 FETCHED = 8  # shards of a URL that the statistics use; the pictures use the first ones
@@ -129,15 +128,13 @@ def statistics(data: PairData, samples: int) -> dict[str, Any]:
     count = min(samples, len(some) * size)
     shard, index = np.divmod(np.sort(rng.choice(len(some) * size, count, replace=False)), size)
     ids = some[shard] * size + index
-    rows = max(2, READ // int(np.prod(data.shape)))
     cost, at_random = [], []
     labels: Counter[int] = Counter()
     moments: dict[str, list[tuple[float, ...]]] = {name: [] for name in ("x0", "x1")}
-    for start in range(0, count, rows):
-        batch = data.batch(ids[start : start + rows])
+    for batch in data.parts(ids):
         x0, x1 = (batch[name].double().flatten(1) for name in ("x0", "x1"))  # [B, D]
-        cost.append((x1 - x0).square().sum(1).numpy())
-        at_random.append((x1.roll(1, 0) - x0).square().sum(1).numpy())
+        cost.append(transport_cost(x0, x1))
+        at_random.append(transport_cost(x0, x1.roll(1, 0)))
         for name, x in (("x0", x0), ("x1", x1)):
             sums = (
                 x.numel(),

@@ -1,6 +1,8 @@
 """A small set of pairs made by stage two from a small teacher, for the tests that damage it."""
 
+import os
 import shutil
+import subprocess
 
 import torch
 
@@ -52,6 +54,25 @@ def copy(source, target):
     config = target / "pairs" / "config.yaml"
     config.write_text(config.read_text().replace(str(source), str(target)))
     return target / "pairs"
+
+
+def words_in_shell(script, folder, **environment):
+    """Run a script with sh, whose commands only record their words; return [[program, *words]].
+
+    RANK=... and WORLD_SIZE=... come first where the script sets them.
+    """
+    record = (
+        'printf "%s\\0" ${RANK+RANK=$RANK} ${WORLD_SIZE+WORLD_SIZE=$WORLD_SIZE} "${0##*/}" "$@"'
+    )
+    programs, log = folder / "programs", folder / "words"
+    programs.mkdir(exist_ok=True)
+    log.write_bytes(b"")
+    for name in ("python", "flowmatch"):
+        (programs / name).write_text(f"#!/bin/sh\n{{ {record}; echo; }} >> '{log}'\n")
+        (programs / name).chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    subprocess.run(["sh", "-ec", script], env=os.environ | {"PATH": path} | environment, check=True)
+    return [line.split("\0")[:-1] for line in log.read_text().splitlines()]
 
 
 def contents(folder):

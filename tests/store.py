@@ -29,6 +29,21 @@ RAGGED = [  # shape, dtype, labels, shard_size, block
 ]
 
 
+class Clock:
+    """A clock for leases that only sleeping moves: monotonic() is the sum of all sleeps."""
+
+    time = staticmethod(time.time)
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
 def pairs_of(k, layout):
     """Make the pairs of shard k: x0, x1 of the stored dtype, labels or None."""
     ids = k * layout.shard_size + np.arange(layout.shard_size)

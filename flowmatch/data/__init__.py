@@ -1,1 +1,1 @@
-"""Data sets that stage one and the evaluation read."""
+"""Datasets that stage 1 and the evaluation read."""

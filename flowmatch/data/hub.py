@@ -1,7 +1,7 @@
 """Tables of images that HF datasets reads: image folders, parquet, webdataset tars, the hub.
 
-Its own guesses are kept out where they surprise: files and splits are found here, by rules that an
-error can state.
+Files and splits are chosen here, with rules that an error can state, because some of the choices that
+datasets makes by itself are surprising.
 """
 
 import glob
@@ -22,56 +22,72 @@ SUFFIXES = {
     "webdataset": [".tar"],
 }
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
-HASHED = 1 << 30  # bytes: up to here a digest reads all contents, above it so much of them
-PIECE = 1 << 20
+HASHED = 1 << 30  # bytes that a digest reads at most; larger sets are sampled in pieces
+PIECE = 1 << 20  # bytes
 
 
-def open_rows(path: str, split: str, subset: str | None, revision: str | None) -> tuple[Any, str]:
-    """Open a split as a datasets.Dataset, and digest what the path names ("" for names on the hub).
+def open_rows(
+    path: str, split: str, subset: str | None, revision: str | None, key: str
+) -> tuple[Any, str]:
+    """Open a split as a datasets.Dataset.
 
-    path: a folder of images, parquet files or tars, a file, a glob, or a dataset's name on the hub.
-    Raises UserError for what cannot be found or read.
+    Args:
+        path: a folder of images, parquet files or tars, a file, a glob, or a dataset's name on the hub.
+        split: name of the split.
+        subset: configuration of a dataset on the hub.
+        revision: commit, branch or tag of a dataset on the hub.
+        key: the key of the data, for errors.
+
+    Returns:
+        The dataset, and the digest of the files that the path names, "" for a name on the hub.
+
+    Raises:
+        UserError: for what cannot be found or read.
     """
     import datasets
     from datasets.exceptions import DatasetsError
 
-    where = f"data.path={path}"
-    found = local_files(path)
-    if found is not None and (subset or revision):
-        raise UserError(f"{where} is on this disk; subset and revision are for names on the hub")
+    where = f"{key}.path={path}"
+    local = local_files(path, key)
+    if local is not None and (subset or revision):
+        raise UserError(
+            f"{where} is a local path; remove {key}.subset and {key}.revision, which are for names on "
+            "the hub"
+        )
     try:
-        if found is None:
+        if local is None:
             rows = datasets.load_dataset(path, subset, split=split, revision=revision)
             return rows, ""
-        folder, files = found
+        folder, files = local
         builder, digest = _builder(where, files), digest_files(folder, files)
-        listed, source = _split_files(path, folder, files, split, builder)
-        # The name makes the cache follow the content: by itself it goes by names and mtimes, and
-        # gives the old rows for a file that was replaced with its time kept (rsync -t, tar).
+        listed, source = _split_files(path, folder, files, split, builder, key)
+        # The name ties the cache to the content. By itself datasets uses names and mtimes, and returns
+        # the old rows for a file that was replaced with its time kept (rsync -t, tar).
         rows = datasets.load_dataset(
             builder, name=digest[:32], split="train", data_files={"train": source}
         )
-        chosen = any(file.stem == "metadata" for file in files)  # a table that may leave files out
+        chosen = any(file.stem == "metadata" for file in files)  # a table that may omit files
         if builder == "imagefolder" and not chosen and len(rows) != len(listed):
             raise UserError(
-                f"{where}: datasets reads {len(rows)} of {len(listed)} image files; rename files "
+                f"{where}: datasets reads {len(rows)} of {len(listed)} image files; rename the files "
                 "and folders whose names start with __"
             )
         return rows, digest
     except ConnectionError as error:
         raise UserError(
-            f"{where}: no such folder, file or glob here, and the hub cannot be reached: {error}"
+            f"{where}: there is no such folder, file or glob, and the hub cannot be reached: {error}"
         ) from None
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, TarError, DatasetsError) as error:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        key = f"data.split={split}: " if reason.startswith(("Unknown split", "Bad split")) else ""
-        raise UserError(f"{key}{where} cannot be read: {reason}") from None
+        about_split = reason.startswith(("Unknown split", "Bad split"))
+        prefix = f"{key}.split={split}: " if about_split else ""
+        raise UserError(f"{prefix}{where} cannot be read: {reason}") from None
 
 
 def _builder(where: str, files: list[Path]) -> str:
-    """Choose the datasets builder by the files' suffixes."""
+    """Return the name of the datasets builder for the files' suffixes."""
     kinds = {
         kind
         for kind, suffixes in SUFFIXES.items()
@@ -79,22 +95,22 @@ def _builder(where: str, files: list[Path]) -> str:
         if file.suffix.lower() in suffixes and file.stem != "metadata"
     }
     if len(kinds) != 1:
-        held = " and ".join(sorted(kinds)) or "none of these"
+        held = " and ".join(sorted(kinds)) or "no files of these kinds"
         raise UserError(
-            f"{where} holds {held}; expected either image files, .parquet files or .tar files. "
-            "A glob such as 'FOLDER/*.parquet' picks one kind"
+            f"{where} has {held}; expected either image files, .parquet files or .tar files; choose one "
+            "kind with a glob such as 'FOLDER/*.parquet'"
         )
     return kinds.pop()
 
 
 def _split_files(
-    path: str, folder: Path, files: list[Path], split: str, builder: str
+    path: str, folder: Path, files: list[Path], split: str, builder: str, key: str
 ) -> tuple[list[Path], str | list[str]]:
-    """Pick the files of a split: those below the subfolder SPLIT, else those named SPLIT-*.
+    """Choose the files of a split: those below the subfolder SPLIT, else those named SPLIT-*.
 
-    What has neither is all one split, train; so is what has train/ or train-* beside names that are no
-    split's: a class, or pictures, of trains. Images of a split have a number after it. Returns the
-    files, and how to name them to datasets.
+    A folder without either is one split, train. The same holds if train/ or train-* stands beside
+    names that are not splits: then it is a class, or pictures, of trains. The names of images need a
+    number after the split. Returns the files, and their names for datasets.
     """
     below = folder / split
     data = [file for file in files if file.suffix.lower() in SUFFIXES[builder]]
@@ -108,60 +124,72 @@ def _split_files(
         named = named if all(others.match(file.name) for file in data) else []
     if not inside and not named and split != "train":
         raise UserError(
-            f"data.split={split}: data.path={path} has no such split: no subfolder {split}/, and "
-            f"no file whose name starts with {split}- or {split}."
+            f"{key}.split={split}: {key}.path={path} has no such split; expected a subfolder {split}/, "
+            f"or files whose names start with {split}- or {split}."
         )
-    picked = inside or named or data
+    chosen = inside or named or data
     whole = Path(path).expanduser().is_dir() and (inside or not named)
     if builder == "imagefolder" and whole:  # one pattern: a million names are slow
-        return picked, f"{glob.escape(str(below if inside else folder))}/**"
-    return picked, [str(file) for file in picked]
+        return chosen, f"{glob.escape(str(below if inside else folder))}/**"
+    return chosen, [str(file) for file in chosen]
 
 
-def local_files(path: str) -> tuple[Path, list[Path]] | None:
-    """List the files that a path names, in the order of their names, and the folder they lie in.
+def local_files(path: str, key: str) -> tuple[Path, list[Path]] | None:
+    """List the files that a path names.
 
-    A folder stands for all files below it, but for names that start with a dot; * ? [ make a glob.
-    None if nothing of that name is here and it may be a name on the hub: NAME or OWNER/NAME. Raises
-    UserError otherwise.
+    A folder stands for all files below it, except names that start with a dot; a path with * ? or [ is
+    a glob.
+
+    Args:
+        path: of a file or folder, or a glob.
+        key: the key of the data, for errors.
+
+    Returns:
+        Their folder, and the files sorted by name; None if there is no such path and it may be a name
+        on the hub, NAME or OWNER/NAME.
+
+    Raises:
+        UserError: if there is no such path, and it cannot be a name on the hub.
     """
     place = Path(path).expanduser()
     if place.is_file():
         return place.parent, [place]
     if place.is_dir():
-        return place, _walk(place)
+        return place, _walk(place, key)
     fixed = list(itertools.takewhile(lambda part: not set(part) & set("*?["), place.parts))
     if len(fixed) < len(place.parts):
         root = Path(*fixed)
         files = sorted(f for f in root.glob(str(place.relative_to(root))) if f.is_file())
         if not files:
-            raise UserError(f"data.path={path} matches no file")
+            raise UserError(f"{key}.path={path} matches no file; correct the pattern")
         return root, files
     suffixes = {".npy", ".npz", ".gz", ".zip"}.union(*SUFFIXES.values())
     hub = path.count("/") < 2 and path[0] not in "./~" and place.suffix.lower() not in suffixes
     if not hub:
-        raise UserError(f"data.path={path} does not exist")
+        raise UserError(
+            f"{key}.path={path} does not exist; expected a folder, a file, a glob, or a name on the hub"
+        )
     return None
 
 
-def _walk(place: Path) -> list[Path]:
+def _walk(place: Path, key: str) -> list[Path]:
     files = []
     for folder, below, names in os.walk(place):
         below[:] = [name for name in below if not name.startswith(".")]
         for name in below:
             if (Path(folder) / name).is_symlink():
                 raise UserError(
-                    f"data.path={place}: {Path(folder, name).relative_to(place)} is a link to a "
-                    "folder, which datasets would leave out; put the folder itself there"
+                    f"{key}.path={place}: {Path(folder, name).relative_to(place)} is a link to a "
+                    "folder, which datasets would ignore; replace it with the folder itself"
                 )
         files += [Path(folder) / name for name in names if not name.startswith(".")]
     if not files:
-        raise UserError(f"data.path={place} is an empty folder")
+        raise UserError(f"{key}.path={place} is an empty folder; expected files in it")
     return sorted(files)
 
 
-def image_column(features: Any, asked: str | None) -> str:
-    """Find the column of images: the one asked for, the only image, or the only one of bytes."""
+def image_column(features: Any, asked: str | None, key: str) -> str:
+    """Return the column of images: the one asked for, the only Image, or the only one of bytes."""
     import datasets
 
     def holds_bytes(feature: Any) -> bool:
@@ -170,22 +198,22 @@ def image_column(features: Any, asked: str | None) -> str:
         return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
 
     kinds = [lambda feature: isinstance(feature, datasets.Image), holds_bytes]
-    return _column(features, asked, kinds, "image")
+    return _column(features, asked, kinds, "image", key)
 
 
-def label_column(features: Any, asked: str | None) -> str:
-    """Find the column of labels: the one asked for, the only ClassLabel, or the only integers."""
+def label_column(features: Any, asked: str | None, key: str) -> str:
+    """Return the column of labels: the one asked for, the only ClassLabel, or the only integers."""
     import datasets
 
     def integers(feature: Any) -> bool:
         return isinstance(feature, datasets.Value) and "int" in feature.dtype
 
     kinds = [lambda feature: isinstance(feature, datasets.ClassLabel), integers]
-    return _column(features, asked, kinds, "label")
+    return _column(features, asked, kinds, "label", key)
 
 
 def _column(
-    features: Any, asked: str | None, kinds: Sequence[Callable[[Any], bool]], name: str
+    features: Any, asked: str | None, kinds: Sequence[Callable[[Any], bool]], name: str, key: str
 ) -> str:
     listed = ", ".join(f"{column} ({_type(feature)})" for column, feature in features.items())
     fitting: list[str] = []
@@ -194,13 +222,13 @@ def _column(
     if asked is not None:
         if asked in features and any(kind(features[asked]) for kind in kinds):
             return asked
-        reason = f"is no column of {name}s" if asked in features else "is not there"
-        raise UserError(f"data.{name}_column={asked} {reason}; the columns are {listed}")
+        reason = f"is not a column of {name}s" if asked in features else "does not exist"
+        raise UserError(f"{key}.{name}_column={asked} {reason}; the columns are {listed}")
     if len(fitting) != 1:
-        reason = "several columns fit" if fitting else "no column fits"
-        asks = "data.labels=true: " if name == "label" else ""
+        reason = "several columns can be the" if fitting else "no column can be the"
+        prefix = f"{key}.labels=true: " if name == "label" else f"{key}: "
         raise UserError(
-            f"{asks}{reason} as {name}s; set data.{name}_column; the columns are {listed}"
+            f"{prefix}{reason} {name}s; set {key}.{name}_column; the columns are {listed}"
         )
     return fitting[0]
 
@@ -210,10 +238,17 @@ def _type(feature: Any) -> str:
 
 
 def digest_files(folder: Path, files: Iterable[Path]) -> str:
-    """Hash files: relative name, size and, up to 1 GiB in total, content; hexadecimal sha256.
+    """Hash files: their relative names, sizes and contents.
 
-    Of more than that, pieces of 1 MiB, evenly spaced from each file's first byte to its last, 1 GiB in
-    all; of more than 1,024 files none.
+    Of files with more than 1 GiB in total only 1 GiB is read, in pieces of 1 MiB evenly spaced over
+    each file. Contents of more than 1,024 such files are not read.
+
+    Args:
+        folder: to which the names are relative.
+        files: in their order.
+
+    Returns:
+        Hexadecimal sha256.
     """
     files = list(files)
     sizes = [file.stat().st_size for file in files]
@@ -235,9 +270,13 @@ def digest_files(folder: Path, files: Iterable[Path]) -> str:
 
 
 def digest_rows(rows: Any, image: str, label: str | None) -> str:
-    """Hash the images and labels of rows from the hub, as stored; hexadecimal sha256.
+    """Hash the stored images and labels of rows from the hub.
 
-    Above 1 GiB the names (the hub's commit among them) and sizes of the cached Arrow files instead.
+    Above 1 GiB the names and sizes of the cached Arrow files are hashed instead; the names contain the
+    hub's commit.
+
+    Returns:
+        Hexadecimal sha256.
     """
     sha = hashlib.sha256()
     if (rows.dataset_size or 0) > HASHED:

@@ -1,7 +1,7 @@
-"""The sources of data: each reads what a DataConfig names, checks it, and tells what it found.
+"""The sources of data: each opens and checks what a DataConfig names.
 
-Arrays are checked whole when they are opened: NaN, a value range that the flow does not expect, or
-labels with holes are found before any training.
+Arrays are checked whole when they are opened, so that NaN, an unexpected range of values, or unused
+labels are reported before any training. Errors name keys below `key`, the config's own key.
 """
 
 import gzip
@@ -28,62 +28,76 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a source holds."""
+class SourceData:
+    """The samples of a source.
 
-    read: Callable[[np.ndarray], np.ndarray]  # int64 [B] -> [B, *shape]: uint8 pixels, or float32
+    Args:
+        read: int64 [B] -> [B, *shape], uint8 pixels or float32.
+        count: number of samples.
+        shape: of one sample, (C, H, W) or (D,) for points.
+        digest: sha256 of the stored data, before any conversion.
+        label: int64 [count], if the config asks for labels.
+        classes: K, where labels are 0 to K - 1.
+        latents: whether samples with three axes are latents, not images.
+    """
+
+    read: Callable[[np.ndarray], np.ndarray]
     count: int
-    shape: tuple[int, ...]  # of one sample: (C, H, W), or (D,) for points
-    digest: str  # sha256 of what the source names, whatever is then made of it
-    label: np.ndarray | None = None  # int64 [count], where the config asks for labels
-    classes: int | None = None  # K; labels are 0 to K - 1
-    latents: bool = False  # three axes, but no picture
+    shape: tuple[int, ...]
+    digest: str
+    label: np.ndarray | None = None
+    classes: int | None = None
+    latents: bool = False
 
 
 def ring_samples(ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw samples of the ring, i from (seed, i) alone: points float32 [B, 2], modes int64 [B]."""
+    """Draw samples of the ring; sample i depends on (seed, i) only.
+
+    Returns:
+        Points, float32 [B, 2], and the modes that they come from, int64 [B].
+    """
     draws = [noise.generator(seed, int(i), noise.RING) for i in ids]
     modes = np.array([rng.integers(RING_MODES) for rng in draws], dtype=np.int64)
     scatter = np.stack([rng.standard_normal(2) for rng in draws])
     return (ring_mixture()[1][modes] + RING_STD * scatter).astype(np.float32), modes
 
 
-def ring(config: "DataConfig") -> Found:
-    """Draw the 2-D ring of Gaussians; a label is the mode that a point comes from."""
+def ring(config: "DataConfig", key: str) -> SourceData:
+    """Draw the 2-D ring of Gaussians; the label of a point is the mode that it comes from."""
     points, modes = ring_samples(np.arange(config.samples), config.seed)
-    return from_arrays(config, points, modes, _digest(points, modes), RING_MODES)
+    return from_arrays(config, key, points, modes, _digest(points, modes), RING_MODES)
 
 
-def digits(config: "DataConfig") -> Found:
-    """Take sklearn's handwritten digits, 1,797 of 8x8, values 0 to 16 moved to [-1, 1]."""
+def digits(config: "DataConfig", key: str) -> SourceData:
+    """Load sklearn's handwritten digits: 1,797 of 8x8, with values 0 to 16 scaled to [-1, 1]."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    x = (found.images / 8 - 1).astype(np.float32)
-    return from_arrays(config, x, found.target, _digest(x, found.target), 10)
+    stored = load_digits()
+    x = (stored.images / 8 - 1).astype(np.float32)
+    return from_arrays(config, key, x, stored.target, _digest(x, stored.target), 10)
 
 
-def idx(config: "DataConfig") -> Found:
-    """Read a folder of gzipped IDX files, as MNIST and its kin are handed out."""
-    found = hub.local_files(config.path)
-    if found is None or not Path(config.path).expanduser().is_dir():
+def idx(config: "DataConfig", key: str) -> SourceData:
+    """Read a folder of gzipped IDX files, the format of MNIST."""
+    listed = hub.local_files(config.path, key)
+    if listed is None or not Path(config.path).expanduser().is_dir():
         raise UserError(
-            f"data.path={config.path}: no such folder; Debian's package dataset-fashion-mnist puts "
+            f"{key}.path={config.path}: no such folder; Debian's package dataset-fashion-mnist installs "
             "one in /usr/share/datasets/fashion-mnist"
         )
-    folder, files = found
-    x = _read_idx(config, files, "images")
-    label = _read_idx(config, files, "labels") if config.labels else None
-    return from_arrays(config, x, label, hub.digest_files(folder, files))
+    folder, files = listed
+    x = _read_idx(config, key, files, "images")
+    label = _read_idx(config, key, files, "labels") if config.labels else None
+    return from_arrays(config, key, x, label, hub.digest_files(folder, files))
 
 
-def _read_idx(config: "DataConfig", files: list[Path], kind: str) -> np.ndarray:
+def _read_idx(config: "DataConfig", key: str, files: list[Path], kind: str) -> np.ndarray:
     """Read unsigned bytes: 0 0 8 ndim, big-endian sizes, values."""
     prefix = f"{IDX_NAMES[config.split]}-{kind}"
     fitting = [f for f in files if f.name.startswith(prefix) and f.suffix == ".gz"]
     if len(fitting) != 1:
         raise UserError(
-            f"data.path={config.path}: expected one file {prefix}*.gz; there are "
+            f"{key}.path={config.path}: expected one file {prefix}*.gz; the folder has "
             f"{', '.join(f.name for f in files[:8])}"
         )
     try:
@@ -94,87 +108,99 @@ def _read_idx(config: "DataConfig", files: list[Path], kind: str) -> np.ndarray:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
     except (OSError, EOFError, ValueError, IndexError, struct.error, zlib.error) as error:
         raise UserError(
-            f"data.path={config.path}: {fitting[0].name} is no gzipped IDX file of bytes: {error}"
+            f"{key}.path={config.path}: {fitting[0].name} is not a gzipped IDX file of bytes: {error}"
         ) from None
 
 
-def npz(config: "DataConfig") -> Found:
+def npz(config: "DataConfig", key: str) -> SourceData:
     """Read images or points from .npz (x or images, y or labels) or .npy (no labels)."""
-    return from_arrays(config, *_stored(config, "images"))
+    return from_arrays(config, key, *_stored(config, key, "images"))
 
 
-def latents(config: "DataConfig") -> Found:
+def latents(config: "DataConfig", key: str) -> SourceData:
     """Read scaled latents [N, C, H, W] from .npz (x or latents, y or labels) or .npy (no labels)."""
-    x, label, digest = _stored(config, "latents")
+    x, label, digest = _stored(config, key, "latents")
     if x.ndim != 4 or x.dtype.kind != "f" or 0 in x.shape:
         raise UserError(
-            f"data: the array is {x.dtype} {list(x.shape)}; expected floats [N, C, H, W]"
+            f"{key}: the array is {x.dtype} {list(x.shape)}; expected floats [N, C, H, W]"
         )
-    _check_floats(x, latents=True)
-    label, classes = check_labels(label, len(x)) if config.labels else (None, None)
+    _check_floats(x, key, latents=True)
+    label, classes = check_labels(label, len(x), key) if config.labels else (None, None)
 
     def read(ids: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(x[ids], dtype=np.float32)
 
-    return Found(read, len(x), x.shape[1:], digest, label, classes, latents=True)
+    return SourceData(read, len(x), x.shape[1:], digest, label, classes, latents=True)
 
 
-def _stored(config: "DataConfig", kind: str) -> tuple[np.ndarray, Any, str]:
+def _stored(config: "DataConfig", key: str, kind: str) -> tuple[np.ndarray, Any, str]:
     """Open an .npz or .npy file: (x, labels or None, digest). kind: another name for x."""
-    where = f"data.path={config.path}"
-    found = hub.local_files(config.path)
-    if found is None or not Path(config.path).expanduser().is_file():
+    where = f"{key}.path={config.path}"
+    listed = hub.local_files(config.path, key)
+    if listed is None or not Path(config.path).expanduser().is_file():
         raise UserError(f"{where}: no such file; expected an .npz or .npy file")
     label = None
     try:
-        stored = np.load(found[1][0], mmap_mode="r", allow_pickle=False)
+        stored = np.load(listed[1][0], mmap_mode="r", allow_pickle=False)
         if isinstance(stored, np.ndarray):
             x = stored
             if config.labels:
-                raise UserError(f"data.labels=true: {where} is one array; save x and y as .npz")
+                raise UserError(f"{key}.labels=true: {where} is one array; save x and y as .npz")
         else:
-            x = stored[_key(stored.files, ("x", kind), where)]
+            x = stored[_array_name(stored.files, ("x", kind), where)]
             if config.labels:
-                label = stored[_key(stored.files, ("y", "labels"), f"data.labels=true: {where}")]
+                where_labels = f"{key}.labels=true: {where}"
+                label = stored[_array_name(stored.files, ("y", "labels"), where_labels)]
     except (OSError, EOFError, ValueError, BadZipFile, zlib.error) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{where} is no .npz or .npy file of plain numbers: {error}") from None
-    return x, label, hub.digest_files(*found)
+        raise UserError(f"{where} is not an .npz or .npy file of plain numbers: {error}") from None
+    return x, label, hub.digest_files(*listed)
 
 
-def _key(held: list[str], names: tuple[str, str], where: str) -> str:
+def _array_name(held: list[str], names: tuple[str, str], where: str) -> str:
     fitting = [name for name in names if name in held]
     if len(fitting) != 1:
         raise UserError(
-            f"{where}: expected an array {' or '.join(names)}; it holds {', '.join(held) or 'none'}"
+            f"{where}: expected one array named {' or '.join(names)}; the file has "
+            f"{', '.join(held) or 'none'}"
         )
     return fitting[0]
 
 
 def from_arrays(
-    config: "DataConfig", x: np.ndarray, label: Any, digest: str, classes: int | None = None
-) -> Found:
+    config: "DataConfig",
+    key: str,
+    x: np.ndarray,
+    label: Any,
+    digest: str,
+    classes: int | None = None,
+) -> SourceData:
     """Check arrays and bring images to [N, C, H, W].
 
-    x: points [N, D] (floats), or images [N, H, W] or [N, H, W, C] (uint8, or floats in [-1, 1]).
-    label: [N] or None; classes: their K where it is known. Raises UserError.
+    Args:
+        config: of the data.
+        key: the key of that config.
+        x: points [N, D] (floats), or images [N, H, W] or [N, H, W, C] (uint8, or floats in [-1, 1]).
+        label: [N] or None.
+        digest: of the arrays.
+        classes: number of classes K, if it is known.
     """
     integers = x.dtype == np.uint8
     if not integers and x.dtype.kind != "f":
-        raise UserError(f"data: the array is {x.dtype}; expected uint8, or floats in [-1, 1]")
+        raise UserError(f"{key}: the array is {x.dtype}; expected uint8, or floats in [-1, 1]")
     if x.ndim not in (2, 3, 4) or 0 in x.shape or (x.ndim == 2 and integers):
         raise UserError(
-            f"data: the array is {x.dtype} {list(x.shape)}; expected images [N, H, W] or "
+            f"{key}: the array is {x.dtype} {list(x.shape)}; expected images [N, H, W] or "
             "[N, H, W, C], or points [N, D] (floats)"
         )
     if x.ndim == 4 and x.shape[3] not in (1, 3):
-        hint = "; move the channels to the end" if x.shape[1] in (1, 3) else ""
+        hint = "; move the channels to the last axis" if x.shape[1] in (1, 3) else ""
         raise UserError(
-            f"data: the array is {list(x.shape)}; expected [N, H, W, C] with 1 or 3 channels{hint}"
+            f"{key}: the array is {list(x.shape)}; expected [N, H, W, C] with 1 or 3 channels{hint}"
         )
     if not integers:
-        _check_floats(x)
+        _check_floats(x, key)
     if x.ndim > 2:
         x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
         channels, *sides = x.shape[1:]
@@ -182,74 +208,84 @@ def from_arrays(
         if (size is not None and sides != [size, size]) or wanted not in (None, channels):
             if not integers:
                 raise UserError(
-                    f"data.size={size}, data.channels={wanted}: the images are floats of "
-                    f"{list(x.shape[1:])}, used as they are; store uint8 to convert them"
+                    f"{key}.size={size}, {key}.channels={wanted}: the images are floats of "
+                    f"{list(x.shape[1:])}, which are never converted; store them as uint8, or remove "
+                    "these keys"
                 )
-            x = _convert(x, size, wanted)
+            x = _convert(x, key, size, wanted)
     elif config.size or config.channels:
         raise UserError(
-            f"data.size, data.channels: {list(x.shape)} are points, not images; leave out"
+            f"{key}.size, {key}.channels: {list(x.shape)} are points, not images; remove these keys"
         )
-    label, classes = check_labels(label, len(x), classes) if config.labels else (None, None)
+    label, classes = check_labels(label, len(x), key, classes) if config.labels else (None, None)
 
     def read(ids: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(x[ids], dtype=np.uint8 if integers else np.float32)
 
-    return Found(read, len(x), x.shape[1:], digest, label, classes)
+    return SourceData(read, len(x), x.shape[1:], digest, label, classes)
 
 
-def _convert(x: np.ndarray, size: int | None, channels: int | None) -> np.ndarray:
-    """Send uint8 [N, C, H, W] through Pillow, image by image."""
+def _convert(x: np.ndarray, key: str, size: int | None, channels: int | None) -> np.ndarray:
+    """Resize and convert uint8 [N, C, H, W] with Pillow, image by image."""
     from PIL import Image
 
     def one(i: int) -> np.ndarray:
         image = Image.fromarray(x[i, 0] if x.shape[1] == 1 else x[i].transpose(1, 2, 0))
-        return images.pixels(image, size, channels, f"data: image {i}")
+        return images.pixels(image, size, channels, f"{key}: image {i}", key)
 
     return np.stack([one(i) for i in range(len(x))])
 
 
-def _check_floats(x: np.ndarray, latents: bool = False) -> None:
+def _check_floats(x: np.ndarray, key: str, latents: bool = False) -> None:
     low, high = math.inf, -math.inf
     rows = max(1, (1 << 24) // max(1, x[0].size))
     for start in range(0, len(x), rows):
         part = x[start : start + rows].astype(np.float32)
         bad = ~np.isfinite(part).reshape(len(part), -1).all(axis=1)
         if bad.any():
-            raise UserError(f"data: sample {start + int(bad.argmax())} holds NaN or infinity")
+            raise UserError(f"{key}: sample {start + int(bad.argmax())} holds NaN or infinity")
         low, high = min(low, float(part.min())), max(high, float(part.max()))
     if x.ndim == 2 or latents:
         return
     if low < -1 or high > 1 or low >= 0:
-        way = "2 x - 1" if low >= 0 and high <= 1 else "values moved there"
+        way = "2 x - 1" if low >= 0 and high <= 1 else "values scaled to that range"
         raise UserError(
-            f"data: floats from {low:g} to {high:g}; images are expected in [-1, 1]: store {way}, "
-            "or uint8"
+            f"{key}: got floats from {low:g} to {high:g}; expected images in [-1, 1]: store {way}, or "
+            "uint8"
         )
 
 
 def check_labels(
-    label: np.ndarray, count: int, classes: int | None = None
+    label: np.ndarray, count: int, key: str, classes: int | None = None
 ) -> tuple[np.ndarray, int]:
-    """Check that labels are 0 to K - 1, and give them as int64 with K.
+    """Check that labels are 0 to K - 1.
 
-    classes: K where it is known; otherwise it is the largest label + 1, and none may be unused.
-    Raises UserError.
+    Args:
+        label: of any integer dtype.
+        count: number of samples.
+        key: the key of the data, for errors.
+        classes: K, if it is known. Otherwise K is the largest label + 1, and every class must be used.
+
+    Returns:
+        The labels, int64 [count], and K.
+
+    Raises:
+        UserError: for labels that are none of these.
     """
     if label.shape != (count,) or label.dtype.kind not in "iu":
         raise UserError(
-            f"data: the labels are {label.dtype} {list(label.shape)}; expected {count} integers"
+            f"{key}: the labels are {label.dtype} {list(label.shape)}; expected {count} integers"
         )
     low, high = int(label.min()), int(label.max())
     if low < 0 or (classes is not None and high >= classes):
         top = "K - 1" if classes is None else classes - 1
-        raise UserError(f"data: labels from {low} to {high}; expected 0 to {top}")
+        raise UserError(f"{key}: got labels from {low} to {high}; expected 0 to {top}")
     used = np.unique(label)
     if classes is None and len(used) != high + 1:
         unused = next(k for k, value in enumerate(used) if k != value)
         raise UserError(
-            f"data: labels reach {high}, but only {len(used)} values are used, {unused} for one is "
-            "not; number the classes 0 to K - 1"
+            f"{key}: labels go up to {high}, but only {len(used)} values are used, and for example not "
+            f"{unused}; number the classes 0 to K - 1"
         )
     return label.astype(np.int64), high + 1 if classes is None else classes
 
@@ -262,27 +298,27 @@ def _digest(*arrays: np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def hugging_face(config: "DataConfig") -> Found:
-    """Read image folders, parquet files, webdataset tars and names on the hub by HF datasets."""
+def hugging_face(config: "DataConfig", key: str) -> SourceData:
+    """Read image folders, parquet files, webdataset tars and names on the hub with HF datasets."""
     import datasets
 
-    rows, digest = hub.open_rows(config.path, config.split, config.subset, config.revision)
-    image = hub.image_column(rows.features, config.image_column)
-    label = hub.label_column(rows.features, config.label_column) if config.labels else None
+    rows, digest = hub.open_rows(config.path, config.split, config.subset, config.revision, key)
+    image = hub.image_column(rows.features, config.image_column, key)
+    label = hub.label_column(rows.features, config.label_column, key) if config.labels else None
     rows = rows.cast_column(image, datasets.Image())
     digest = digest or hub.digest_rows(rows, image, label)
     memory = config.memory << 20
-    read = images.Rows(rows, image, config.size, config.channels, memory, config.threads)
+    read = images.Rows(rows, image, config.size, config.channels, memory, config.threads, key)
     if label is None:
-        return Found(read, len(rows), read.shape, digest)
+        return SourceData(read, len(rows), read.shape, digest)
     feature = rows.features[label]
     known = feature.num_classes if isinstance(feature, datasets.ClassLabel) else None
     values = np.array(rows.with_format("numpy")[label][:])
-    values, classes = check_labels(values, len(rows), known)
-    return Found(read, len(rows), read.shape, digest, values, classes)
+    values, classes = check_labels(values, len(rows), key, known)
+    return SourceData(read, len(rows), read.shape, digest, values, classes)
 
 
-SOURCES: dict[str, Callable[["DataConfig"], Found]] = {
+SOURCES: dict[str, Callable[["DataConfig", str], SourceData]] = {
     "digits": digits,
     "ring": ring,
     "idx": idx,

@@ -1,8 +1,9 @@
-"""Tars of a store, kept in a local folder while they are in use: whole, checked, a limited number.
+"""Tars of an object store in a local folder: fetched whole, checked, and limited in number.
 
-Threads fetch; what went wrong in one is raised where the tar is asked for. Processes of one machine
-share the folder: a lock on the half file lets one of them fetch, and the others wait for it. A tar that
-another evicts while it is mapped here stays readable: its bytes go when the mapping does.
+Threads fetch the tars; the error of a thread is raised where its tar is opened. The processes of a
+machine share the folder: a lock on the partial file lets one process fetch, and the others wait for
+it. A tar that another process evicts while it is mapped here stays readable, because its bytes are
+freed only with the last mapping.
 """
 
 import fcntl
@@ -26,28 +27,37 @@ THREADS = 4  # objects fetched at once
 
 
 def repair(store: Place) -> str:
-    """Say how a set is mended."""
-    command = f"python -m pipelines.verify_pairs {shlex.quote(str(store))} --full"
-    return f"{command} says what is wrong, and how to mend it"
+    """Return the hint that ends an error about a damaged set: the command that explains the damage."""
+    command = f"flowmatch verify {shlex.quote(str(store))} --full"
+    return f"{command} lists what is wrong and prints the commands that repair it"
 
 
 def default_folder() -> Path:
-    """Name the user's folder for tars of stores."""
+    """Return the user's folder for tars of stores."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flowmatch" / "pairs"
 
 
 def room(folder: Path) -> int:
-    """Count the bytes that the folder may hold by default: nine tenths of what is free or its own."""
-    there = next(place for place in (folder, *folder.parents) if place.is_dir())
+    """Return the bytes that a cache folder may hold by default.
+
+    They are nine tenths of the free space and the folder's own tars together.
+    """
+    existing = next(place for place in (folder, *folder.parents) if place.is_dir())
     own = sum(facts.st_size for facts, _ in _tars(folder))
-    return (shutil.disk_usage(there).free + own) * 9 // 10
+    return (shutil.disk_usage(existing).free + own) * 9 // 10
 
 
 class Cache:
-    """Keep at most `capacity` of a store's tars, the least recently used out first.
+    """At most `capacity` tars of a store; the least recently used tar is evicted first.
 
-    size: bytes of each. hashes: name -> sha256, for those that are to be hashed once fetched. Pickled,
-    it leaves its threads behind.
+    Args:
+        store: that holds the tars.
+        folder: where they are kept.
+        capacity: number of tars.
+        size: bytes of each tar.
+        hashes: name -> sha256, of the tars that are hashed after they are fetched.
+
+    A pickled cache has no threads; it starts its own where it is unpickled.
     """
 
     def __init__(
@@ -55,7 +65,7 @@ class Cache:
     ):
         self.store, self.folder, self.capacity = store, folder, capacity
         self.size, self.hashes = size, hashes
-        self.keep: set[str] = set()  # what is not evicted
+        self.keep: set[str] = set()  # tars that are not evicted
         self._begin()
 
     def _begin(self) -> None:
@@ -69,8 +79,11 @@ class Cache:
         return Cache, (self.store, self.folder, self.capacity, self.size, self.hashes)
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Begin to fetch those tars that are not here, or could not be fetched the last time."""
-        if self._process != os.getpid():  # forked: no threads here, and no client
+        """Begin to fetch the tars that are not in the folder; return at once.
+
+        A tar whose last fetch failed is tried again.
+        """
+        if self._process != os.getpid():  # a fork has no threads and no client
             self.store = cast(Bucket, storage.at(str(self.store)))
             self._begin()
         self._pending = {n: future for n, future in self._pending.items() if not future.done()}
@@ -82,13 +95,17 @@ class Cache:
             if self._threads < THREADS:
                 if not self._threads:
                     self._sweep()
-                self._threads += 1  # daemons: the end of the process waits for none of them
+                self._threads += 1  # daemons: the process does not wait for them at its end
                 threading.Thread(target=self._work, name="shards", daemon=True).start()
 
     def open(self, name: str) -> int:
-        """Wait for a tar, and open it: a file descriptor.
+        """Wait for a tar and open it.
 
-        Raises UserError with the tar's name where it could not be fetched, or is not what was sealed.
+        Returns:
+            A file descriptor.
+
+        Raises:
+            UserError: if the tar could not be fetched, or is not the one that was sealed.
         """
         for _ in range(3):
             self.fetch([name])
@@ -96,13 +113,13 @@ class Cache:
                 self._pending[name].result()
             try:
                 descriptor = os.open(self.folder / name, os.O_RDONLY)
-            except FileNotFoundError:  # another process has evicted it this moment
+            except FileNotFoundError:  # another process has just evicted it
                 continue
             os.utime(descriptor)
             return descriptor
         raise UserError(
-            f"{self.folder / name}: others that share this cache evict it; give this run another "
-            "folder as cache, or a larger cache_gb"
+            f"{self.folder / name}: other processes that share this cache keep evicting it; set cache "
+            "to another folder for this run, or cache_gb to a larger value"
         )
 
     def _work(self) -> None:
@@ -121,18 +138,16 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
             while not (self.folder / name).exists():
                 with open(part, "ab") as file:
-                    fcntl.flock(
-                        file, fcntl.LOCK_EX
-                    )  # the system gives it back when its holder dies
-                    if (self.folder / name).exists() or not _is(part, file):
-                        continue  # who held the lock before has fetched it, or failed
+                    fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel if its holder dies
+                    if (self.folder / name).exists() or not _names(part, file):
+                        continue  # the process that held the lock has fetched the tar, or failed
                     self._evict()
                     self._copy(name, part)
                     os.replace(part, self.folder / name)
         except OSError as error:
             raise UserError(
-                f"{self.store / name} cannot be kept in {self.folder}: {error}; free space there, or "
-                "set cache to another folder, or cache_gb to less"
+                f"{self.store / name} cannot be stored in {self.folder}: {error}; free space there, "
+                "set cache to another folder, or cache_gb to a smaller value"
             ) from error
 
     def _copy(self, name: str, part: Path) -> None:
@@ -146,7 +161,7 @@ class Cache:
             if name in self.hashes and sha256_file(part) != self.hashes[name]:
                 raise UserError(
                     f"{self.store / name} is damaged: its bytes are not those that were sealed "
-                    f"(sha256); {repair(self.store)}"
+                    f"(sha256 differs); {repair(self.store)}"
                 )
         except BaseException as error:
             part.unlink(missing_ok=True)
@@ -155,35 +170,36 @@ class Cache:
             raise
 
     def _evict(self) -> None:
-        """Make room for what is being fetched."""
+        """Evict tars until those that are being fetched fit."""
         with self._evicting:
-            # The halves first: one that gets its name between two listings is in both, not in none.
+            # Partial files are listed first: a tar that is renamed between the two listings is then
+            # counted by both, not by neither.
             coming = {part.stem for part in self.folder.glob("*.part")}
-            here = sorted((facts.st_mtime_ns, path) for facts, path in _tars(self.folder))
-            surplus = len(coming.union(path.name for _, path in here)) - self.capacity
-            for _, path in here:
+            by_age = sorted((facts.st_mtime_ns, path) for facts, path in _tars(self.folder))
+            surplus = len(coming.union(path.name for _, path in by_age)) - self.capacity
+            for _, path in by_age:
                 if surplus > 0 and path.name not in self.keep:
                     path.unlink(missing_ok=True)
                     surplus -= 1
 
     def _sweep(self) -> None:
-        """Remove half files that no process works on any more."""
+        """Remove partial files that no process works on any longer."""
         for part in self.folder.glob("*.part"):
             with suppress(OSError), open(part, "ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is(part, file):
+                if _names(part, file):
                     part.unlink()
 
 
 def _tars(folder: Path) -> Iterator[tuple[os.stat_result, Path]]:
-    """Look at the tars of a folder; one that another process evicts this moment is none of them."""
+    """Yield the tars of a folder, without one that another process evicts at this moment."""
     for path in folder.glob("*.tar"):
         with suppress(FileNotFoundError):
             yield path.stat(), path
 
 
-def _is(path: Path, file: BinaryIO) -> bool:
-    """Tell whether the path still names the open file."""
+def _names(path: Path, file: BinaryIO) -> bool:
+    """Return whether the path still names the open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

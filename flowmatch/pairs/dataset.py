@@ -1,12 +1,12 @@
-"""The pair store in training: any pair by its number, straight from memory-mapped tars.
+"""The pair store in training: any pair by its number, read from memory-mapped tars.
 
-Where a pair lies is arithmetic over the manifest's layout, so ten million pairs open at once and a
-batch of any order is one gather. Of a set in an object store, whole tars are fetched to a local folder
-(`flowmatch.cache`) and mapped there.
+The offset of a pair is computed from the manifest's layout, so a set of ten million pairs opens at
+once, and a batch in any order is one gather. The tars of a set in an object store are fetched whole to
+a local folder (`flowmatch.pairs.cache`) and mapped there.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,26 @@ from flowmatch.pairs.shards import tar_name
 from flowmatch.runs import manifest, storage
 from flowmatch.runs.storage import Bucket, Place
 
-SHOWN = 8  # damaged shards that an error names one by one
-TEXTS = 256  # blocks whose prompts are kept as read
+SHOWN = 8  # damaged shards that an error lists
+TEXTS = 256  # blocks whose parsed prompts are kept
+READ = 1 << 24  # values of x0 that a pass over a set reads at once
+
+
+def transport_cost(x0: torch.Tensor, x1: torch.Tensor) -> np.ndarray:
+    """Return |x1 - x0|^2 of pairs [B, *shape]; float64 [B].
+
+    The difference is taken in the dtype of the tensors and summed in float64, with the same result for
+    any number of torch's threads.
+    """
+    difference = (x1 - x0).flatten(1).numpy().astype(np.float64)
+    return np.einsum("bd,bd->b", difference, difference)
 
 
 class PairData(Dataset[dict[str, Any]]):
-    """Read the pairs of a sealed folder or URL, by number from 0 to count - 1.
+    """Map-style dataset of the pairs of a sealed folder or URL, numbered from 0 to count - 1.
 
-    Pair i is pair i % shard_size of shard i // shard_size. Tars are mapped when first touched, in
-    each process anew; the mappings hold no file descriptors. Raises UserError, naming each shard,
-    where one is missing or has another size than its layout says.
+    Pair i is pair i % shard_size of shard i // shard_size. A tar is mapped when it is first read, by
+    each process for itself; the mappings hold no file descriptors.
     """
 
     def __init__(
@@ -42,19 +52,26 @@ class PairData(Dataset[dict[str, Any]]):
         cache: str | os.PathLike[str] | None = None,
         cache_gb: float | None = None,
     ):
-        """Open the folder or URL that the config's `key` names.
+        """Open a set.
 
-        group: shards that `order` shuffles together, 0 for all. Of a URL: cache: folder for its tars
-        (default: in the user's cache folder); cache_gb: 10^9 bytes that they may take there (default:
-        nine tenths of what is free).
+        Args:
+            folder: path or URL of a sealed set.
+            key: the config key that names the folder, for errors.
+            group: shards that `order` shuffles together; 0 for all.
+            cache: local folder for the tars of a URL; default: in the user's cache folder.
+            cache_gb: 10^9 bytes that they may take there; default: nine tenths of the free space.
+
+        Raises:
+            UserError: if the set is not sealed, or shards are missing or have another size than their
+                layout requires; lists them.
         """
         self.folder, self.key, self.group = storage.at(folder), key, group
-        given = {"cache": cache, "cache_gb": cache_gb}
-        useless = [f"{name}={value}" for name, value in given.items() if value is not None]
+        options = {"cache": cache, "cache_gb": cache_gb}
+        useless = [f"{name}={value}" for name, value in options.items() if value is not None]
         if useless and not isinstance(self.folder, Bucket):
             raise UserError(
-                f"{key}={folder}: {', '.join(useless)}: a local folder is read where it is; leave "
-                "this out, or give the URL of a store"
+                f"{key}={folder}: {', '.join(useless)} has no effect, because a local folder is read "
+                "without a cache; remove it, or give the URL of a store"
             )
         self.sealed, self.digest = manifest.read_hashed(self.folder, key, ["generate_pairs"])
         facts = self.sealed["facts"]
@@ -65,8 +82,8 @@ class PairData(Dataset[dict[str, Any]]):
             raise UserError(f"{key}={folder} is not a folder of pairs: {error!r}") from None
         if self.shards < 1 or count != self.shards * self.layout.shard_size:
             raise UserError(
-                f"{key}={folder}: its manifest tells of {count} pairs; expected shards="
-                f"{self.shards} x shard_size={self.layout.shard_size}, 1 shard at least; {self._repair}"
+                f"{key}={folder}: its manifest has count={count}; expected shards={self.shards} x "
+                f"shard_size={self.layout.shard_size}, with 1 shard at least; {self._repair}"
             )
         self._check_sizes()
         self._checked = np.zeros(self.shards * self.layout.blocks, dtype=bool)
@@ -85,17 +102,17 @@ class PairData(Dataset[dict[str, Any]]):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Give the shape of one x0 or x1."""
+        """Shape of one x0 or x1."""
         return self.layout.shape
 
     @property
     def has_labels(self) -> bool:
-        """Tell whether pairs carry class labels."""
+        """Whether pairs have class labels."""
         return self.layout.labels
 
     @property
     def has_prompts(self) -> bool:
-        """Tell whether pairs carry prompts."""
+        """Whether pairs have prompts."""
         return self.layout.prompt_bytes > 0
 
     @property
@@ -103,19 +120,27 @@ class PairData(Dataset[dict[str, Any]]):
         return repair(self.folder)
 
     def __len__(self) -> int:
-        """Count the pairs."""
+        """Return the number of pairs."""
         return self.shards * self.layout.shard_size
 
     def batch(self, ids: np.ndarray | Sequence[int]) -> dict[str, Any]:
-        """Gather pairs: x0, x1 float32 [B, *shape] and, where there are such, label int64 [B], prompt.
+        """Gather pairs.
 
-        ids: [B] integers, in any order. prompt: a list of B strings. Raises IndexError for an id that is
-        not there, UserError for a tar whose content is not what its place says.
+        Args:
+            ids: int [B] in [0, len), in any order.
+
+        Returns:
+            x0, x1: float32 [B, *shape]; label: int64 [B], if pairs have labels; prompt: a list of B
+            strings, if pairs have prompts.
+
+        Raises:
+            IndexError: for no ids, or ids out of range.
+            UserError: for a tar whose content is not that of its layout.
         """
         ids = np.asarray(ids, dtype=np.int64)
         if not ids.size or ids.min() < 0 or ids.max() >= len(self):
             raise IndexError(
-                f"{self.key}: expected one or more ids from 0 to {len(self) - 1}: {ids}"
+                f"{self.key}: got ids {ids}; expected one or more, from 0 to {len(self) - 1}"
             )
         shards, index = np.divmod(ids, self.layout.shard_size)
         self._check_blocks(shards, index // self.layout.block)
@@ -136,14 +161,20 @@ class PairData(Dataset[dict[str, Any]]):
             gathered[PROMPT] = [self._prompts(k, block)[row] for k, block, row in places]
         return gathered
 
+    def parts(self, ids: np.ndarray) -> Iterator[dict[str, Any]]:
+        """Yield the pairs of `ids` as batches of at most READ values of x0, but at least two pairs."""
+        rows = max(2, READ // int(np.prod(self.shape)))
+        for start in range(0, len(ids), rows):
+            yield self.batch(ids[start : start + rows])
+
     def order(self, seed: int) -> Order | GroupedOrder:
-        """Make the endless shuffled order in which pairs are trained on."""
+        """Return the endless shuffled order in which training reads the pairs."""
         if not self.group:
             return Order(len(self), seed)
         return GroupedOrder(self.shards, self.layout.shard_size, self.group, seed)
 
     def check_room(self, share: int) -> None:
-        """Raise UserError where the cache cannot hold what `share` pairs in their order touch."""
+        """Raise UserError if the cache cannot hold the shards of `share` pairs in a row of the order."""
         if self.cache is None:
             return
         apart = max(share - 2, 0) // self.layout.shard_size  # shards of groups between two others
@@ -157,12 +188,12 @@ class PairData(Dataset[dict[str, Any]]):
         together = f"{self.group} together (group)" if self.group else "all together (group=0)"
         raise UserError(
             f"{self.key}={self.folder}: its {self.shards} shards of {size / 1e6:,.1f} MB are shuffled "
-            f"{together}, so {need} must be at hand; the cache at {self.cache.folder} has room for "
-            f"{self.cache.capacity}; give {', or '.join(ways)}"
+            f"{together}, which needs {need} of them in the cache; {self.cache.folder} has room for "
+            f"{self.cache.capacity}; use {', or '.join(ways)}"
         )
 
     def prepare(self, order: Order | GroupedOrder, counters: np.ndarray) -> None:
-        """Have at hand what the counters will touch, and begin to fetch the group after them."""
+        """Fetch the tars that the counters read, and begin to fetch the group after them."""
         if self.cache is None:
             return
         span = order.span(counters) if isinstance(order, GroupedOrder) else range(0)
@@ -186,16 +217,16 @@ class PairData(Dataset[dict[str, Any]]):
         return {name: values[0] for name, values in self.batch([i]).items()}
 
     def __getitems__(self, ids: Sequence[int]) -> list[dict[str, Any]]:
-        """Read pairs by one gather, as the list that a stock DataLoader collates."""
+        """Read pairs with one gather, as the list that a stock DataLoader collates."""
         gathered = self.batch(ids)
         return [{name: values[j] for name, values in gathered.items()} for j in range(len(ids))]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the mappings behind: another process makes its own."""
+        """Pickle without the mappings: another process makes its own."""
         return self.__dict__ | {"_maps": {}, "_texts": {}, "_ready": None}
 
     def _prompts(self, k: int, block: int) -> list[str]:
-        """Read the prompts of a block, of those read last once only."""
+        """Parse the prompts of a block; those of the last blocks are kept."""
         number = k * self.layout.blocks + block
         if number not in self._texts:
             pairs = int(self.layout.pairs(block))
@@ -216,14 +247,14 @@ class PairData(Dataset[dict[str, Any]]):
     def _map(self, k: int) -> np.ndarray:
         """Map the tar of shard k; uint8 [bytes]."""
         if k not in self._maps:
-            # A private mapping; torch closes the file at once, while mmap.mmap and np.memmap keep a
-            # descriptor each and a thousand shards would meet the usual limit.
+            # torch closes the file at once; mmap.mmap and np.memmap keep a descriptor for each
+            # mapping, and a thousand shards would reach the usual limit of a process.
             size = self.layout.tar_bytes
             if self.cache is None:
                 path, held = os.fspath(self.folder / tar_name(k)), None
             else:
                 held = self.cache.open(tar_name(k))
-                path = f"/proc/self/fd/{held}"  # another process may evict the name this moment
+                path = f"/proc/self/fd/{held}"  # another process may remove the name at any moment
                 while len(self._maps) >= max(self.cache.capacity, 1):
                     del self._maps[next(iter(self._maps))]
             try:
@@ -251,7 +282,7 @@ class PairData(Dataset[dict[str, Any]]):
             raise UserError(faults)
 
     def _heads(self, block: int) -> list[tuple[str, int, bytes]]:
-        """List the members of a block: name, offset of the values in the block, .npy header."""
+        """Return (name, offset of its values in the block, .npy header) of each member of a block."""
         begin, pairs = block * self.layout.block_bytes, int(self.layout.pairs(block))
         places = self.layout.offsets(block * self.layout.block)
         return [
@@ -260,7 +291,7 @@ class PairData(Dataset[dict[str, Any]]):
         ]
 
     def _check_blocks(self, shards: np.ndarray, blocks: np.ndarray) -> None:
-        """Compare the headers of blocks at their first touch with what the layout expects."""
+        """Compare the headers of blocks with the layout, when a block is first read."""
         numbers = shards * self.layout.blocks + blocks
         for number in np.unique(numbers[~self._checked[numbers]]).tolist():
             k, block = divmod(number, self.layout.blocks)

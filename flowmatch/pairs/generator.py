@@ -1,7 +1,8 @@
-"""The pairs of a shard, integrated batch by batch: noise carried to data, or data back to noise."""
+"""The pairs of a shard, integrated batch by batch: from noise to data, or from data back to noise."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,26 @@ from flowmatch.models.velocity import Velocity
 from flowmatch.pairs import shards
 from flowmatch.pairs.layout import Layout
 
-Array = Callable[[], np.ndarray]  # waits for what is still being made
+Array = Callable[[], np.ndarray]  # waits until the array is computed and copied, then returns it
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Let cuDNN choose deterministic algorithms only, and restore its setting at the end."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 @dataclass(frozen=True)
 class Made:
-    """Pairs that were integrated together. evaluations: a pair, of the network."""
+    """Pairs that were integrated together: x0, x1 [n, *shape] float32 or of the stored dtype.
+
+    label is int64 [n] or None; evaluations counts the network's evaluations of each pair.
+    """
 
     x0: Array
     x1: Array
@@ -34,7 +49,8 @@ class Made:
 class PairGenerator:
     """Makes the pairs of a shard: pair i from noise i, or from item i of the data.
 
-    Noise is rounded to the stored dtype before it is integrated: the given side of a pair is exact.
+    The start of each integration is rounded to the stored dtype first, so that this side of a pair is
+    stored exactly.
     """
 
     def __init__(
@@ -49,17 +65,29 @@ class PairGenerator:
         solver: SolverConfig,
         precision: Precision,
         compile: bool,
-        look: Callable[[], None] = lambda: None,
+        before_evaluation: Callable[[], None] = lambda: None,
     ):
-        """Put the network on the device. look: called before each evaluation; it may raise.
+        """Move the network to the device, and compile it if asked to.
 
-        precision: of the network alone, see precision.arithmetic.
+        Args:
+            layout: of the shards.
+            velocity: of the teacher.
+            device: "cpu" or "cuda[:i]".
+            data: the data to invert; None to start from noise.
+            seed: of the noise and labels.
+            compute_batch: pairs that are integrated together.
+            solver: config of the ODE solver.
+            precision: of the network's arithmetic, see `precision.arithmetic`.
+            compile: whether to compile the network.
+            before_evaluation: called before each evaluation of the network; an exception that it
+                raises ends the generation.
         """
         velocity.net.to(device)
-        if compile:  # every batch is a whole one: a single graph
+        if compile:  # all batches have one size, so that a single graph is enough
             velocity.net.compile(fullgraph=True, dynamic=False)
         self.layout, self.velocity, self.device, self.data = layout, velocity, device, data
-        self.seed, self.compute_batch, self.solver, self.look = seed, compute_batch, solver, look
+        self.seed, self.compute_batch, self.solver = seed, compute_batch, solver
+        self.before_evaluation = before_evaluation
         self.jumps = velocity.second is not None and solver.name == "euler" and data is None
         self.environment: dict[str, Any] = {
             "torch": torch.__version__,
@@ -69,41 +97,43 @@ class PairGenerator:
             "compile": compile,
         }
         self.precision = precision
-        torch.backends.cudnn.deterministic = True
 
     @torch.inference_mode()
     def batches(self, k: int) -> Iterator[Made]:
-        """Integrate shard k in batches of compute_batch; the last one is padded with the next ids.
+        """Integrate shard k in batches of compute_batch; the last batch is padded with the next ids.
 
-        Nothing here waits for a GPU: it integrates while the noise of the next batch is drawn.
+        This generator does not wait for a GPU, which integrates while the next noise is drawn.
         """
         size, step, backward = self.layout.shard_size, self.compute_batch, self.data is not None
         carry = self.velocity.invert if backward else self.velocity.carry
-        for start in range(0, size, step):
-            x, label = self._given(k * size + start + np.arange(step))
+        for begin in range(0, size, step):
+            x, label = self._starts(k * size + begin + np.arange(step))
             cond = None if label is None else {"label": self._to_device(label)}
             before = self.velocity.evaluations
-            with arithmetic(self.precision, self.device):
-                found = carry(self._to_device(x.astype(np.float32)), self._solve, cond)
-            keep = min(step, size - start)
-            ends: list[Array] = [lambda kept=x[:keep]: kept, to_host(found[:keep])]  # type: ignore[misc]
-            x0, x1 = reversed(ends) if backward else ends
+            with arithmetic(self.precision, self.device), deterministic():
+                carried = carry(self._to_device(x.astype(np.float32)), self._solve, cond)
+            n = min(step, size - begin)
+            start, end = on_host(x[:n]), to_host(carried[:n])
+            x0, x1 = (end, start) if backward else (start, end)
             evaluations = self.velocity.evaluations - before
-            yield Made(x0, x1, None if label is None else label[:keep], evaluations)
+            yield Made(x0, x1, None if label is None else label[:n], evaluations)
 
     def _solve(self, v: solvers.VelocityField, x: Tensor, span: tuple[float, float]) -> Tensor:
-        """Integrate a batch; by Euler a two-time network says where each step ends, as in evaluate."""
+        """Integrate a batch.
+
+        With Euler, a two-time network also receives the end of each step, as in evaluation.
+        """
 
         def field(x: Tensor, *times: Any) -> Tensor:
-            self.look()
+            self.before_evaluation()
             return v(x, *times)
 
         if self.jumps:
             return solvers.jumps(field, x, grids.make(self.solver, self.solver.steps))
         return solvers.solve(field, x, self.solver, span, backward=self.data is not None)
 
-    def _given(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Draw noise and labels, or read data; the data begins anew where padding goes past its end."""
+    def _starts(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Draw noise and labels, or read data; padding beyond the last item continues with the first."""
         if self.data is not None:
             batch = self.data.batch(ids % len(self.data))
             label = batch["label"].numpy() if "label" in batch else None
@@ -114,15 +144,24 @@ class PairGenerator:
         return x0.astype(self.layout.dtype), label
 
     def _to_device(self, array: np.ndarray) -> Tensor:
-        """Copy an array to where the network is, without waiting for what runs there."""
+        """Copy an array to the device without waiting for its kernels."""
         tensor = torch.from_numpy(array)
         if self.device == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
 
+def on_host(x: np.ndarray) -> Array:
+    """Return an array that needs no waiting, with the interface of `to_host`."""
+    return lambda: x
+
+
 def to_host(x: Tensor) -> Array:
-    """Begin to copy a tensor to the host; calling the answer, from any thread, waits for the copy."""
+    """Begin to copy a tensor to the host.
+
+    Returns:
+        A function that waits for the copy and returns it; any thread may call it.
+    """
     if x.device.type == "cpu":
         return x.numpy
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -140,7 +179,13 @@ def to_host(x: Tensor) -> Array:
 def cut(
     batches: Iterable[Made], layout: Layout, environment: dict[str, Any]
 ) -> Iterator[shards.Block]:
-    """Cut the batches of a shard into the blocks of its layout, and note their mean evaluations."""
+    """Cut the batches of a shard into the blocks of its layout.
+
+    Args:
+        batches: of the shard, in order.
+        layout: of the shard.
+        environment: gets the mean number of evaluations as "evaluations", after the last block.
+    """
     held: list[shards.Block] = []
     counts = []
     for batch in batches:
@@ -159,10 +204,9 @@ def cut(
 
 
 def join(column: tuple[np.ndarray | None, ...]) -> Any:
-    """Concatenate arrays, or pass None on."""
-    return (
-        None if column[0] is None else np.concatenate([part for part in column if part is not None])
-    )
+    """Concatenate arrays; return None for a column of None."""
+    parts = [part for part in column if part is not None]
+    return np.concatenate(parts) if parts else None
 
 
 @torch.inference_mode()
@@ -173,13 +217,24 @@ def measure_batch(
     precision: Precision,
     seconds: float = 2.0,
 ) -> str:
-    """Say which batches fit and which is fastest a sample: doubled until memory or time runs out.
+    """Measure which batches fit the device, and which is the fastest for each sample.
 
-    On a GPU a tenth of the memory is left to the solver's states; on a CPU memory hardly sets a limit.
+    The batch is doubled until memory or time runs out. On a GPU a tenth of the memory is reserved for
+    the states of the solver; on a CPU time ends the measurement.
+
+    Args:
+        velocity: of the teacher.
+        shape: of one sample.
+        device: "cpu" or "cuda[:i]".
+        precision: of the network's arithmetic.
+        seconds: that the measurement may take.
+
+    Returns:
+        A line for the plan.
     """
     net, on_gpu = velocity.net.to(device), device != "cpu"
     t, best, size, end = sum(velocity.span) / 2, (float("inf"), 0), 1, time.perf_counter() + seconds
-    reached = "no more were tried"
+    reached = "larger batches were not tried"
     if on_gpu:
         torch.cuda.set_per_process_memory_fraction(0.9, device)
     try:
@@ -189,7 +244,7 @@ def measure_batch(
             x = torch.randn(size, *shape, device=device)
             for _ in range(2):  # the first call of a size chooses its kernels
                 began = time.perf_counter()
-                with arithmetic(precision, device):
+                with arithmetic(precision, device), deterministic():
                     velocity(x, t, cond)
                 if on_gpu:
                     torch.cuda.synchronize(device)
@@ -206,7 +261,7 @@ def measure_batch(
             torch.cuda.empty_cache()
         net.cpu()
     if not size:
-        return f"compute_batch: not one sample fits this {device}"
+        return f"compute_batch: not even one sample fits {device}"
     return (
         f"compute_batch: up to {size:,} fit ({reached}); fastest a sample {best[1]:,}, "
         f"{1e3 * best[0]:.3g} ms an evaluation on this {'GPU' if on_gpu else 'CPU'}"

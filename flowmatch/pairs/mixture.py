@@ -1,4 +1,4 @@
-"""Several sets of pairs as one stream: what each step of training reads of each."""
+"""Several sets of pairs as one stream: which pairs of each set a training step reads."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -14,22 +14,31 @@ from flowmatch.pairs.layout import PROMPT
 
 
 class Mixture:
-    """Draw each batch from several sets of pairs, in fixed shares: global counters -> pairs.
+    """Batches drawn from several sets of pairs in fixed shares, as a function of global counters.
 
-    Each set is walked in its own endless shuffled order (`PairData.order`), so an epoch of each is exact
-    and any step can be the first. Raises UserError where a set's share of a batch is no whole pair, a
-    cache cannot hold what a batch touches, or only some sets have labels or prompts.
+    Each set has its own endless shuffled order (`PairData.order`). An epoch of each set is exact, and
+    training can start at any step.
     """
 
     def __init__(self, sets: Sequence[tuple[PairData, float]], batch_size: int, seed: int):
-        """Split batch_size positions among the sets by their weights, the largest rests first."""
+        """Divide the positions of a batch among the sets, with the method of largest remainders.
+
+        Args:
+            sets: (set, weight); the share of a set in a batch is proportional to its weight.
+            batch_size: the global batch.
+            seed: of the orders.
+
+        Raises:
+            UserError: if a set's share of a batch is less than one pair, a cache cannot hold the shards
+                of a batch, or only some sets have labels or prompts.
+        """
         for name in ("labels", "prompts"):
             have = [getattr(data, f"has_{name}") for data, _ in sets]
             if len(set(have)) > 1:
-                with_, without = (sets[have.index(there)][0] for there in (True, False))
+                with_, without = (sets[have.index(value)][0] for value in (True, False))
                 raise UserError(
                     f"{with_.key}={with_.folder} has {name}, {without.key}={without.folder} has none; "
-                    "mix sets of one kind"
+                    f"mix only sets with {name}, or only sets without"
                 )
         total = sum(weight for _, weight in sets)
         exact = np.array([batch_size * weight / total for _, weight in sets])
@@ -38,8 +47,8 @@ class Mixture:
         if shares.min() < 1:
             small = sets[int(shares.argmin())][0]
             raise UserError(
-                f"{small.key}: its weight gives it no place in a batch of {batch_size}; "
-                "use a larger weight or fit.batch_size"
+                f"{small.key}: its weight is less than one pair in a batch of {batch_size}; use a "
+                "larger weight, or a larger fit.batch_size"
             )
         self.sets, self.shares, self.batch_size = [data for data, _ in sets], shares, batch_size
         free = [data.cache for data in self.sets if data.cache and data.takes_what_is_free]
@@ -51,23 +60,30 @@ class Mixture:
         self.ends = np.cumsum(shares)
 
     def keep(self, number: int, ids: np.ndarray) -> None:
-        """Draw from set `number`, which is read all together, these pairs alone."""
+        """Draw only the pairs `ids` from set `number`, whose shards are shuffled all together."""
         self.orders[number] = Order(ids, self.seed)
 
     def __call__(self, counters: np.ndarray) -> dict[str, Any]:
-        """Gather the pairs of global sample counters, step * batch_size + position: int64 [B]."""
+        """Gather the pairs of global sample counters.
+
+        Args:
+            counters: step * batch_size + position in the global batch, int64 [B].
+
+        Returns:
+            A batch like `PairData.batch`, in the order of the counters.
+        """
         step, position = np.divmod(counters, self.batch_size)
         which = np.searchsorted(self.ends, position, side="right")
         parts, places = [], []
         for number, (data, order) in enumerate(zip(self.sets, self.orders, strict=True)):
-            here = np.flatnonzero(which == number)
-            if here.size:
+            rows = np.flatnonzero(which == number)
+            if rows.size:
                 share = self.shares[number]
-                local = step[here] * share + position[here] - (self.ends[number] - share)
+                local = step[rows] * share + position[rows] - (self.ends[number] - share)
                 data.prepare(order, local)
                 parts.append(data.batch(order(local)))
-                places.append(here)
-        if len(parts) == 1:  # every position is its own, in the order that was asked for
+                places.append(rows)
+        if len(parts) == 1:  # its pairs are in the order of the counters already
             return parts[0]
         back = np.argsort(np.concatenate(places))
         gathered: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""How far a whole set of pairs is, all its workers together: read from what is committed."""
+"""The progress of a whole set of pairs, of all its workers together, read from the commits."""
 
 import sys
 import threading
@@ -14,15 +14,15 @@ from flowmatch.config import UserError
 from flowmatch.pairs import shards
 from flowmatch.runs.storage import Place
 
-TERMINAL, LOG = 3.0, 30.0  # seconds between two looks at the folder
-WINDOW = 32  # looks that found something new and that the rate is of
+TERMINAL, LOG = 3.0, 30.0  # seconds between two listings of the folder
+WINDOW = 32  # listings with new shards from which the rate is computed
 
 
 class ShardProgress:
-    """Show one line for the whole set: a bar on a terminal, else a line of the log now and then.
+    """Show the progress of the whole set: a bar on a terminal, otherwise a line of the log.
 
-    A thread looks every few seconds: one listing of the sidecars, of which only new ones are read. The
-    rate counts what all workers committed while this one watches.
+    A thread lists the sidecars every few seconds and reads the new ones. The rate counts the shards
+    that all workers committed while this one watched.
     """
 
     def __init__(
@@ -35,6 +35,16 @@ class ShardProgress:
         shown: bool = True,
         interval: float | None = None,
     ):
+        """Watch a set from the moment the context is entered.
+
+        Args:
+            folder: path or URL of the set.
+            every: the numbers of its shards.
+            fingerprint: of the set.
+            shard_size: pairs in a shard.
+            shown: whether to show anything.
+            interval: seconds between two listings; default: 3 on a terminal, else 30.
+        """
         self.folder, self.every, self.fingerprint, self.size = (
             folder,
             every,
@@ -51,7 +61,7 @@ class ShardProgress:
 
     def __enter__(self) -> Self:
         if self.shown:
-            self.look(time.monotonic())
+            self.update(time.monotonic())
             if self.terminal:
                 form = "{percentage:3.0f}%|{bar}| {desc}"
                 self.bar = tqdm(total=len(self.every), bar_format=form, dynamic_ncols=True)
@@ -67,23 +77,23 @@ class ShardProgress:
             if self.bar is not None:
                 self.bar.close()
 
-    def look(self, now: float) -> None:
-        """Count what is committed. now: seconds of a clock that never goes back."""
+    def update(self, now: float) -> None:
+        """Count the committed shards.
+
+        Args:
+            now: seconds of a monotonic clock.
+        """
         try:
-            here = shards.committed(self.folder)
-            here = {k for k in self.left if k in here}
-            new = here.difference(shards.missing(self.folder, sorted(here), self.fingerprint))
-        except (
-            UserError,
-            OSError,
-        ):  # the stage meets it as well, and stops or goes on by its own rules
+            listed = shards.committed(self.folder).intersection(self.left)
+            new = listed.difference(shards.missing(self.folder, sorted(listed), self.fingerprint))
+        except (UserError, OSError):  # the stage meets the error too, and decides what to do
             return
         self.left = [k for k in self.left if k not in new]
         if new or not self.seen:
             self.seen.append((now, len(self.every) - len(self.left)))
 
     def line(self) -> str:
-        """Say how far the set is, as of the last look."""
+        """Describe the progress as of the last update."""
         done, number = len(self.every) - len(self.left), len(self.every)
         text = (
             f"{done:,} of {number:,} shards, {done * self.size:,} of {number * self.size:,} pairs"
@@ -101,7 +111,7 @@ class ShardProgress:
             self._show()
 
     def _show(self) -> None:
-        self.look(time.monotonic())
+        self.update(time.monotonic())
         if self.bar is not None:
             self.bar.n = len(self.every) - len(self.left)
             self.bar.set_description_str(self.line())

@@ -1,12 +1,13 @@
 """The pair store on disk: shards of (x0, x1[, label][, prompt]) in plain tar files, and their commits.
 
-Shard k is `pairs-%06d.tar`: an uncompressed USTAR archive of blocks of pairs, one .npy member an
-array, named SHARD-INDEX.x0.npy, .x1.npy[, .y.npy][, .i.npy], where INDEX is the place of the block's
-first pair in its shard. With prompts, .prompt.json comes last: a JSON list, filled up with spaces to
-a fixed size. Every place is arithmetic (`Layout.offsets`), so no index is stored; stock `webdataset`
-and `datasets` read the same files. The sidecar `.meta/pairs-%06d.json`, written last, is the commit.
+Shard k is `pairs-%06d.tar`: an uncompressed USTAR archive of blocks of pairs with one .npy member for
+each array, named SHARD-INDEX.x0.npy, .x1.npy[, .y.npy][, .i.npy], where INDEX is the number of the
+block's first pair in its shard. If there are prompts, .prompt.json is the last member of a block: a
+JSON list, padded with spaces to a fixed size. All offsets are computed (`Layout.offsets`), so no index
+is stored; stock `webdataset` and `datasets` read the same files. The sidecar
+`.meta/pairs-%06d.json`, written last, is the commit.
 
-Shard k is a pure function of its fingerprint and k: two workers that make it make the same bytes.
+Shard k is a pure function of its fingerprint and k: two workers that make it write the same bytes.
 """
 
 import hashlib
@@ -25,8 +26,8 @@ from flowmatch.runs import storage
 from flowmatch.runs.files import worker
 from flowmatch.runs.storage import Place, Store
 
-META = ".meta"  # hidden: a visible .json beside the tars would make load_dataset read that instead
-CHUNK = 2**22  # bytes of one write
+META = ".meta"  # hidden: load_dataset would read a visible .json beside the tars instead of them
+CHUNK = 2**22  # bytes that are written at once
 README = "README.md"
 
 Block = tuple[np.ndarray, np.ndarray, np.ndarray | None]
@@ -34,7 +35,7 @@ Prompted = tuple[np.ndarray, np.ndarray, np.ndarray | None, list[str]]
 
 
 def tar_name(k: int) -> str:
-    """Name the tar of shard k."""
+    """Return the name of shard k's tar."""
     return f"pairs-{k:06d}.tar"
 
 
@@ -53,13 +54,15 @@ def _pieces(
             dtype = layout.members[name][0] if name in layout.members else None
             shape = (pairs, *(layout.shape if name in ("x0", "x1") else ()))
             if array is None or array.dtype != dtype or array.shape != shape:
-                given = "nothing" if array is None else f"{array.dtype} {array.shape}"
-                wanted = f"{dtype} {shape}" if dtype else "nothing: the layout has no labels"
-                raise ValueError(f"shard {k} block {number - 1} {name}: {given}; expected {wanted}")
+                actual = "nothing" if array is None else f"{array.dtype} {array.shape}"
+                expected = f"{dtype} {shape}" if dtype else "nothing: the layout has no labels"
+                raise ValueError(
+                    f"shard {k} block {number - 1} {name}: {actual}; expected {expected}"
+                )
             if not np.isfinite(array).all():
                 raise UserError(
                     f"shard {k} block {number - 1}: {name} holds values that are not finite in "
-                    f"{layout.dtype}; use dtype=float32, or look at the teacher's samples"
+                    f"{layout.dtype}; use dtype=float32, or check the teacher's samples"
                 )
             values = np.ascontiguousarray(array, dtype)
             yield layout.head(k, number - 1, name)
@@ -68,11 +71,11 @@ def _pieces(
             written += int(layout.member_bytes(name, pairs))
         texts = prompts[0] if prompts else []
         if [type(text) for text in texts] != [str] * (pairs if layout.prompt_bytes else 0):
-            wanted = (
+            expected = (
                 f"{pairs} strings" if layout.prompt_bytes else "none: the layout has no prompts"
             )
             raise ValueError(
-                f"shard {k} block {number - 1}: {len(texts)} prompts; expected {wanted}"
+                f"shard {k} block {number - 1}: {len(texts)} prompts; expected {expected}"
             )
         if layout.prompt_bytes:
             room = pairs * layout.prompt_bytes
@@ -81,14 +84,15 @@ def _pieces(
             yield bytes(-room % 512)
             written += int(layout.member_bytes(PROMPT, pairs))
     if number < layout.blocks:
-        raise ValueError(f"shard {k}: {number} blocks; its layout has {layout.blocks}")
+        raise ValueError(f"shard {k}: {number} blocks; expected the {layout.blocks} of its layout")
     yield bytes(layout.tar_bytes - written)
 
 
 def _chunks(pieces: Iterable[bytes | memoryview]) -> Iterator[bytearray]:
     """Join pieces into chunks of CHUNK bytes.
 
-    The kernel keeps aligned writes in large pages: mapped anew, such a file reads 1.3x as fast.
+    The kernel keeps large aligned writes in large pages; reading such a file through a fresh memory
+    map is 1.3x as fast.
     """
     held = bytearray()
     for piece in pieces:
@@ -108,16 +112,28 @@ def write_shard(
     environment: Mapping[str, Any],
     card: str,
 ) -> dict[str, Any]:
-    """Write shard k as its blocks arrive, and commit it; return its sidecar.
+    """Write shard k as its blocks arrive, and commit it.
 
-    folder: path or URL; what goes into a store is built in local scratch, and put there whole.
-    blocks: (x0, x1, y or None[, prompts]) for each block in order: x0, x1 [n, *shape] of the stored
-    dtype, y int64 [n], n strings, n = layout.pairs(block). environment: what bitwise equality of x1
-    also hangs on (versions, device, settings); not part of the fingerprint. card: Markdown body of the
-    folder's README.md.
-    A shard that another worker committed meanwhile is kept and its sidecar returned: what is
-    committed never changes. On any exception nothing is left. Raises UserError for values that are
-    not finite and prompts that do not fit, ValueError for blocks that do not fit the layout.
+    If another worker has committed the shard in the meantime, its shard is kept: committed files
+    never change. After an exception no file of the shard is left.
+
+    Args:
+        folder: path or URL. For a URL the tar is built in local scratch and uploaded whole.
+        k: the number of the shard.
+        layout: of the set.
+        blocks: (x0, x1, y or None[, prompts]) for each block in order, with n = layout.pairs(block):
+            x0 and x1 [n, *shape] of the stored dtype, y int64 [n], prompts a list of n strings.
+        fingerprint: hash of all that the bytes come from, see `manifest.pair_fingerprint`.
+        environment: versions, device and settings on which bitwise equality of x1 also depends; not
+            part of the fingerprint.
+        card: Markdown body of the folder's README.md.
+
+    Returns:
+        The content of the shard's sidecar.
+
+    Raises:
+        UserError: for values that are not finite, and prompts that do not fit.
+        ValueError: for blocks that do not fit the layout.
     """
     started, store = time.perf_counter(), storage.at(folder)
     store.make(META)
@@ -153,9 +169,10 @@ def write_shard(
 
 
 def write_card(store: Store, body: str) -> None:
-    """Write the folder's card where it is not there or says something else.
+    """Write the folder's README.md if it is missing or differs.
 
-    Its head makes load_dataset(folder) read the tars; without it a manifest beside one tar wins.
+    Its header makes load_dataset(folder) read the tars; without it, load_dataset reads manifest.json
+    where there is only one tar.
     """
     text = '---\nconfigs:\n- config_name: default\n  data_files: "*.tar"\n---\n\n' + body
     if store.read_all([README]) != [text.encode()]:
@@ -163,29 +180,30 @@ def write_card(store: Store, body: str) -> None:
 
 
 def sidecar_name(k: int) -> str:
-    """Name the sidecar of shard k."""
+    """Return the name of shard k's sidecar."""
     return f"{META}/pairs-{k:06d}.json"
 
 
 def committed(folder: Place) -> set[int]:
-    """List the shards that have a sidecar, by one listing of the folder."""
+    """Return the numbers of the shards that have a sidecar; needs one listing of the folder."""
     return numbers(storage.at(folder).names(META), "json")
 
 
 def numbers(names: Iterable[str], ending: str) -> set[int]:
-    """Find the numbers of the shards whose tars or sidecars are among the names."""
+    """Return the numbers of the shards whose tars ("tar") or sidecars ("json") are among the names."""
     matches = (re.fullmatch(rf"pairs-(\d{{6,}})\.{ending}", name) for name in names)
-    return {k for match in matches if match and tar_name(k := int(match[1]))[6:-4] == match[1]}
+    digits = (match[1] for match in matches if match)
+    return {int(text) for text in digits if text == f"{int(text):06d}"}  # not 0000001, a second 1
 
 
 def sidecars(folder: Place, shards: Iterable[int]) -> list[dict[str, Any] | None]:
     """Read the sidecars of some shards; None for one that is missing or damaged."""
-    found = storage.at(folder).read_all([sidecar_name(k) for k in shards])
-    return [None if data is None else _facts(data) for data in found]
+    contents = storage.at(folder).read_all([sidecar_name(k) for k in shards])
+    return [None if content is None else _facts(content) for content in contents]
 
 
 def sidecar(folder: Place, k: int) -> dict[str, Any] | None:
-    """Read the sidecar of shard k; None where it is missing or damaged."""
+    """Read the sidecar of shard k; None if it is missing or damaged."""
     return sidecars(folder, [k])[0]
 
 
@@ -199,23 +217,25 @@ def _facts(data: bytes) -> dict[str, Any] | None:
 
 
 def done(folder: Place, k: int, fingerprint: str) -> bool:
-    """Tell whether shard k is committed and its tar has the committed size.
+    """Return whether shard k is committed and its tar has the committed size.
 
-    Raises UserError where its sidecar tells of another fingerprint.
+    Raises:
+        UserError: if its sidecar has another fingerprint.
     """
     return not missing(folder, [k], fingerprint)
 
 
 def missing(folder: Place, shards: Iterable[int], fingerprint: str) -> list[int]:
-    """List the shards that are not done; raise UserError like `done`."""
+    """Return the shards that are not done, in their order; raise UserError like `done`."""
     store, numbers = storage.at(folder), list(shards)
     every = dict(zip(numbers, sidecars(store, numbers), strict=True))
     committed = {k: facts for k, facts in every.items() if facts is not None}
     for k, facts in committed.items():
         if facts["fingerprint"] != fingerprint:
             raise UserError(
-                f"{store / tar_name(k)} was made by another config or teacher (fingerprint "
-                f"{facts['fingerprint']}, expected {fingerprint}); use another run_dir, or delete this"
+                f"{store / tar_name(k)} was made with another config or teacher (fingerprint "
+                f"{facts['fingerprint']}, expected {fingerprint}); use another run_dir, or delete the "
+                "folder"
             )
     sizes = store.sizes([tar_name(k) for k in committed])
     for k, size in zip(list(committed), sizes, strict=True):

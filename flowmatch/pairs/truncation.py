@@ -1,41 +1,38 @@
-"""Distance truncation: the pairs that lie farthest apart are left out of training, not of the set."""
+"""Distance truncation: training leaves out the pairs that lie farthest apart; the set keeps them."""
 
 import numpy as np
 
 from flowmatch.config import UserError
-from flowmatch.pairs.dataset import PairData
+from flowmatch.pairs.dataset import PairData, transport_cost
 from flowmatch.runs.storage import Bucket
-
-READ = 1 << 24  # values of x0 read at once
 
 
 def costs(data: PairData) -> np.ndarray:
-    """Read a whole set once: |x1 - x0|^2 of every pair, float64 [N]."""
-    rows = max(1, READ // int(np.prod(data.shape)))
-    found = np.empty(len(data))
-    for start in range(0, len(data), rows):
-        ids = np.arange(start, min(start + rows, len(data)))
-        batch = data.batch(ids)
-        gap = (batch["x1"] - batch["x0"]).flatten(1).numpy().astype(np.float64)
-        # a row's sum is the same on every rank, however many threads torch has
-        found[ids] = np.einsum("bd,bd->b", gap, gap)
-    return found
+    """Return |x1 - x0|^2 of every pair, float64 [N]; reads the whole set once."""
+    parts = data.parts(np.arange(len(data)))
+    return np.concatenate([transport_cost(batch["x0"], batch["x1"]) for batch in parts])
 
 
 def check(data: PairData, share: float) -> None:
-    """Raise UserError for a set in a store, or one that is read group by group."""
+    """Raise UserError for a set in a store, or one that is read in groups of shards."""
     if data.group or isinstance(data.folder, Bucket):
         raise UserError(
-            f"{data.key}={data.folder}: truncate={share:g} reads the whole set first, and takes pairs "
-            "from all over it; copy it to a local folder and leave group out, or leave truncate out"
+            f"{data.key}={data.folder}: truncate={share:g} reads the whole set first and draws pairs "
+            "from all of it; copy the set to a local folder and remove group, or remove truncate"
         )
 
 
 def truncate(data: PairData, share: float) -> tuple[np.ndarray, str]:
-    """Leave out the share of pairs with the largest |x1 - x0|^2: the ids that are kept, and the cut.
+    """Choose the pairs that remain without the share with the largest |x1 - x0|^2.
 
-    ids: ascending, int64; of equal costs the first are kept. The whole set is read, by each process
-    at its start.
+    Each process reads the whole set at its start. Of equal costs the first pairs remain.
+
+    Args:
+        data: the set.
+        share: of the pairs to leave out, in [0, 1).
+
+    Returns:
+        The ids of the remaining pairs, int64, ascending, and a line for the plan.
     """
     cost = costs(data)
     number = len(data) - int(share * len(data))

@@ -1,4 +1,4 @@
-"""Writing in the background: one thread cuts, hashes and commits while the next batch is made."""
+"""Background writing: a thread cuts, hashes and commits shards while the next batch is integrated."""
 
 import queue
 import threading
@@ -7,23 +7,29 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self
 
-WAITING = 2  # batches that wait for the writer at most, whatever the size of a shard
+WAITING = 2  # batches that may wait for the writer; bounds memory for shards of any size
 END, ABORTED = object(), object()
 
 
 class Aborted(Exception):
-    """Unwinds the writing of a shard that will never be whole."""
+    """Raised in the writer's thread to abandon a shard whose batches have stopped."""
 
 
 class Writer:
-    """Write shards one after another in a thread of its own.
+    """Write shards one after another in a thread.
 
-    write(k, batches): called in that thread; takes batches as they come and commits shard k. What it
-    raises is raised from the next call here, at the latest from `settle`. Leaving the context waits for
-    the thread: shards that were handed over whole are committed, one that was not is unwound.
+    Use it as a context manager. Leaving the context waits for the thread: it commits the shards that
+    were handed over whole and abandons one that was not. An exception in the thread is raised by the
+    next call of `shard`, or at the latest by `settle`.
     """
 
     def __init__(self, write: Callable[[int, Iterator[Any]], Any]):
+        """Start no thread yet.
+
+        Args:
+            write: write(k, batches) runs in the thread, consumes the batches as they arrive, and
+                commits shard k.
+        """
         self.write = write
         self.thread = ThreadPoolExecutor(1, "writer")
         self.room = threading.Semaphore(WAITING)
@@ -34,28 +40,28 @@ class Writer:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.handed.put(ABORTED)  # not seen where END came before
+        self.handed.put(ABORTED)  # has no effect on a shard that has its END already
         self.thread.shutdown()
 
     def shard(self, k: int, batches: Iterable[Any]) -> None:
-        """Hand over shard k, batch by batch as they are made; its last ones may still be unwritten."""
+        """Hand over shard k batch by batch; return when the last batch is handed over, not written."""
         self.settle(1)
         self.handed = queue.SimpleQueue()
         self.jobs.append(self.thread.submit(self.write, k, self._taken(self.handed)))
         for batch in batches:
             while not self.room.acquire(timeout=0.2):
-                self._check()
-            self._check()
+                self._raise_errors()
+            self._raise_errors()
             self.handed.put(batch)
         self.handed.put(END)
 
     def settle(self, leave: int = 0) -> None:
-        """Wait until all shards but the last `leave` are committed; raise what their writing raised."""
+        """Wait until all shards but the last `leave` are committed; raise an error of the thread."""
         while len(self.jobs) > leave:
             self.jobs[0].result()
             self.jobs.popleft()
 
-    def _check(self) -> None:
+    def _raise_errors(self) -> None:
         for job in self.jobs:
             if job.done():
                 job.result()

@@ -1,4 +1,4 @@
-"""A local folder of a set of pairs: files that appear whole or not at all, also after a power cut."""
+"""Files in a local folder that appear whole or not at all, also after a power cut."""
 
 import os
 import socket
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-HOST_SPACE = 0xEFFFFFFC  # number of Linux's own space of process numbers
+HOST_SPACE = 0xEFFFFFFC  # inode of Linux's initial PID namespace
 
 
 def worker() -> str:
-    """Name this process among all that may share a folder: HOST.PID.
+    """Return HOST.PID, which identifies this process among all that may share a folder.
 
-    HOST has the number of a container's own space of process numbers, if it is in one: containers
-    may go by one name, and their numbers say nothing of each other's processes.
+    In a container HOST ends with the number of its PID namespace: containers may share a host name,
+    and a PID of one means nothing in another.
     """
     host = socket.gethostname()
     with suppress(OSError):  # not Linux
-        if (space := os.stat("/proc/self/ns/pid").st_ino) != HOST_SPACE:
-            host = f"{host}-{space}"
+        if (namespace := os.stat("/proc/self/ns/pid").st_ino) != HOST_SPACE:
+            host = f"{host}-{namespace}"
     return f"{host}.{os.getpid()}"
 
 
@@ -34,7 +34,7 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write a file so that a reader sees all of it or none, also after a power cut."""
+    """Write a file so that a reader sees all of it or nothing, also after a power cut."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp.{worker()}")
     data = content.encode() if isinstance(content, str) else content
@@ -52,7 +52,7 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
 
 @dataclass(frozen=True)
 class Folder:
-    """A local folder."""
+    """A local folder, with the methods of `storage.Bucket`."""
 
     path: Path
 
@@ -60,39 +60,39 @@ class Folder:
         return str(self.path)
 
     def __truediv__(self, name: str) -> Path:
-        """Say where a file is."""
+        """Return the path of a file."""
         return self.path / name
 
     @property
     def name(self) -> str:
-        """Give the last part of the place."""
+        """The last part of the path."""
         return self.path.name
 
     def beside(self, name: str) -> "Folder":
-        """Give the folder of that name beside this one."""
+        """Return the folder of that name beside this one."""
         return Folder(self.path.parent / name)
 
     @property
     def scratch(self) -> Path:
-        """Name the folder in which files are built."""
+        """The folder in which files are built: this one."""
         return self.path
 
     def make(self, *parts: str) -> None:
-        """Make the folder, and folders in it."""
+        """Make the folder, or folders in it."""
         for part in parts or ("",):
             (self.path / part).mkdir(parents=True, exist_ok=True)
 
     def exists(self) -> bool:
-        """Tell whether there is such a folder."""
+        """Return whether the folder exists."""
         return self.path.is_dir()
 
     def names(self, part: str = "") -> list[str]:
-        """List what lies in the folder, or in a folder of it; sorted."""
+        """List the names in the folder, or in a folder of it; sorted."""
         folder = self.path / part
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
-        """Give the bytes of some files; None for one that is not there."""
+        """Return the sizes of some files in bytes; None for one that is missing."""
 
         def size(name: str) -> int | None:
             try:
@@ -107,7 +107,7 @@ class Folder:
         return (self.path / name).read_bytes()
 
     def read_all(self, names: Sequence[str]) -> list[bytes | None]:
-        """Read some small files; None for one that is not there."""
+        """Read some small files; None for one that is missing."""
 
         def read(name: str) -> bytes | None:
             try:
@@ -119,21 +119,21 @@ class Folder:
 
     @contextmanager
     def opened(self, name: str) -> Iterator[BinaryIO]:
-        """Open a file to read it from its beginning; raises FileNotFoundError."""
+        """Open a file for reading; raises FileNotFoundError."""
         with open(self.path / name, "rb") as file:
             yield file
 
     def write(self, name: str, content: bytes | str) -> None:
-        """Write a file, whole."""
+        """Write a whole file."""
         write_atomic(self.path / name, content)
 
     def put(self, built: Path, name: str) -> None:
-        """Give a synced file of `scratch` its name."""
+        """Rename a file of `scratch`, which is synced already, to its final name."""
         os.replace(built, self.path / name)
         sync_folder(self.path)
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         (self.path / name).unlink(missing_ok=True)
 
     def move(self, name: str, target: str) -> None:

@@ -1,7 +1,7 @@
 """The seal of a finished stage: `manifest.json`, a pure function of content, written last.
 
-A manifest names its inputs by the digest of *their* manifests, so provenance is a chain that ends at
-the data. It holds no clock, host or path: two runs of one config write the same bytes.
+A manifest identifies its inputs with the digests of *their* manifests, so that provenance is a chain
+that ends at the data. It contains no time, host or path: two runs of one config write the same bytes.
 """
 
 import hashlib
@@ -15,36 +15,45 @@ from flowmatch.config import NotReady, UserError
 from flowmatch.runs import storage
 from flowmatch.runs.storage import Place
 
-FORMAT = 1  # raised when a manifest of an older format no longer means the same
-PAIR_FORMAT = 1  # raised when the same config would make other pairs
+FORMAT = 1  # incremented when a manifest of an older format no longer means the same
+PAIR_FORMAT = 1  # incremented when the same config would make other pairs
 NAME = "manifest.json"
-ADDED = {"precision": "fp32"}  # keys that older sets of pairs lack, and what they were made with
+ADDED = {
+    "precision": "fp32"
+}  # keys that older sets of pairs lack, with the values they were made with
 
 
 class Damaged(UserError):
-    """A manifest that is none any more."""
+    """A manifest that cannot be parsed."""
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """Hash a file's bytes; hexadecimal."""
+    """Return the sha256 of a file's bytes, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def canonical(value: Any) -> str:
-    """Write a value as the one JSON text that equal values share."""
+    """Return the JSON text of a value; equal values have the same text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def fingerprint(value: Any) -> str:
-    """Hash a JSON value; hexadecimal sha256 of its canonical text."""
+    """Return the sha256 of a JSON value's canonical text, hexadecimal."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
 def pair_fingerprint(
     config: Mapping[str, Any], inputs: Mapping[str, str], round: int, pair_format: int = PAIR_FORMAT
 ) -> str:
-    """Hash all that the bytes of a set of pairs come from. config: content fields only."""
+    """Hash everything that determines the bytes of a set of pairs.
+
+    Args:
+        config: content fields only.
+        inputs: name -> digest.
+        round: of the teacher.
+        pair_format: PAIR_FORMAT, or that of an older set.
+    """
     config = {key: value for key, value in config.items() if (key, value) not in ADDED.items()}
     value = {"format": pair_format, "config": config, "inputs": inputs, "round": round}
     return fingerprint(value)
@@ -59,10 +68,19 @@ def seal(
     outputs: Iterable[str] | Mapping[str, str],
     **facts: Any,
 ) -> dict[str, Any]:
-    """Write the manifest that means done.
+    """Write the manifest, which marks a stage as finished.
 
-    config: content fields only. inputs: name -> digest. outputs: paths relative to the folder (hashed
-    here) or path -> sha256; only reproducible files belong there. facts: what later stages must know.
+    Args:
+        folder: of the stage.
+        stage: its name.
+        config: content fields only.
+        inputs: name -> digest.
+        outputs: paths relative to the folder, which are hashed here, or path -> sha256. Only
+            reproducible files belong there.
+        facts: JSON values that later stages need.
+
+    Returns:
+        The manifest.
     """
     if not isinstance(outputs, Mapping):
         outputs = {name: sha256_file(Path(str(folder)) / name) for name in sorted(outputs)}
@@ -73,21 +91,27 @@ def seal(
 
 
 def sealed(folder: Place) -> bool:
-    """Tell whether a stage's folder holds a manifest."""
+    """Return whether a stage's folder has a manifest."""
     return storage.at(folder).sizes([NAME]) != [None]
 
 
 def read(folder: Place, key: str, stages: Iterable[str] = ()) -> dict[str, Any]:
-    """Read the manifest of a sealed folder that the config's `key` names.
+    """Read the manifest of a sealed folder.
 
-    Raises UserError where the folder is missing, unsealed, of an unknown format, or the work of a
-    stage that is not among `stages`.
+    Args:
+        folder: path or URL.
+        key: the config key that names the folder, for errors.
+        stages: names of the stages that may have made it; empty for any.
+
+    Raises:
+        NotReady: if the folder is missing or not sealed.
+        UserError: if the manifest is damaged, of an unknown format, or of another stage.
     """
     return read_hashed(folder, key, stages)[0]
 
 
 def read_hashed(folder: Place, key: str, stages: Iterable[str] = ()) -> tuple[dict[str, Any], str]:
-    """Read a manifest like `read`, and the digest of the very bytes that were read."""
+    """Read a manifest like `read`; return it and the digest of the same bytes."""
     folder = storage.at(folder)
     try:
         text = folder.read(NAME)
@@ -102,7 +126,7 @@ def read_hashed(folder: Place, key: str, stages: Iterable[str] = ()) -> tuple[di
         known, stage = manifest["format"], manifest["stage"]
         for part in ("facts", "outputs", "inputs", "config"):
             if not isinstance(manifest[part], dict):
-                raise TypeError(f"{part} is no mapping")
+                raise TypeError(f"{part} is not a mapping")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(
             f"{key}={folder}: {NAME} is damaged ({error!r}); delete it and repeat its stage"
@@ -110,13 +134,13 @@ def read_hashed(folder: Place, key: str, stages: Iterable[str] = ()) -> tuple[di
     if known != FORMAT:
         raise UserError(f"{key}={folder}: {NAME} has format {known!r}, this version reads {FORMAT}")
     if stages and stage not in stages:
-        wanted = " or ".join(stages)
-        raise UserError(f"{key}={folder} holds the result of {stage}; expected one of {wanted}")
+        expected = " or ".join(stages)
+        raise UserError(f"{key}={folder} holds the result of {stage}; expected one of {expected}")
     return manifest, hashlib.sha256(text).hexdigest()
 
 
 def find(folder: Place, key: str, stages: Iterable[str] = ()) -> dict[str, Any] | None:
-    """Read a manifest like `read`; None where there is none, or another worker takes it away."""
+    """Read a manifest like `read`; return None if there is none, or another worker removes it."""
     try:
         return read(folder, key, stages)
     except NotReady:
@@ -124,7 +148,7 @@ def find(folder: Place, key: str, stages: Iterable[str] = ()) -> dict[str, Any] 
 
 
 def verify(folder: Place, key: str, manifest: Mapping[str, Any]) -> None:
-    """Hash the outputs again; raise UserError naming each file that is missing or changed."""
+    """Hash the outputs again; raise UserError that names each missing or changed file."""
     folder, faults = Path(str(folder)), []
     for name, expected in manifest["outputs"].items():
         if not (folder / name).is_file():
@@ -139,5 +163,5 @@ def verify(folder: Place, key: str, manifest: Mapping[str, Any]) -> None:
 
 
 def digest(folder: Place) -> str:
-    """Hash a sealed folder: sha256 of its manifest's bytes."""
+    """Return the digest of a sealed folder: the sha256 of its manifest's bytes."""
     return hashlib.sha256(storage.at(folder).read(NAME)).hexdigest()

@@ -1,9 +1,9 @@
-"""Where a set of pairs lies: a local folder, or a prefix of an object store that fsspec reaches.
+"""The place of a set of pairs: a local folder, or a prefix of an object store that fsspec reaches.
 
-Both are asked for the same few things, by name relative to the place. A file appears whole or not at
-all: locally by a temporary name and a rename; in a store by one PUT of what was built in local scratch
-(TMPDIR says where). Nothing is ever streamed into an object: a client that fails in the middle of
-`with fs.open(url, "wb")` commits the half of it.
+Both have the same methods, with names relative to the place. A file appears whole or not at all: in a
+folder it is renamed from a temporary name; in a store it is uploaded with one PUT from local scratch
+(below TMPDIR). No object is ever written as a stream, because a client that fails in the middle of
+`with fs.open(url, "wb")` commits the part that was written.
 """
 
 import errno
@@ -20,19 +20,27 @@ from typing import Any, BinaryIO
 from flowmatch.config import UserError
 from flowmatch.runs.files import Folder, worker
 
-EXCLUSIVE = {"s3", "s3a", "memory"}  # whose client creates an object only where there is none
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what this machine's disk refuses, not the store
+EXCLUSIVE = {"s3", "s3a", "memory"}  # protocols whose client can refuse to replace an object
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors of the local disk, not of the store
 CONFLICT = "ConditionalRequestConflict"
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A prefix of an object store. What its client raises becomes a UserError that names the object."""
+    """A prefix of an object store. An error of its client becomes a UserError that names the object.
+
+    Args:
+        url: of the prefix.
+        fs: fsspec's client.
+        root: the prefix as the client writes it.
+        exclusive: whether `create` is exclusive; without that there are no leases.
+        kept: small objects that were read before, with their stamps.
+    """
 
     url: str
     fs: Any = field(repr=False)
     root: str = field(repr=False)
-    exclusive: bool = False  # whether `create` is: without it there are no leases
+    exclusive: bool = False
     kept: dict[str, tuple[str, bytes]] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
@@ -42,21 +50,21 @@ class Bucket:
         return at, (self.url,)  # another process has a client of its own
 
     def __truediv__(self, name: str) -> str:
-        """Say where an object is."""
+        """Return the URL of an object."""
         return f"{self.url}/{name}"
 
     @property
     def name(self) -> str:
-        """Give the last part of the place."""
+        """The last part of the URL."""
         return self.root.rpartition("/")[2]
 
     def beside(self, name: str) -> "Bucket":
-        """Give the prefix of that name beside this one."""
+        """Return the prefix of that name beside this one."""
         return _bucket(f"{self.url.rpartition('/')[0]}/{name}", os.getpid())
 
     @property
     def scratch(self) -> Path:
-        """Name the local folder in which files are built; made here."""
+        """The local folder in which files are built; it is made here."""
         key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         folder = Path(tempfile.gettempdir()) / f"flowmatch-{os.getuid()}" / key
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,15 +74,15 @@ class Bucket:
         """Do nothing: an object store has no folders."""
 
     def exists(self) -> bool:
-        """Tell whether there is anything under the prefix."""
+        """Return whether there is an object under the prefix."""
         return bool(self._list("", directories=True))
 
     def names(self, part: str = "") -> list[str]:
-        """List the objects directly under the prefix, or under a part of it; sorted, and fresh."""
+        """List the objects directly under the prefix, or under a part of it; sorted, never cached."""
         return sorted(self._list(part))
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
-        """Give the bytes of some objects; None for one that is not there."""
+        """Return the sizes of some objects in bytes; None for one that is missing."""
         if len(names) == 1:
             with self._asking(names[0]):
                 try:
@@ -90,9 +98,9 @@ class Bucket:
             return self.fs.cat_file(self._path(name))
 
     def read_all(self, names: Sequence[str]) -> list[bytes | None]:
-        """Read some small objects, many at once; None for one that is not there.
+        """Read some small objects at once; None for one that is missing.
 
-        What a listing shows unchanged since the last time is not read again.
+        An object that the listing shows unchanged since the last time is not read again.
         """
         if len(names) == 1:
             try:
@@ -103,19 +111,21 @@ class Bucket:
         kept = {n: self.kept[n] for n in stamps if self.kept.get(n, ("",))[0] == stamps[n]}
         stale = [n for n in stamps if n not in kept]
         with self._asking(f"{len(stale)} objects"):
-            found = self.fs.cat([self._path(n) for n in stale], on_error="return") if stale else {}
+            fetched = (
+                self.fs.cat([self._path(n) for n in stale], on_error="return") if stale else {}
+            )
         for name in stale:
-            data = found.get(self._path(name))
+            data = fetched.get(self._path(name))
             if isinstance(data, bytes):
                 kept[name] = (stamps[name], data)
             elif not isinstance(data, FileNotFoundError):
                 raise self._error(name, data)
-        self.kept.update(kept)  # other threads read as well
+        self.kept.update(kept)  # in one step: other threads read too
         return [kept[n][1] if n in kept else None for n in names]
 
     @contextmanager
     def opened(self, name: str) -> Iterator[BinaryIO]:
-        """Fetch an object whole, and open it; raises FileNotFoundError."""
+        """Fetch a whole object and open it; raises FileNotFoundError."""
         copy = self.scratch / f"{name}.tmp.{worker()}"
         try:
             self.fetch(name, copy)
@@ -125,18 +135,18 @@ class Bucket:
             copy.unlink(missing_ok=True)
 
     def fetch(self, name: str, target: Path) -> None:
-        """Copy an object to a local file; raises FileNotFoundError. On an error the file is partial."""
+        """Copy an object to a local file, partial after an error; raises FileNotFoundError."""
         with self._asking(name):
             self.fs.get_file(self._path(name), str(target))
 
     def write(self, name: str, content: bytes | str) -> None:
-        """Write an object, whole."""
+        """Write a whole object."""
         data = content.encode() if isinstance(content, str) else content
         with self._asking(name, writing=True):
             self.fs.pipe_file(self._path(name), data)
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write an object where there is none; tell whether there was none."""
+        """Write an object if there is none of that name; return whether it was written."""
         with self._asking(name, writing=True):
             try:
                 self.fs.pipe_file(self._path(name), content, mode="create")
@@ -149,12 +159,12 @@ class Bucket:
         return True
 
     def put(self, built: Path, name: str) -> None:
-        """Copy a file of `scratch` into the store, whole."""
+        """Copy a whole file of `scratch` into the store."""
         with self._asking(name, writing=True):
             self.fs.put_file(str(built), self._path(name))
 
     def remove(self, name: str) -> None:
-        """Remove an object, if it is there."""
+        """Remove an object if it exists."""
         with self._asking(name):
             try:
                 self.fs.rm_file(self._path(name))
@@ -182,20 +192,20 @@ class Bucket:
         return {n: i for n, i in names.items() if directories or i.get("type") == "file"}
 
     def _infos(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Look up some objects by one listing of each folder they are in."""
+        """Look up some objects with one listing for each of their folders."""
         parts = {name.rpartition("/")[0] for name in names}
-        here = {
+        listed = {
             f"{part}/{name}" if part else name: info
             for part in parts
             for name, info in self._list(part).items()
         }
-        return {name: here[name] for name in names if name in here}
+        return {name: listed[name] for name in names if name in listed}
 
     @contextmanager
     def _asking(self, name: str, writing: bool = False) -> Iterator[None]:
-        """Say which object it was about, whatever the client raises.
+        """Turn any exception of the client into a UserError that names the object.
 
-        What passes as it is: FileNotFoundError of reads, and a full disk here.
+        A FileNotFoundError of a read and an error of the local disk pass unchanged.
         """
         try:
             yield
@@ -205,16 +215,16 @@ class Bucket:
             raise self._error(name, error) from error
         except UserError:
             raise
-        except Exception as error:  # each client has its own kinds, which share no base
+        except Exception as error:  # the errors of clients share no base class
             if isinstance(error, OSError) and error.errno in DISK:
                 raise
             raise self._error(name, error) from error
 
     def _error(self, name: str, error: Any) -> UserError:
-        told = " ".join(str(error).split()) or repr(error)
+        message = " ".join(str(error).split()) or repr(error)
         return UserError(
-            f"{self / name}: the store refuses ({type(error).__name__}: {told}); see that it can be "
-            "reached, exists, and that its client has credentials; then repeat the command"
+            f"{self / name}: the store refuses ({type(error).__name__}: {message}); check that it "
+            "exists and can be reached, and that its client has credentials; then repeat the command"
         )
 
 
@@ -223,33 +233,33 @@ Place = str | os.PathLike[str] | Store
 
 
 def at(place: Place) -> Store:
-    """Give the store of a path or URL. Raises UserError where fsspec has no client for the URL."""
+    """Return the folder or store of a path or URL; raise UserError if fsspec has no client for it."""
     if isinstance(place, (Folder, Bucket)):
         return place
     return _bucket(str(place), os.getpid()) if is_url(place) else Folder(Path(place))
 
 
 def is_url(place: Place) -> bool:
-    """Tell whether a place is no local folder."""
+    """Return whether a place is in an object store."""
     return isinstance(place, Bucket) or (isinstance(place, str) and "://" in place)
 
 
-@functools.cache  # one client a process, which remembers small objects; none outlives a fork
+@functools.cache  # one client for each process, which keeps small objects; a fork makes its own
 def _bucket(url: str, process: int) -> Bucket:
     import fsspec
 
     protocol = url.partition("://")[0]
     to_fs: Callable[..., Any] = fsspec.core.url_to_fs
     try:
-        # A listing that is remembered hides what other workers commit.
+        # A cached listing would hide the commits of other workers.
         fs, root = to_fs(url, use_listings_cache=False)
     except ImportError as error:
         raise UserError(f"{url}: {error}") from None
     except ValueError as error:
-        known = "a local folder, or a URL such as s3://BUCKET/PREFIX, gs://, hf://"
-        raise UserError(f"{url}: {error}; expected {known}") from None
+        expected = "a local folder, or a URL such as s3://BUCKET/PREFIX, gs://, hf://"
+        raise UserError(f"{url}: {error}; expected {expected}") from None
     if not root.strip("/"):
-        raise UserError(f"{url} names no place in it; expected such as {protocol}://BUCKET/PREFIX")
+        raise UserError(f"{url} has no bucket; expected a URL such as {protocol}://BUCKET/PREFIX")
     if protocol in ("file", "local"):
-        raise UserError(f"{url} is a local folder: give it as {root}")
+        raise UserError(f"{url} is a local folder; use the path {root}")
     return Bucket(url.rstrip("/"), fs, root.rstrip("/"), protocol in EXCLUSIVE)

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -325,7 +326,7 @@ def test_large_sets_are_decoded_batch_by_batch(tmp_path, memory, threads):
     ids = np.array([5, 0, 7, 0])
     wanted = torch.cat([expected(x), expected(x).flip(-1)])[torch.from_numpy(ids)]
     assert torch.equal(found.batch(ids)["x1"], wanted)
-    assert (found.read.kept is None) == (memory == 0)
+    assert (found.read.decoded is None) == (memory == 0)
 
 
 def test_size_resizes_the_short_side_and_crops_the_centre(tmp_path):
@@ -461,7 +462,7 @@ def test_config_faults_are_found_together_and_before_any_file():
         ({"source": "digits", "path": "a"}, "path='a': source digits is built in"),
         ({"source": "ring", "flip": True}, "flip=True: the ring's samples are points"),
         ({"source": "idx", "path": "a", "split": "val"}, "the splits train and test"),
-        ({}, "path='': source images needs the path"),
+        ({}, "path='': source images needs a path"),
         ({"source": "csv"}, "source='csv'"),
     ]:
         assert fault in refusal(**values)
@@ -480,7 +481,7 @@ def test_a_missing_path_is_named(source, path):
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub():
-    assert "no such folder, file or glob here" in refusal(path="someone/nothing")
+    assert "there is no such folder, file or glob" in refusal(path="someone/nothing")
 
 
 def test_missing_splits_are_named(tmp_path):
@@ -494,10 +495,10 @@ def test_columns_that_are_absent_or_ambiguous_are_listed(tmp_path):
     x = pictures(4, (6, 6))
     file = str(parquet_of(tmp_path / "a.parquet", x, age=[1, 2, 3, 4], digit=[0, 1, 1, 0]))
     for values, faults in [
-        ({"image_column": "picture"}, ["data.image_column=picture is not there", "age (int64)"]),
-        ({"image_column": "age"}, ["data.image_column=age is no column of images"]),
-        ({"labels": True}, ["several columns fit as labels", "age (int64), digit (int64)"]),
-        ({"labels": True, "label_column": "image"}, ["image is no column of labels"]),
+        ({"image_column": "picture"}, ["data.image_column=picture does not exist", "age (int64)"]),
+        ({"image_column": "age"}, ["data.image_column=age is not a column of images"]),
+        ({"labels": True}, ["several columns can be the labels", "age (int64), digit (int64)"]),
+        ({"labels": True, "label_column": "image"}, ["image is not a column of labels"]),
     ]:
         message = refusal(path=file, **values)
         assert all(fault in message for fault in faults), message
@@ -506,7 +507,7 @@ def test_columns_that_are_absent_or_ambiguous_are_listed(tmp_path):
     import pandas
 
     pandas.DataFrame({"a": [1], "b": ["x"]}).to_parquet(tmp_path / "b.parquet")
-    assert "no column fits as images" in refusal(path=str(tmp_path / "b.parquet"))
+    assert "no column can be the images" in refusal(path=str(tmp_path / "b.parquet"))
 
 
 def test_labels_that_are_not_there(tmp_path):
@@ -524,9 +525,9 @@ def test_labels_that_are_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "fault"),
     [
-        ([0, 2, 2], "only 2 values are used, 1 for one is not"),
+        ([0, 2, 2], "only 2 values are used, and for example not 1"),
         ([-1, 0, 1], "labels from -1 to 1"),
-        ([1, 2, 3], "0 for one is not"),
+        ([1, 2, 3], "for example not 0"),
         ([0.0, 1.0, 1.0], "float64"),
         ([0, 1], "expected 3 integers"),
     ],
@@ -534,6 +535,35 @@ def test_labels_that_are_not_there(tmp_path):
 def test_labels_are_zero_to_k_minus_one(tmp_path, labels, fault):
     np.savez(tmp_path / "a.npz", x=pictures(3, (6, 6)), y=np.array(labels))
     assert fault in refusal(source="npz", path=str(tmp_path / "a.npz"), labels=True)
+
+
+def test_errors_name_the_key_of_their_config(tmp_path):
+    folder_of(tmp_path / "data" / "set", [*pictures(1), *pictures(1, (6, 5, 3))])
+    np.savez(tmp_path / "x.npz", x=np.full((2, 4, 4), 2.0), y=np.array([0, 2]))
+    np.savez(tmp_path / "y.npz", x=np.zeros((2, 4)), y=np.array([0, 2]))
+    folder, x, y = (str(tmp_path / name) for name in ("data/set", "x.npz", "y.npz"))
+    for values in (
+        {"path": folder, "size": 8},
+        {"path": folder, "split": "val"},
+        {"path": folder, "image_column": "none"},
+        {"path": "data: none/at/all"},
+        {"path": "someone/data"},
+        {"source": "idx", "path": folder},
+        {"source": "npz", "path": x},
+        {"source": "latents", "path": x},
+        {"source": "npz", "path": y, "flip": True},
+        {"source": "npz", "path": y, "labels": True},
+        {"source": "npz", "path": y, "size": 4},
+        {"source": "digits", "size": 4},
+    ):
+        with pytest.raises(UserError) as caught:
+            dataset.load(validate(DataConfig, values), "held_out")
+        message = str(caught.value).replace(values.get("path", ""), "")
+        assert re.match(r"held_out(:|\.\w+[,=])", message), message
+        assert not re.search(r"\bdata[.:]", message), message
+    read = dataset.load(validate(DataConfig, {"path": folder}), "held_out")
+    with pytest.raises(UserError, match=r"^held_out: image 1 .*set held_out.size"):
+        read.batch(np.arange(2))
 
 
 def test_named_classes_may_be_absent_but_not_unlabelled(tmp_path):
@@ -554,7 +584,7 @@ def test_images_are_never_enlarged(tmp_path):
     path = str(folder_of(tmp_path / "set", pictures(2)))
     assert "6x6, smaller than data.size=8" in refusal(path=path, size=8)
     np.savez(tmp_path / "a.npz", x=pictures(2))
-    assert "set data.size=6" in refusal(source="npz", path=str(tmp_path / "a.npz"), size=8)
+    assert "use data.size=6 or less" in refusal(source="npz", path=str(tmp_path / "a.npz"), size=8)
 
 
 def test_an_image_unlike_the_first_is_named_when_it_is_read(tmp_path):
@@ -589,15 +619,15 @@ def test_transparent_deep_and_damaged_images_are_refused(tmp_path):
         (np.array([[0.0, 1], [np.inf, 0]]), "sample 1 holds NaN or infinity"),
         (
             np.full((3, 4, 4), 0.5),
-            "floats from 0.5 to 0.5; images are expected in [-1, 1]: store 2",
+            "floats from 0.5 to 0.5; expected images in [-1, 1]: store 2",
         ),
         (np.linspace(-9, 9, 48).reshape(3, 4, 4), "floats from -9 to 9"),
         (np.zeros((3, 4, 4), np.int64), "the array is int64"),
         (np.zeros((3, 16), np.uint8), "points [N, D] (floats)"),
         (np.zeros((3, 4, 4, 2), np.uint8), "expected [N, H, W, C] with 1 or 3 channels"),
-        (np.zeros((3, 3, 4, 4), np.uint8), "move the channels to the end"),
+        (np.zeros((3, 3, 4, 4), np.uint8), "move the channels to the last axis"),
         (np.zeros((0, 4, 4), np.uint8), "[0, 4, 4]"),
-        (np.array([[{}]], dtype=object), "no .npz or .npy file of plain numbers"),
+        (np.array([[{}]], dtype=object), "not an .npz or .npy file of plain numbers"),
     ],
 )
 def test_arrays_that_are_no_data(tmp_path, x, fault):
@@ -608,11 +638,13 @@ def test_arrays_that_are_no_data(tmp_path, x, fault):
 def test_floats_are_neither_resized_nor_recoloured_and_points_not_flipped(tmp_path):
     np.save(tmp_path / "a.npy", np.linspace(-1, 1, 75).reshape(3, 5, 5))
     for values in ({"size": 4}, {"channels": 3}):
-        assert "store uint8" in refusal(source="npz", path=str(tmp_path / "a.npy"), **values)
-    assert "store uint8" in refusal(source="digits", size=4)
+        assert "store them as uint8" in refusal(
+            source="npz", path=str(tmp_path / "a.npy"), **values
+        )
+    assert "store them as uint8" in refusal(source="digits", size=4)
     assert load(source="digits", size=8, channels=1).shape == (1, 8, 8)
     np.save(tmp_path / "b.npy", np.zeros((3, 5)))
-    assert "no images" in refusal(source="npz", path=str(tmp_path / "b.npy"), flip=True)
+    assert "not images" in refusal(source="npz", path=str(tmp_path / "b.npy"), flip=True)
     assert "are points" in refusal(source="npz", path=str(tmp_path / "b.npy"), size=4)
 
 
@@ -631,7 +663,7 @@ def test_latents_are_read_as_they_are(tmp_path):
     assert "sample 3 holds NaN or infinity" in refusal(source="latents", path=path)
     np.savez(path, x=np.zeros((6, 5, 5)))
     assert "expected floats [N, C, H, W]" in refusal(source="latents", path=path)
-    with pytest.raises(UserError, match="latents are coded, not images"):
+    with pytest.raises(UserError, match="latents are encoded, not images"):
         validate(DataConfig, {"source": "latents", "path": path, "flip": True})
 
 
@@ -641,13 +673,13 @@ def test_files_that_are_not_what_they_seem(tmp_path, idx_folder):
         source = "npz" if ".np" in name else "images"
         assert f"{name}" in refusal(source=source, path=str(tmp_path / name))
     np.savez(tmp_path / "b.npz", a=np.zeros(3))
-    assert "expected an array x or images; it holds a" in refusal(
+    assert "expected one array named x or images; the file has a" in refusal(
         source="npz", path=str(tmp_path / "b.npz")
     )
     file = idx_folder / "train-images-idx3-ubyte.gz"
     for bad in (b"junk", gzip.compress(b"\0\0\x0d\x01" + b"\0" * 9), file.read_bytes()[:-20]):
         file.write_bytes(bad)
-        assert "no gzipped IDX file" in refusal(source="idx", path=str(idx_folder))
+        assert "not a gzipped IDX file" in refusal(source="idx", path=str(idx_folder))
     file.unlink()
     assert "expected one file train-images*.gz" in refusal(source="idx", path=str(idx_folder))
 
@@ -660,11 +692,11 @@ def test_folders_that_datasets_would_half_read(tmp_path):
     (tmp_path / "set" / "b").symlink_to(tmp_path / "b")
     assert "b is a link to a folder" in refusal(path=str(tmp_path / "set"))
     tar_of(tmp_path / "b" / "a.tar", pictures(2))
-    assert "holds imagefolder and webdataset" in refusal(path=str(tmp_path / "b"))
+    assert "has imagefolder and webdataset" in refusal(path=str(tmp_path / "b"))
     (tmp_path / "empty").mkdir()
     assert "empty folder" in refusal(path=str(tmp_path / "empty"))
     (tmp_path / "empty" / "a.txt").touch()
-    assert "holds none of these" in refusal(path=str(tmp_path / "empty"))
+    assert "has no files of these kinds" in refusal(path=str(tmp_path / "empty"))
 
 
 # ---- order
@@ -699,7 +731,7 @@ def test_a_reference_is_of_different_items():
     assert torch.equal(some["x1"], batch["x1"][:100])
     assert not torch.equal(some["label"], torch.from_numpy(digits.label[:100]))
     assert not torch.equal(some["label"], other["label"])
-    with pytest.raises(UserError, match="1798 samples: the data has 1797"):
+    with pytest.raises(UserError, match="1798 samples was asked for, but the data has 1797"):
         dataset.reference(digits, 1798, 0)
 
 

@@ -1,6 +1,7 @@
 """Reading a set that lies in a store: equal bytes, a bounded cache, every fault named."""
 
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -108,9 +109,11 @@ def test_all_shards_at_once_need_room_for_all(tmp_path, place, fetched):
 def test_a_cache_that_cannot_hold_a_step_is_refused_before_any_work(
     tmp_path, place, fetched, group, shards, batch
 ):
-    with pytest.raises(UserError, match=r"pairs\.0\.path=memory.* must be at hand") as error:
+    with pytest.raises(
+        UserError, match=r"pairs\.0\.path=memory.* needs \d+ of them in the cache"
+    ) as error:
         list(walk(remote(place, tmp_path, group, shards), 1, batch))
-    assert "give pairs.0.cache_gb=" in str(error.value)
+    assert "use pairs.0.cache_gb=" in str(error.value)
     assert not fetched
     assert not (tmp_path / "cache").exists()
 
@@ -160,7 +163,7 @@ def test_a_bad_object_is_named_when_it_is_trained_on(tmp_path, place, how, what)
     data = remote(place, tmp_path, 2, 4)
     spoil(place, tar_name(3), how)
     with pytest.raises(
-        UserError, match=f"{place}/pairs-{what}.*verify_pairs {shlex.quote(place)} --full"
+        UserError, match=f"{place}/pairs-{what}.*flowmatch verify {shlex.quote(place)} --full"
     ):
         list(walk(data, 12))
     assert tar_name(3) not in cached(tmp_path)
@@ -170,7 +173,7 @@ def test_a_bad_object_is_named_when_it_is_trained_on(tmp_path, place, how, what)
     assert len(list(walk(data, 12))) == 12
     spoil(place, tar_name(3), "missing")
     with pytest.raises(
-        UserError, match=rf"000003\.tar is missing; python -m .*verify_pairs {shlex.quote(place)} "
+        UserError, match=rf"000003\.tar is missing; flowmatch verify {shlex.quote(place)} "
     ):
         remote(place, tmp_path, 2, 4)
 
@@ -195,34 +198,44 @@ def test_a_full_disk_is_not_the_stores_fault(tmp_path, place, monkeypatch, numbe
 
     monkeypatch.setattr(data.folder.fs, "get_file", fail)
     with pytest.raises(
-        UserError, match=r"tar cannot be kept in .*cache.*; free space there, or set"
+        UserError, match=r"tar cannot be stored in .*cache.*; free space there, set"
     ):
         next(walk(data, 1))
 
 
 def test_a_cache_of_a_local_folder_is_refused(tmp_path, place):
     for more in ({"cache": tmp_path / "cache"}, {"cache_gb": 1.0}):
-        with pytest.raises(UserError, match=r"p=.*local: cache.*is read where it is") as error:
+        with pytest.raises(
+            UserError, match=r"p=.*local: cache.*has no effect, because a local folder"
+        ) as error:
             PairData(tmp_path / "local", "p", **more)
         assert len(error.value.faults) == 1
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, place):
     (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(UserError, match=r"pairs-\d{6}\.tar cannot be kept in .*cache"):
+    with pytest.raises(UserError, match=r"pairs-\d{6}\.tar cannot be stored in .*cache"):
         next(walk(remote(place, tmp_path, 2, 4), 1))
 
 
 def test_processes_share_a_cache(tmp_path, place, monkeypatch):
     """One fetches, the other waits for it; a half file that was left is made anew."""
-    begun, fetch = [], Bucket.fetch
+    begun, asked, fetch = [], [], Bucket.fetch
 
-    def slowly(self, name, target):
+    def flock(file, operation, inner=fcntl.flock):
+        if operation == fcntl.LOCK_EX:
+            asked.append(file)
+        inner(file, operation)
+
+    def last(self, name, target):
+        """Fetch when the others wait for the lock."""
         begun.append(name)
-        time.sleep(0.3)
+        while len(asked) < 3:
+            time.sleep(0.001)
         fetch(self, name, target)
 
-    monkeypatch.setattr(Bucket, "fetch", slowly)
+    monkeypatch.setattr(caching.fcntl, "flock", flock)
+    monkeypatch.setattr(Bucket, "fetch", last)
     folder = tmp_path / "cache"
     folder.mkdir()
     (folder / "pairs-000000.tar.part").write_bytes(b"left by a killed process")

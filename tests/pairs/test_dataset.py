@@ -63,24 +63,22 @@ def test_a_stock_loader_reads_it(tmp_path, workers):
 
 
 OPEN = r"""
-import re, sys, time
+import re, sys
 import numpy as np
 from flowmatch.pairs.dataset import PairData
 from flowmatch.pairs.mixture import Mixture
 def peak():  # of this program: ru_maxrss counts the one that started it, too
     return re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]
 own = peak()
-began = time.perf_counter()
-data = PairData(sys.argv[1], group=int(sys.argv[2]))
-mixture = Mixture([(data, 1.0)], 256, 0)
-ids = mixture.orders[0](np.arange(256))
-took = time.perf_counter() - began
-print(len(data), len(np.unique(ids)), peak(), own, took)
+for group in (0, 8):
+    data = PairData(sys.argv[1], group=group)
+    mixture = Mixture([(data, 1.0)], 256, 0)
+    ids = mixture.orders[0](np.arange(256))
+    print(len(data), len(np.unique(ids)), peak(), own)
 """
 
 
-@pytest.mark.parametrize("group", [0, 8])
-def test_ten_million_pairs_are_opened_in_little_memory(tmp_path, group):
+def test_ten_million_pairs_are_opened_in_little_memory(tmp_path):
     """Sizes of 4,883 tars, which are holes, the seal, and the order of the first batch; in kilobytes."""
     layout = Layout((3, 32, 32), "float16", False, 2048, 64)
     names = [tar_name(k) for k in range(4883)]
@@ -90,15 +88,14 @@ def test_ten_million_pairs_are_opened_in_little_memory(tmp_path, group):
     facts = {"layout": asdict(layout), "shards": len(names), "count": 2048 * len(names)}
     rest = {"stage": "generate_pairs", "config": {}, "inputs": {}}
     manifest.seal(tmp_path, outputs={name: "0" * 64 for name in names}, **rest, **facts)
-    command = [sys.executable, "-c", OPEN, str(tmp_path), str(group)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    count, different, most, own = map(int, told[:4])
-    print(
-        f"{count:,} pairs in {float(told[4]):.2f} s; {most / 1e3:.0f} MB, imports {own / 1e3:.0f}"
-    )
-    assert count > 10**7
-    assert different == 256
-    assert most < 500e3
+    command = [sys.executable, "-c", OPEN, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        count, different, most, own = map(int, line.split())
+        print(f"{count:,} pairs: {most / 1e3:.0f} MB, imports {own / 1e3:.0f}")
+        assert count > 10**7
+        assert different == 256
+        assert most < 500e3
 
 
 def test_mappings_hold_no_file_descriptors(tmp_path):
@@ -135,7 +132,7 @@ def test_the_reader_refuses_what_is_not_a_set_of_pairs(tmp_path):
     with pytest.raises(UserError, match="not a folder of pairs"):
         PairData(tmp_path)
     seal(tmp_path, layout, 0)
-    with pytest.raises(UserError, match="0 pairs"):
+    with pytest.raises(UserError, match="count=0"):
         PairData(tmp_path)
     seal(tmp_path, layout, 20)
     with pytest.raises(UserError) as error:

@@ -7,11 +7,9 @@ before, and no shard but the bad one is made again.
 import io
 import json
 import os
+import re
 import shlex
-import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +22,6 @@ from pipelines import verify_pairs
 from tests import pairset
 from tests.pairset import LAYOUT, contents, copy, generate
 
-ROOT = Path(__file__).parents[2]
 TAR, SIDE = "pairs-000001.tar", ".meta/pairs-000001.json"
 MEMBER = int(LAYOUT.member_bytes("x0", 4))
 
@@ -48,17 +45,17 @@ def verify(capsys, folder, *flags):
 
 def commands(err):
     """The commands that verify_pairs printed."""
-    lines = [line.removeprefix("verify_pairs:   ") for line in err.splitlines()]
-    return [line for line in lines if line.startswith("flowmatch ")]
+    return re.findall(r"^\w+: +(flowmatch .*)$", err, re.MULTILINE)
 
 
 def mend(err, root=None):
-    """Do what verify_pairs says."""
+    """Run the commands that verify_pairs printed."""
     for line in commands(err):
-        _, name, *argv = shlex.split(line)
-        if name == "verify":
+        _, program, *argv = shlex.split(line)
+        if program == "verify":
             assert verify_pairs.main(argv) == 2
             continue
+        assert program == "pairs"
         if argv[0].startswith("THE_CONFIG"):
             argv = pairset.words(root)
         generate(*argv)
@@ -140,14 +137,14 @@ SHARD = {  # what is done to shard 1 -> what is said
     "sidecar cut": (lambda f: os.truncate(f / SIDE, 70), f"its sidecar {SIDE} is damaged"),
     "sidecar of a list": (lambda f: (f / SIDE).write_text("[]"), f"its sidecar {SIDE} is damaged"),
     "sidecar nested without end": (lambda f: (f / SIDE).write_text("[" * 10**5), "is damaged"),
-    "sidecar of a wrong count": (lambda f: edit(f / SIDE, count=9), "says count=9"),
+    "sidecar of a wrong count": (lambda f: edit(f / SIDE, count=9), "has count=9"),
     "sidecar of a wrong size": (lambda f: edit(f / SIDE, bytes=9), "its sidecar says 9"),
-    "sidecar of another layout": (lambda f: edit(f / SIDE, layout={}), "says layout={}"),
-    "sidecar without a hash": (lambda f: edit(f / SIDE, sha256=5), "says sha256=5"),
-    "a shard of another seed": (foreign, "was made by another config or teacher"),
+    "sidecar of another layout": (lambda f: edit(f / SIDE, layout={}), "has layout={}"),
+    "sidecar without a hash": (lambda f: edit(f / SIDE, sha256=5), "has sha256=5"),
+    "a shard of another seed": (foreign, "was made with another config or teacher"),
     "a sidecar of another seed, alone": (
         lambda f: [foreign(f), (f / TAR).unlink()],
-        "was made by another config or teacher",
+        "was made with another config or teacher",
     ),
 }
 FULL = {
@@ -163,7 +160,7 @@ FULL = {
     ),
     "no class": (
         lambda f: values(f, "y", FAR),
-        "000001-000004.y.npy holds labels that are not 0 to 2",
+        "000001-000004.y.npy holds labels outside 0 to 2",
     ),
     "sidecar of another hash": (lambda f: edit(f / SIDE, sha256="0" * 64), TAR),
 }
@@ -173,14 +170,14 @@ SET = {
     "manifest empty": (lambda f: os.truncate(f / "manifest.json", 0), "manifest.json is damaged"),
     "manifest of fewer shards": (
         lambda f: facts(f, shards=2),
-        "manifest.json is damaged: shards=2, and 3 tars",
+        "manifest.json is damaged: shards=2, but it lists 3 tars",
     ),
     "manifest of another count": (lambda f: facts(f, count=29), "count=29, expected 30"),
     "manifest without layout": (lambda f: facts(f, layout={}), "manifest.json is damaged"),
     "manifest of an odd layout": (lambda f: facts(f, layout=[1]), "manifest.json is damaged"),
     "manifest of another hash": (
         lambda f: edit(f / "manifest.json", outputs=outputs(f) | {TAR: "0" * 64}),
-        f"manifest.json names another sha256 for {TAR}",
+        f"manifest.json has another sha256 for {TAR}",
     ),
     "manifest of another config": (lambda f: reseed(f), "manifest.json is damaged: fingerprint="),
     "manifest of another config, alone": (
@@ -194,7 +191,7 @@ SET = {
         lambda f: (f / "config.yaml").write_text(
             (f / "config.yaml").read_text().replace("seed: 0", "seed: 9")
         ),
-        "is not what was sealed: seed: 0 -> 9",
+        "differs from what was sealed: seed: 0 -> 9",
     ),
     "config that is none": (
         lambda f: (f / "config.yaml").write_text("- x\n"),
@@ -202,10 +199,10 @@ SET = {
     ),
     "a tar too many": (lambda f: (f / "pairs-000003.tar").write_bytes(b"x"), "beyond the 3 shards"),
     "a shard too many": (lambda f: foreign(f, 4), "beyond the 3 shards"),
-    "a stranger's tar": (lambda f: (f / "more.tar").write_bytes(b"x"), "more.tar is no shard"),
+    "a stranger's tar": (lambda f: (f / "more.tar").write_bytes(b"x"), "more.tar is not a shard"),
     "card gone": (
         lambda f: (f / "README.md").unlink(),
-        "README.md is missing: load_dataset may read manifest.json for pairs",
+        "README.md is missing: load_dataset may read manifest.json as the pairs",
     ),
     "both gone": (
         lambda f: [(f / TAR).unlink(), (f / SIDE).unlink()],
@@ -284,7 +281,7 @@ def test_what_is_left_over_is_remarked_and_swept(whole, tmp_path, capsys):
     status, out, err = verify(capsys, folder)
     assert (status, err) == (0, "")
     for name in left:
-        assert out.count(f"left over, and read by nobody: {folder / name}\n") == 1
+        assert out.count(f"left over, never read: {folder / name}\n") == 1
     verify(capsys, folder, "--repair")
     assert [name for name in left if not (folder / name).exists()] == [dead]  # others' may be alive
 
@@ -328,9 +325,9 @@ def manifest_facts(folder):
 def test_folders_that_are_no_pairs_are_refused(whole, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for folder, said in [
-        (tmp_path / "nowhere", "is not there"),
+        (tmp_path / "nowhere", "does not exist or is not a folder"),
         (tmp_path / "empty", "is not a folder of pairs"),
-        (whole / "flow", "holds the result of train_flow, not pairs"),
+        (whole / "flow", "holds the result of train_flow; expected that of generate_pairs"),
     ]:
         status, _, err = verify(capsys, folder)
         assert status == 2
@@ -338,26 +335,19 @@ def test_folders_that_are_no_pairs_are_refused(whole, tmp_path, capsys):
         assert err.count("\n") == 1
 
 
-def test_the_printed_commands_are_for_a_shell(whole, tmp_path):
-    """As a person would: a folder with a space, from another config folder, by real processes."""
+def test_the_printed_commands_are_for_a_shell(whole, tmp_path, capsys):
+    """In a folder with a space, and with a config from another folder, sh sees the same words."""
     root = tmp_path / "my pairs"
     folder = copy(whole, root)
     flip(folder / TAR, MEMBER + 642)
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace(f"run_dir: {folder}", "run_dir: moved"))
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    options = {
-        "cwd": ROOT,
-        "capture_output": True,
-        "text": True,
-        "env": os.environ | {"PATH": path},
-    }
-    look = [sys.executable, "-m", "pipelines.verify_pairs", str(folder), "--full"]
-    found = subprocess.run(look, **options)
-    assert found.returncode == 2, found.stderr
-    assert "2 of 3 shards are sound" in found.stderr
-    script = "\n".join(commands(found.stderr))
-    done = subprocess.run(["sh", "-c", script], **options)
-    assert done.returncode == 0, done.stderr
+    status, _, err = verify(capsys, folder, "--full")
+    assert status == 2
+    assert "2 of 3 shards are sound" in err
+    lines = commands(err)
+    assert len(lines) == 2
+    assert pairset.words_in_shell("\n".join(lines), tmp_path) == [shlex.split(x) for x in lines]
+    mend(err)
     assert contents(folder) == contents(whole / "pairs")
-    assert subprocess.run(look, **options).returncode == 0
+    assert verify(capsys, folder, "--full")[0] == 0

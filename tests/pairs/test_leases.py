@@ -3,9 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
-import threading
 import time
 from contextlib import closing
 
@@ -13,24 +10,40 @@ import pytest
 
 from flowmatch.config import UserError
 from flowmatch.pairs import leases, shards
-from flowmatch.pairs.leases import Lease, claim
+from flowmatch.pairs.leases import FileHold, Lease, claim
 from flowmatch.runs import files
+from tests import forked, store
 from tests.store import PRINT, WORKED, write
 
 HERE = shards.worker().rpartition(".")[0]
 DEAD = 2**22 + 1  # above Linux's largest process id
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    clock = store.Clock()
+    monkeypatch.setattr(leases, "time", clock)
+    return clock
+
+
 def start(folder, *arguments):
-    command = [sys.executable, "-m", "tests.store", str(folder), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return forked.Popen(["tests.store", folder, *arguments], stdout=forked.PIPE)
 
 
 def finish(workers):
     """Wait for workers; return the shards that each made."""
-    said = [worker.communicate(timeout=300)[0].splitlines() for worker in workers]
+    printed = [worker.communicate(timeout=300)[0].splitlines() for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * len(workers)
-    return [[int(k) for k in lines[-1].split()[1:]] for lines in said]
+    return [[int(k) for k in lines[-1].split()[1:]] for lines in printed]
+
+
+def kill(workers):
+    for worker in workers:
+        assert worker.poll() is None, "it was done before it was killed"
+        worker.send_signal(signal.SIGKILL)
+    for worker in workers:
+        worker.wait()
+        worker.stdout.close()
 
 
 def hashes(folder):
@@ -100,7 +113,7 @@ def test_a_failing_worker_gives_its_lease_back(tmp_path):
 
 def test_shards_of_another_fingerprint_stop_the_worker_before_it_works(tmp_path):
     write(tmp_path, 4, WORKED)
-    with pytest.raises(UserError, match=r"pairs-000004\.tar was made by another config"):
+    with pytest.raises(UserError, match=r"pairs-000004\.tar was made with another config"):
         next(claim(tmp_path, [0], range(5), "b" * 64))
 
 
@@ -109,52 +122,60 @@ def test_a_shard_that_is_claimed_and_not_written_is_an_error(tmp_path):
         list(claim(tmp_path, [0], range(3), PRINT))
 
 
-def test_a_lease_of_a_dead_process_here_is_broken_at_once(tmp_path):
+def test_a_lease_of_a_dead_process_here_is_broken_at_once(tmp_path, clock):
     for k, number in enumerate((DEAD, os.getpid())):
         lease(tmp_path, k, f"{HERE}.{number}")
-    started = time.monotonic()
     assert make(tmp_path, [0, 1], range(2), ttl=60) == [0, 1]
-    assert time.monotonic() - started < 5
+    assert clock.now == 0  # nobody waited
     assert leftovers(tmp_path) == []
 
 
-def test_a_lease_that_stands_still_is_broken_after_ttl(tmp_path):
-    """Whatever the clock of the host that wrote it said."""
+def test_a_lease_that_stands_still_is_broken_after_ttl(tmp_path, clock):
+    """For any time that the host wrote: its clock may be wrong."""
     for k, age in enumerate((-(10**6), 10**6)):
         path = lease(tmp_path, k, "elsewhere.7")
         os.utime(path, (time.time() + age, time.time() + age))
-    started = time.monotonic()
     assert make(tmp_path, [0, 1, 2], range(3), ttl=1) == [2, 0, 1]
-    assert 1 <= time.monotonic() - started < 5
+    assert clock.now == pytest.approx(1, abs=0.11)  # ttl, in rounds of a tenth of it
     assert leftovers(tmp_path) == []
 
 
-def test_a_shard_in_living_hands_is_waited_for(tmp_path, monkeypatch):
+def test_a_shard_in_living_hands_is_waited_for(tmp_path, clock):
     """A refreshed lease outlives many ttl; when the shard is done, the waiting one stops."""
-    (tmp_path / ".meta").mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(leases, "worker", lambda: "elsewhere.7")
-        held = Lease(tmp_path / ".meta/000000.lease", 0.3)
+    path, rounds = lease(tmp_path, 0, "elsewhere.7"), []
 
-    def end():
-        time.sleep(1.5)
-        write(tmp_path, 0, WORKED)
-        held.release()
+    def sleep(seconds):
+        """Do what the holder does meanwhile: refresh the lease, and after 30 rounds commit."""
+        clock.now += seconds
+        rounds.append(clock.now)
+        os.utime(path, ns=(0, len(rounds)))
+        if len(rounds) == 30:
+            write(tmp_path, 0, WORKED)
+            path.unlink()
 
-    thread = threading.Thread(target=end)
-    started = time.monotonic()
-    thread.start()
-    assert make(tmp_path, [0, 1], range(2), ttl=0.3) == [1]
-    thread.join()
-    assert time.monotonic() - started > 1.4
+    clock.sleep = sleep
+    assert make(tmp_path, [0, 1], range(2), ttl=1) == [1]
+    assert len(rounds) == 30  # three times ttl
     assert leftovers(tmp_path) == []
+
+
+def test_a_held_lease_is_refreshed(tmp_path):
+    path = tmp_path / "000000.lease"
+    held = Lease(FileHold(path), 0.03)
+    os.utime(path, (0, 0))
+    while path.stat().st_mtime == 0:
+        assert held.thread.is_alive()
+        time.sleep(0.001)
+    held.release()
+    assert not held.thread.is_alive()
+    assert not path.exists()
 
 
 def test_a_lease_that_was_broken_is_not_taken_from_its_new_holder(tmp_path):
     path = tmp_path / "000000.lease"
-    first = Lease(path, 60)
+    first = Lease(FileHold(path), 60)
     path.rename(tmp_path / "broken")
-    second = Lease(path, 60)
+    second = Lease(FileHold(path), 60)
     first.release()
     assert path.is_file()
     second.release()
@@ -203,7 +224,7 @@ def test_workers_that_race_without_leases_make_the_same_files(tmp_path, referenc
 def test_leases_share_the_work(tmp_path, reference):
     """Each shard is made once; one worker of three that is slow does not hold up the rest."""
     folder = tmp_path / "pairs"
-    workers = [start(folder, rank, 3, 6, 60, 0.3 if rank == 0 else 0.02) for rank in range(3)]
+    workers = [start(folder, rank, 3, 6, 60, 0.2 if rank == 0 else 0.01) for rank in range(3)]
     made = finish(workers)
     assert sorted(k for shards_made in made for k in shards_made) == list(range(6))
     assert len(made[0]) < 3
@@ -240,11 +261,7 @@ def test_a_killed_run_is_finished_by_a_run_of_another_size(tmp_path, reference):
     workers = [start(folder, rank, 3, 6, 60, 0.1) for rank in range(3)]
     for worker in workers:
         assert worker.stdout.readline().startswith("makes")
-    time.sleep(0.25)
-    for worker in workers:
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
-        worker.stdout.close()
+    kill(workers)
     assert leftovers(folder)
     finish([start(folder, rank, 2, 6, 60, 0.01) for rank in range(2)])
     assert hashes(folder) == reference

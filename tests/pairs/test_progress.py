@@ -15,21 +15,21 @@ def progress(folder, number=8, **options):
 
 def test_the_rate_is_that_of_the_whole_set_while_we_watch(tmp_path):
     seen = progress(tmp_path)
-    seen.look(5.0)
+    seen.update(5.0)
     assert seen.line() == "0 of 8 shards, 0 of 80 pairs"
     for k in (0, 1):
         write(tmp_path, k, WORKED)
     seen = progress(tmp_path)
-    seen.look(100.0)  # what was there before we came is no work of ours to time
+    seen.update(100.0)  # what was there before we came is no work of ours to time
     assert seen.line() == "2 of 8 shards, 20 of 80 pairs"
     for k in (7, 3, 4):  # by whomever
         write(tmp_path, k, WORKED)
-    seen.look(160.0)
-    seen.look(400.0)  # nothing new: neither the rate nor the time left is guessed
+    seen.update(160.0)
+    seen.update(400.0)  # nothing new: neither the rate nor the time left is guessed
     assert seen.line() == "5 of 8 shards, 50 of 80 pairs, 0.5 pairs/s, 0:01:00 left"
     for k in (2, 5, 6):
         write(tmp_path, k, WORKED)
-    seen.look(160.25)
+    seen.update(160.25)
     assert seen.line() == "8 of 8 shards, 80 of 80 pairs, 1 pairs/s"
 
 
@@ -45,11 +45,11 @@ def test_a_look_reads_only_what_is_new(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "sidecars", counted)
     seen = progress(tmp_path, 10_000)
     for now in range(10):
-        seen.look(now)
+        seen.update(now)
     assert read == [0, 1, 2, 3, 4]
     write(tmp_path, 9_999, WORKED)
     read.clear()
-    seen.look(11)
+    seen.update(11)
     assert read == [9_999]
 
 
@@ -60,7 +60,7 @@ def test_half_a_commit_does_not_count(tmp_path):
     os.truncate(tmp_path / ".meta/pairs-000002.json", 20)
     (tmp_path / ".meta/000004.lease").write_text("x")
     seen = progress(tmp_path)
-    seen.look(0)
+    seen.update(0)
     assert seen.line().startswith("1 of 8 shards")
 
 

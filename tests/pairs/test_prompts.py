@@ -18,8 +18,7 @@ from flowmatch.pairs.layout import PROMPT, Layout
 from flowmatch.pairs.mixture import Mixture
 from flowmatch.runs import manifest
 from pipelines import inspect_pairs, reflow, verify_pairs
-from tests import store
-from tests.pairs.test_stock import read_by_others
+from tests import stock, store
 
 LAYOUT = Layout((2, 3), "float16", True, 10, 4, prompt_bytes=48)
 SOME = [
@@ -131,7 +130,7 @@ def test_reflow_refuses_prompts(tmp_path):
         diffusion, shape, classes = None, (2, 3), 10
 
     finish(tmp_path, 1)
-    with pytest.raises(UserError, match="has prompts; no network here takes text") as error:
+    with pytest.raises(UserError, match="has prompts; networks here take no text") as error:
         reflow.check_match(Start, [PairData(tmp_path)])
     assert len(error.value.faults) == 1
 
@@ -156,7 +155,7 @@ def test_prompts_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
     assert 2 * LAYOUT.prompt_bytes < len(long) <= 2 * 64
     for prompts, message in [
         (["ß" * 60, ""], rf"shard 0 block 2: its 2 .* need {len(long)} bytes.*prompt_bytes=64 or"),
-        (["\ud800", ""], "shard 0 block 2: a prompt is no Unicode"),
+        (["\ud800", ""], "shard 0 block 2: a prompt is not Unicode"),
         (["one"], "1 prompts; expected 2 strings"),
         ([b"one", "two"], "expected 2 strings"),
     ]:
@@ -170,7 +169,8 @@ def test_prompts_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
     assert not list(tmp_path.glob("*.tar*"))
     roomier = Layout((2, 3), "float16", True, 10, 4, prompt_bytes=64)
     store.write(tmp_path, 0, roomier, changed([["ß" * 60, ""]]))
-    for size, message in [(-1, "0 or more"), (2**32, "8 GiB"), (True, "whole numbers")]:
+    sizes = [(-1, "0 or more"), (2**32, "8 GiB"), (True, "expected integers for the sizes")]
+    for size, message in sizes:
         with pytest.raises(UserError, match=message):
             Layout((2,), "float16", False, 4, 4, prompt_bytes=size)
 
@@ -187,7 +187,7 @@ def test_a_set_without_prompts_says_nothing_of_them(tmp_path):
 def test_stock_readers_read_it(tmp_path):
     texts = finish(tmp_path / "pairs", 2)
     batch = PairData(tmp_path / "pairs").batch(range(20))
-    read = read_by_others(tmp_path / "pairs", tmp_path)
+    read = stock.read(tmp_path / "pairs", tmp_path)
     assert len(read) == 5
     for who, found in read.items():
         assert set(found) == {"x0.npy", "x1.npy", "y.npy", "prompt.json"}, who
@@ -221,12 +221,12 @@ def test_damage_is_found_in_full_and_by_the_reader(tmp_path, capsys, damage):
     reseal(tmp_path, [manifest.sha256_file(tmp_path / "pairs-000000.tar"), total])
     capsys.readouterr()
     assert verify_pairs.main([str(tmp_path), "--full"]) == 2
-    said = "000001-000004.prompt.json is no JSON list of 4 strings"
+    said = "000001-000004.prompt.json is not a JSON list of 4 strings"
     assert f"pairs-000001.tar is damaged: {said}" in capsys.readouterr().err
     data = PairData(tmp_path)
     assert data.batch([10, 13, 18])["prompt"] == [texts[10], texts[13], texts[18]]
     for _ in range(2):
-        with pytest.raises(UserError, match=rf"000001\.tar is damaged: {said}.*verify_pairs"):
+        with pytest.raises(UserError, match=rf"000001\.tar is damaged: {said}.*flowmatch verify"):
             data.batch([0, 15])
 
 

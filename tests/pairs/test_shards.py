@@ -4,9 +4,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
-import subprocess
-import sys
 import tarfile
 import time
 
@@ -17,6 +14,7 @@ from flowmatch.config import UserError
 from flowmatch.pairs import shards
 from flowmatch.pairs.dataset import PairData
 from flowmatch.pairs.layout import Layout
+from tests import forked, stock
 from tests.store import CARD, PRINT, RAGGED, blocks_of, finish, pairs_of, write
 
 GOLDEN = "57c527feaa978c030154451328662dc422000a540ab5c19786a2178f781349d2"
@@ -134,7 +132,7 @@ def test_blocks_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
     hole = x1.copy()
     hole[1, 1] = np.inf
     for blocks, message in [
-        (good[:1], "1 blocks; its layout has 2"),
+        (good[:1], "1 blocks; expected the 2 of its layout"),
         (good * 2, "more than the 2 blocks"),
         ([(x0, x1.astype(np.float32), None), good[1]], "x1: float32"),
         ([(x0[:3], x1, None), good[1]], r"\(3, 2\); expected float16 \(4, 2\)"),
@@ -151,15 +149,8 @@ def test_blocks_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
 
 
 def test_a_full_disk_leaves_no_tar_and_no_sidecar(tmp_path):
-    """A small file-size limit stands in for it: the same OSError out of the same write."""
-    code = f"""
-import resource
-from tests.store import Layout, write
-layout = Layout((3, 64, 64), "float32", False, 64, 8)
-resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
-write({str(tmp_path)!r}, 0, layout)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    """A limit on the size of files stands in for it: the same write raises the same OSError."""
+    result = forked.run(["tests.limited", 8192, "tests.store", tmp_path, 0, 1, 1, 60, 0, "race"])
     assert result.returncode == 1
     assert "OSError: [Errno 27]" in result.stderr
     assert os.listdir(tmp_path) == [".meta"]
@@ -185,9 +176,7 @@ def test_a_damaged_shard_is_named_and_made_again(tmp_path, damage):
     DAMAGE[damage](tmp_path)
     assert shards.missing(tmp_path, range(3), PRINT) == [1]
     if damage.startswith("tar"):
-        with pytest.raises(
-            UserError, match=r"000001\.tar.*python -m pipelines.verify_pairs .* --full"
-        ) as error:
+        with pytest.raises(UserError, match=r"000001\.tar.*flowmatch verify .* --full") as error:
             PairData(tmp_path)
         assert len(error.value.faults) == 1
     write(tmp_path, 1, layout)
@@ -200,28 +189,8 @@ def test_shards_of_another_fingerprint_are_refused(tmp_path):
     layout = Layout((2,), "float32", False, 4, 4)
     write(tmp_path, 0, layout)
     for ask in (shards.done, lambda *a: shards.missing(a[0], [a[1]], a[2])):
-        with pytest.raises(UserError, match=r"pairs-000000\.tar was made by another config"):
+        with pytest.raises(UserError, match=r"pairs-000000\.tar was made with another config"):
             ask(tmp_path, 0, "b" * 64)
-
-
-STOCK = """
-import glob, pickle, sys, warnings
-import datasets, numpy as np, webdataset
-warnings.simplefilter("ignore")
-folder, cache = sys.argv[1:]
-def joined(rows):
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0] if name[0] != "_"}
-tars = sorted(glob.glob(folder + "/*.tar"))
-read = {"webdataset": joined(list(webdataset.WebDataset(tars, shardshuffle=False).decode()))}
-for streaming in (False, True):
-    files = {"path": "webdataset", "data_files": folder + "/*.tar"}
-    for name, source in {"files": files, "folder": {"path": folder}}.items():
-        how = {"split": "train", "cache_dir": cache, "streaming": streaming}
-        found = datasets.load_dataset(**source, **how)
-        assert "x0.npy" in found.features, (name, found.features)
-        read[f"{name} {streaming}"] = joined(list(found.with_format("numpy")))
-pickle.dump(read, sys.stdout.buffer)
-"""
 
 
 @pytest.mark.parametrize(("dtype", "number"), [("float16", 1), ("float32", 2)])
@@ -230,15 +199,7 @@ def test_stock_readers_read_it(tmp_path, dtype, number):
     layout = Layout((3, 4, 4), dtype, True, 10, 4)
     folder = tmp_path / "pairs"
     x0, x1, y = finish(folder, layout, number)
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    arguments = [str(folder), str(tmp_path / "cache")]
-    result = subprocess.run(
-        [sys.executable, "-c", STOCK, *arguments],
-        env=os.environ | offline,
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    read = pickle.loads(result.stdout)
+    read = stock.read(folder, tmp_path)
     assert len(read) == 5
     for who, found in read.items():
         assert set(found) == {"x0.npy", "x1.npy", "y.npy"}, who

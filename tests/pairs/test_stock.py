@@ -1,10 +1,6 @@
 """What stage two makes, read by those who never heard of it: webdataset, datasets, its own README."""
 
-import os
-import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +9,7 @@ import pytest
 from flowmatch.pairs.dataset import PairData
 from flowmatch.pairs.layout import Layout
 from scripts.run_page import blocks
-from tests import pairset, store
-from tests.pairs.test_shards import STOCK
+from tests import pairset, stock, store
 from tests.pairset import generate
 from tests.stages import UNET
 
@@ -28,26 +23,7 @@ KINDS = {  # classes, shape, network, shards, pairs a shard, block
 }
 
 
-def read_by_others(folder, root, *code):
-    """Read a folder in a process without flowmatch; also run code of its README there."""
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(root / "home")}
-    result = subprocess.run(
-        [sys.executable, "-c", "\n".join([STOCK, *code]), str(folder), str(root / "cache")],
-        env=os.environ | offline,
-        cwd=folder,
-        capture_output=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr.decode()
-    return pickle.loads(result.stdout)
-
-
-SELDOM = ("points, one shard", "images")
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SELDOM)) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_stock_readers_read_every_kind_of_set(tmp_path, kind):
     """The last block of each shard is shorter; a shard set aside is no part of the set."""
     classes, shape, net, number, size, block = KINDS[kind]
@@ -64,7 +40,7 @@ def test_stock_readers_read_every_kind_of_set(tmp_path, kind):
         f"assert x0.shape[1:] == x1.shape[1:] == {shape}",
         f"assert sum(len(row['x1.npy']) for row in pairs) == {number * size}",
     ]
-    read = read_by_others(folder, tmp_path, *recipes, *checks)
+    read = stock.read(folder, tmp_path, *recipes, *checks)
     data = PairData(folder)
     batch = data.batch(np.arange(len(data)))
     assert len(read) == 5

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from flowmatch.config import UserError
+from flowmatch.pairs import dataset, truncation
 from flowmatch.pairs.dataset import PairData
 from flowmatch.pairs.layout import Layout
 from flowmatch.pairs.mixture import Mixture
-from flowmatch.pairs.truncation import check, costs, truncate
+from flowmatch.pairs.truncation import costs, truncate
 from flowmatch.runs.command import execute, load
 from pipelines import reflow
 from tests import pairset
@@ -18,9 +19,7 @@ LAYOUT = Layout((3, 2), "float16", False, 20, 8)
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99, 0.001])
 def test_what_is_kept_is_what_numpy_keeps(tmp_path, share, monkeypatch):
-    monkeypatch.setattr(
-        "flowmatch.pairs.truncation.READ", 50
-    )  # several reads, the last a short one
+    monkeypatch.setattr(dataset, "READ", 50)  # several reads, the last a short one
     x0, x1, _ = finish(tmp_path, LAYOUT, 3)
     cost = ((x1.astype(float) - x0.astype(float)) ** 2).sum((1, 2))
     data = PairData(tmp_path)
@@ -76,7 +75,7 @@ def test_reflow_says_what_it_keeps_and_takes_another_share_for_other_content(tmp
 def test_a_set_read_group_by_group_is_not_truncated(tmp_path):
     finish(tmp_path, LAYOUT, 3)
     with pytest.raises(UserError, match=r"truncate=0.1 reads the whole set first"):
-        check(PairData(tmp_path, group=1), 0.1)
+        truncation.check(PairData(tmp_path, group=1), 0.1)
 
 
 def test_what_is_cheap_to_find_is_found_before_a_set_is_read(tmp_path, monkeypatch):

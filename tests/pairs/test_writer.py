@@ -2,7 +2,7 @@
 
 import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 
@@ -21,7 +21,7 @@ def patiently(until):
 
 
 def test_a_slow_writer_holds_the_maker_back_and_then_gets_it_all():
-    made, taken, go = [], [], threading.Event()
+    made, taken, refused, go = [], [], [], threading.Event()
 
     def slowly(k, batches):
         for batch in batches:
@@ -33,12 +33,19 @@ def test_a_slow_writer_holds_the_maker_back_and_then_gets_it_all():
             made.append((k, number))
             yield number
 
+    def acquire(timeout, inner=threading.Semaphore.acquire):
+        got = inner(behind.room, timeout=timeout)
+        if not got:
+            refused.append(timeout)
+        return got
+
     with Writer(slowly) as behind:
+        behind.room.acquire = acquire
         maker = threading.Thread(target=lambda: [behind.shard(k, batches(k)) for k in range(3)])
         maker.start()
         most = 1 + WAITING + 1  # in the writer's hand, waiting, just made
         patiently(lambda: len(made) == most)
-        time.sleep(0.1)
+        patiently(lambda: refused)
         assert (len(made), len(taken)) == (most, 1)
         go.set()
         maker.join()
@@ -99,11 +106,17 @@ def test_a_maker_that_stops_leaves_what_is_whole_and_nothing_half(
     half_written,
 ):
     """Shard 3 is whole and is committed, shard 1 is not; every lease is given back."""
-    folder = tmp_path / "pairs"
+    folder, stopped = tmp_path / "pairs", threading.Event()
 
     def slowly(k, blocks):
-        time.sleep(0.0 if half_written else 0.2)
-        write(folder, k, WORKED, blocks)
+        write(folder, k, WORKED, blocks if half_written else held(blocks))
+
+    def held(blocks):
+        """Take all blocks of shard 3, and write none of the next."""
+        for number, block in enumerate(blocks, 1):
+            if number == WORKED.blocks:
+                assert stopped.wait(60)
+            yield block
 
     def broken(k):
         yield from list(blocks_of(k, WORKED))[:2]
@@ -112,7 +125,12 @@ def test_a_maker_that_stops_leaves_what_is_whole_and_nothing_half(
         raise stop
 
     def make():
-        with closing(claim(folder, [3, 1], range(6), PRINT)) as todo, Writer(slowly) as behind:
+        with (
+            closing(claim(folder, [3, 1], range(6), PRINT)) as todo,
+            Writer(slowly) as behind,
+            ExitStack() as stack,
+        ):
+            stack.callback(stopped.set)
             behind.shard(next(todo), blocks_of(3, WORKED))
             behind.shard(next(todo), broken(1))
 
@@ -126,7 +144,7 @@ def test_leases_are_held_until_what_is_behind_is_done(tmp_path, reference):  # n
     folder, held = tmp_path / "pairs", []
 
     def slowly(k, blocks):
-        time.sleep(0.05)
+        time.sleep(0.005)
         held.append(f"{k:06d}.lease" in leftovers(folder))
         write(folder, k, WORKED, blocks)
 

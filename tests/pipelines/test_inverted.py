@@ -18,10 +18,9 @@ from flowmatch.pairs import shards
 from flowmatch.pairs.dataset import PairData
 from flowmatch.runs.command import execute, load
 from pipelines import inspect_pairs, reflow, verify_pairs
-from tests import pairset
+from tests import pairset, stock
 from tests.models.test_diffusion import Config
 from tests.pairs.test_faults import commands, mend, rehash, verify
-from tests.pairs.test_stock import read_by_others
 from tests.pairset import contents, copy, generate
 
 RING = ["data.source=ring", "data.samples=33", "data.seed=5", "data.labels=true", "dtype=float32"]
@@ -115,7 +114,7 @@ def test_it_is_verified_inspected_and_read_by_others(whole, tmp_path, capsys):
     assert seal["inputs"]["data"] in card
     assert "`.i.npy`" in card
     batch = PairData(folder).batch(range(30))
-    for who, found in read_by_others(folder, tmp_path).items():
+    for who, found in stock.read(folder, tmp_path).items():
         assert set(found) == {"x0.npy", "x1.npy", "y.npy", "i.npy"}, who
         assert np.array_equal(found["i.npy"], np.arange(30)), who
         assert np.array_equal(found["x0.npy"], batch["x0"].numpy()), who

@@ -228,7 +228,7 @@ def test_a_finished_set_of_pairs_grows_and_heals(chain, tmp_path):
     broken = call("reflow", root)
     assert broken.returncode == 2
     assert "pairs-000001.tar has 3 bytes" in broken.stderr
-    assert "python -m pipelines.verify_pairs" in broken.stderr
+    assert "flowmatch verify" in broken.stderr
     succeed("generate_pairs", root)
     for name, content in tars.items():
         assert (root / "pairs" / name).read_bytes() == content
