@@ -136,11 +136,14 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     with faults:
         sampling.check(models, sets.get("data"), config.guidance)
     if "data" in sets:
-        kind = feature_choice.kind_of(config.distance, sets["data"])
+        kind = feature_choice.choose_distance(config.distance, sets["data"])
         with faults:
-            look = feature_choice.look_of(config, sets["data"], kind, inputs)
-            if look.module is not None:
-                feature_choice.refuse_own(look.module, models)
+            choice = feature_choice.choose_features(
+                *(config.features, config.classifier, config.inception_weights), kind, sets["data"]
+            )
+            inputs |= choice.inputs
+            if choice.module is not None:
+                feature_choice.check_independent(choice.module, models)
         with faults:
             for name, made in (sets | models).items():
                 if made.shape != sets["data"].shape:
@@ -179,7 +182,7 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
     with RunFolder("evaluate", config, inputs) as folder:
         command.exit_on_sigterm()
         if accelerator.num_processes == 1:  # before the samples, which its refusal would lose
-            look = feature_choice.taught(look, config, kind, sets["data"], models)
+            choice = feature_choice.train(choice, sets["data"], config.seed, models)
         sampled = {
             name: Sampler(
                 model,
@@ -197,7 +200,7 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
             for name, sampler in sampled.items()
         }
         if process.leads():
-            result = score(config, sets, sampled, found, kind, look)
+            result = score(config, sets, sampled, found, kind, choice)
             write(folder, result, found, sampled, real)
     accelerator.end_training()
 
@@ -208,7 +211,7 @@ def score(
     sampled: dict[str, Sampler],
     made: dict[str, list[SampledRow]],
     kind: str,
-    look: FeatureChoice,
+    choice: FeatureChoice,
 ) -> dict[str, Any]:
     """Measure all rows, and write down the protocol."""
     n, device = sampled["teacher"].samples, sampled["teacher"].accelerator.device
@@ -232,10 +235,10 @@ def score(
         protocol["student_solver"] = samplers.describe(config.student_solver)
     # here where there are others: they would wait for it longer than a collective does
     models = {name: sampler.model for name, sampler in sampled.items()}
-    look = feature_choice.taught(look, config, kind, sets["data"], models)
-    net, known = look.module, None
+    choice = feature_choice.train(choice, sets["data"], config.seed, models)
+    net, known = choice.module, None
     if kind == "frechet":
-        protocol["features"] = {"name": config.features, **look.facts}
+        protocol["features"] = {"name": config.features, **choice.facts}
         if net is not None:
             protocol["features"]["sha256"] = module_digest(net)
             net.to(device)

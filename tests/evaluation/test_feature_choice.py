@@ -64,14 +64,14 @@ def test_points_of_any_number_of_dimensions_are_scored_and_drawn(tmp_path, dimen
 def test_what_images_are_scored_on_is_refused_for_points_and_latents(points):
     root, net, ring = points
     (fault,) = planned(root, net, ring, "distance=frechet")
-    assert "features='classifier' looks at images" in fault
+    assert "features='classifier' takes images" in fault
     assert "use distance=sliced_wasserstein, or features=values" in fault
     assert planned(root, net, ring, "distance=frechet", "features=values") == []
     net = model(root / "unet", (4, 8, 8))
     latents = f"source: latents, path: {stored(root / 'latents.npz', (4, 8, 8), labels=True)}"
     for labels in ("", ", labels: true"):
         (fault,) = planned(root, net, latents + labels, "distance=frechet")
-        assert "looks at images; the data holds [4, 8, 8], which are none" in fault
+        assert "takes images, but the data has shape [4, 8, 8]" in fault
     assert planned(root, net, latents) == []
 
 
@@ -80,7 +80,7 @@ def test_values_too_many_for_a_frechet_distance_are_refused_with_a_way_on(tmp_pa
     images = f"source: npz, path: {stored(tmp_path / 'images.npz', (3, 64, 64), labels=True)}"
     ways = "features=inception with inception_weights=FILE, or features=classifier with classifier="
     (fault,) = planned(tmp_path, net, images, "features=values")
-    assert "takes 4096 values a sample, the data has 12288" in fault
+    assert "takes at most 4096 values per sample, the data has 12288" in fault
     assert ways in fault
     (fault,) = planned(tmp_path, net, images)  # no labels: the values are no way on
     assert "needs data.labels=true, or classifier=" in fault
@@ -89,7 +89,7 @@ def test_values_too_many_for_a_frechet_distance_are_refused_with_a_way_on(tmp_pa
     assert planned(tmp_path, net, images + ", labels: true") == []
 
 
-def test_what_is_not_looked_at_is_refused(points):
+def test_a_key_without_effect_is_refused(points):
     root, net, ring = points
     given = ["classifier=nowhere", "inception_weights=nowhere", "features=inception"]
     found = planned(root, net, ring, *given)
@@ -98,7 +98,7 @@ def test_what_is_not_looked_at_is_refused(points):
     digits = "source: digits"
     net = model(root / "unet", (1, 8, 8))
     (fault,) = planned(root, net, digits, "features=values", given[1])
-    assert fault == "inception_weights=nowhere is not looked at: features='values'; leave it out"
+    assert fault == "inception_weights=nowhere has no effect with features='values'; leave it out"
 
 
 def test_guidance_and_classes_that_models_do_not_share_are_refused(tmp_path):
