@@ -16,7 +16,7 @@ from flowmatch.config import UserError, option, required, used
 from flowmatch.data import dataset
 from flowmatch.data.config import DataConfig
 from flowmatch.data.dataset import Data
-from flowmatch.evaluation import feature_choice, figures, report, sampling, scoring
+from flowmatch.evaluation import feature_choice, figures, report, sampling, scoring, tables
 from flowmatch.evaluation.feature_choice import FeatureChoice
 from flowmatch.evaluation.sampling import SampledRow, Sampler
 from flowmatch.evaluation.scoring import Scorer
@@ -192,6 +192,7 @@ def main(config: EvaluateConfig, dry_run: bool) -> None:
                 config.guidance,
                 config.precision,
                 accelerator,
+                name,
             )
             for name, model in models.items()
         }
@@ -275,7 +276,7 @@ def write(
     place = Path(folder.folder)
     samples = {name: {r.steps: r.x for r in found} for name, found in made.items()}
     write_atomic(place / "metrics.json", json.dumps(result, indent=1) + "\n")
-    write_atomic(place / "table.md", figures.table(result))
+    write_atomic(place / "table.md", tables.markdown(result))
     figures.curve(place / "curve.png", result)
     figures.grid(place / "grid.png", samples)
     accelerator = sampled["student"].accelerator
@@ -295,7 +296,7 @@ def write(
     )
     write_atomic(place / "report.html", page)
     folder.seal(["metrics.json"])
-    process.say(f"\n{figures.table(result)}\nreport: {place / 'report.html'}")
+    process.say(f"\n{tables.markdown(result)}\nreport: {place / 'report.html'}")
 
 
 if __name__ == "__main__":

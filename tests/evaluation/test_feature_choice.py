@@ -109,7 +109,7 @@ def test_guidance_and_classes_that_models_do_not_share_are_refused(tmp_path):
     found = planned(tmp_path, models[None], *words, "guidance=2.0")
     expected = "guidance=2.0: this network takes no labels; use guidance=1"
     assert found == [f"teacher: {expected}", f"student: {expected}"]
-    differ = "numbers of classes differ: teacher 4, student {}; name what was trained on the same"
+    differ = "numbers of classes differ: teacher 4, student {}; use models and data"
     for k in (3, None):
         (fault,) = planned(tmp_path, models[4], *words, student=models[k])
         assert fault.startswith(differ.format(k or "none"))

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 
-from flowmatch.evaluation import figures, report
+from flowmatch.evaluation import report, tables
 
 CHROMIUM = shutil.which("chromium")
 PROBE = """<script>
@@ -109,12 +109,12 @@ def test_the_page_says_what_was_measured(tmp_path):
     page = made(tmp_path, True)
     text = re.sub(r"<[^>]*>", " ", page.split("</style>")[1])
     for said in (
-        *("2.00 times what the teacher converges to", "0.250 /", "held out accuracy", "0.925"),
-        *("90 steps, 7 images a second", "run_dir: of the student", "straightness 0.125"),
+        *("2.00 times that of the converged teacher", "0.250 /", "held out accuracy", "0.925"),
+        *("90 steps, 7 images per second", "run_dir: of the student", "straightness 0.125"),
     ):
         assert said in text
-    assert re.search(r"1 step\s+1\s+40\s+2\s+2.00", text)
-    assert re.search(r"real\s+0.5\s", text)
+    assert re.search(r"\s1\s+1\s+40\s+2\s+2.00", text)
+    assert re.search(r"real against real\s+0.5\s", text)
 
 
 def test_logs_that_are_not_there_are_left_out(tmp_path):
@@ -179,6 +179,6 @@ def test_the_tables_tell_what_each_model_costs_a_row():
         "teacher": teacher,
         "student": {"rows": [*dear, row(2, 2.0)], "normalised": 0.1},
     }
-    assert "| 1 | 1 / 2 | 4 | 4 |" in figures.table(result)
-    assert "| 2 | 2 | 3 | 2 |" in figures.table(result)
-    assert "<td>1 / 2</td>" in report.tables(result)
+    assert "| 1 | 1 / 2 | 4 | 4 |" in tables.markdown(result)
+    assert "| 2 | 2 | 3 | 2 |" in tables.markdown(result)
+    assert "<td>1 / 2</td>" in report.numbers(result)

@@ -187,7 +187,7 @@ def test_a_one_step_student_is_known_as_one_everywhere(base, tmp_path, capsys):
     run(evaluate, f"run_dir={tmp_path}/evaluate", *models, *SCORED, "steps=[1,2]")
     result = json.loads((tmp_path / "evaluate/metrics.json").read_text())
     assert result["student"]["one_step"] is True
-    said = "trained for one step alone: its other rows show what it is not for"
+    said = "trained for one step only; its rows with more steps are not meaningful"
     for name in ("table.md", "report.html"):
         assert said in (tmp_path / "evaluate" / name).read_text()
 
