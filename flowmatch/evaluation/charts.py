@@ -67,7 +67,9 @@ def mosaic(x: Tensor) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(figures.mosaic(x.numpy())).save(file, "PNG", optimize=True)
+    picture = Image.fromarray(figures.mosaic(x.numpy()))
+    picture = picture if x.shape[1] == 3 else picture.convert("LA")  # grey: a smaller file
+    picture.save(file, "PNG", optimize=True)
     return file.getvalue()
 
 

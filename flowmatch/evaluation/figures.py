@@ -19,7 +19,7 @@ DARK = "#333333"
 MARKERS = {"teacher": "o", "student": "s"}
 POINTS = 2000  # most points in a scatter plot
 MOSAIC = 4  # images per side of a mosaic
-GUTTER = 160  # grey between its images: visible on white ground and on black
+GUTTER = (128, 128, 128, 90)  # between its images: red, green, blue, opacity
 ROW = 8  # pairs of images side by side
 GREY: dict[str, Any] = {"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest"}
 BESIDE: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 9}
@@ -108,8 +108,7 @@ def grid(path: str | os.PathLike[str], samples: Mapping[str, Mapping[int | None,
             panel.set_yticks([])
             x = found[steps].float().cpu()
             if x.ndim == 4:
-                picture = mosaic(x[: MOSAIC**2].numpy())
-                panel.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                panel.imshow(mosaic(x[: MOSAIC**2].numpy()), interpolation="nearest")
                 panel.spines[:].set_visible(False)
             else:
                 x = on_plane(x[:POINTS])
@@ -131,27 +130,27 @@ def on_plane(x: Tensor) -> Tensor:
 
 
 def mosaic(x: np.ndarray) -> np.ndarray:
-    """Arrange images in a square, separated by one pixel of grey.
+    """Arrange images in a square, separated by one pixel of translucent grey.
+
+    The grey is visible between white images and between black ones, on light ground and on dark.
 
     Args:
         x: [N, C, H, W] in [-1, 1]. With other than 1 or 3 channels (latents) the first one is shown.
 
     Returns:
-        uint8 [height, width] for one channel, [height, width, 3] for three.
+        Red, green, blue and opacity, uint8 [height, width, 4].
     """
     x = x if x.shape[1] in (1, 3) else x[:, :1]
-    n, channels, high, wide = x.shape
+    n, _, high, wide = x.shape
     side = math.ceil(math.sqrt(n))
-    size = (side * (high + 1) - 1, side * (wide + 1) - 1, channels)
-    sheet = np.full(size, GUTTER, dtype=np.uint8)
+    sheet = np.zeros((side * (high + 1), side * (wide + 1), 4), dtype=np.uint8)
     pixels = np.rint((x.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
     for i, image in enumerate(pixels):
         top, left = (i // side) * (high + 1), (i % side) * (wide + 1)
-        sheet[top : top + high, left : left + wide] = image
-    for i in range(n, side**2):  # empty places
-        top, left = (i // side) * (high + 1), (i % side) * (wide + 1)
-        sheet[top : top + high, left : left + wide] = 255
-    return sheet[:, :, 0] if channels == 1 else sheet
+        sheet[top : top + high + 1, left : left + wide + 1] = GUTTER
+        sheet[top : top + high, left : left + wide, :3] = image
+        sheet[top : top + high, left : left + wide, 3] = 255
+    return sheet[:-1, :-1]
 
 
 def pairs(
