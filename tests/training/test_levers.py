@@ -198,8 +198,8 @@ def test_a_one_step_student_is_known_as_one_everywhere(base, tmp_path, capsys):
     index = json.loads((tmp_path / "export/model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]  # exact for one
     card = (tmp_path / "export/README.md").read_text()
-    assert "in one Euler step, and in no other number of them" in card
-    assert "any number of steps, to the difference" not in card
+    assert "in exactly one Euler step" in card
+    assert "any number of steps, with the small error" not in card
     assert said in card
 
 
