@@ -145,10 +145,19 @@ def test_the_plan_counts_what_guidance_and_a_last_step_cost(tmp_path, capsys):
 
 def test_a_reference_that_is_the_data_is_none(tmp_path, capsys):
     """The floor of its images to themselves would be 0; a digest may be of two splits."""
-    net = model(tmp_path / "unet", (1, 8, 8))
-    train = f"source: npz, path: {stored(tmp_path / 'train.npz', (1, 8, 8), labels=True)}"
-    test = f"source: npz, path: {stored(tmp_path / 'test.npz', (1, 8, 8), seed=1)}"
-    words = ["features=values", f"teacher={net}", f"student={net}", "steps=[1]", "samples=24"]
+    net = model(tmp_path / "mlp", (2,))  # points, because an MLP is fast
+    for seed, name in enumerate(("train", "test")):
+        x, y = np.random.default_rng(seed).normal(size=(24, 2)).astype("f4"), np.arange(24) % 2
+        np.savez(tmp_path / f"{name}.npz", x=x, y=y)
+    train, test = (f"source: npz, path: {tmp_path}/{name}.npz" for name in ("train", "test"))
+    words = [
+        "distance=frechet",
+        "features=values",
+        f"teacher={net}",
+        f"student={net}",
+        "steps=[1]",
+        "samples=24",
+    ]
     words += [f"data={{{train}}}", "converged_steps=1"]
     found = {}
     for name, reference in (("none", None), ("same", f"{train}, labels: true"), ("other", test)):
