@@ -115,7 +115,7 @@ class Plan(folder.Plan):
     sets: "dict[str, Data]"
     models: "dict[str, Teacher]"
     kind: str
-    look: "FeatureChoice"
+    choice: "FeatureChoice"
     samples: int
 
     @property
@@ -170,13 +170,14 @@ def plan(config: EvaluateConfig) -> Plan:
     inputs = {key: data.digest for key, data in sets.items()}
     inputs |= {name: model.digest for name, model in models.items()}
     data = sets["data"]
-    kind = feature_choice.kind_of(config.distance, data)
+    kind = feature_choice.choose_distance(config.distance, data)
 
     def choose_features() -> "FeatureChoice":
-        look = feature_choice.look_of(config, data, kind, inputs)
-        if look.module is not None:
-            feature_choice.refuse_own(look.module, models)
-        return look
+        names = (config.features, config.classifier, config.inception_weights)
+        choice = feature_choice.choose_features(*names, kind, data)
+        if choice.module is not None:
+            feature_choice.check_independent(choice.module, models)
+        return choice
 
     def check_shapes() -> None:
         for name, made in (sets | models).items():
@@ -186,9 +187,10 @@ def plan(config: EvaluateConfig) -> Plan:
                     f"data holds {list(data.shape)}"
                 )
 
-    _, look, _ = together(
+    _, choice, _ = together(
         lambda: sampling.check(models, data, config.guidance), choose_features, check_shapes
     )
+    inputs |= choice.inputs
     again = "reference" in sets and scoring.same(sets["reference"], data)
     if again:
         del sets["reference"]
@@ -215,12 +217,12 @@ def plan(config: EvaluateConfig) -> Plan:
         lines.append(
             "reference holds the same items as data: scored without it, as seen in training"
         )
-    return Plan(config, inputs, lines, sets, models, kind, look, samples)
+    return Plan(config, inputs, lines, sets, models, kind, choice, samples)
 
 
 def run(plan: Plan) -> None:
     """Sample, score, draw, and seal the folder."""
-    from flowmatch.evaluation import feature_choice, figures, results
+    from flowmatch.evaluation import feature_choice, results, tables
     from flowmatch.evaluation.sampling import Sampler
     from flowmatch.models import teachers
 
@@ -229,8 +231,8 @@ def run(plan: Plan) -> None:
     with folder.RunFolder("evaluate", config, plan.inputs) as opened:
         command.exit_on_sigterm()
         if accelerator.num_processes == 1:  # before the samples, which its refusal would lose
-            plan.look = feature_choice.taught(
-                plan.look, config, plan.kind, plan.sets["data"], plan.models
+            plan.choice = feature_choice.train(
+                plan.choice, plan.sets["data"], config.seed, plan.models
             )
         sampled = {
             name: Sampler(
@@ -241,6 +243,7 @@ def run(plan: Plan) -> None:
                 config.guidance,
                 config.precision,
                 accelerator,
+                name,
             )
             for name, model in plan.models.items()
         }
@@ -254,7 +257,7 @@ def run(plan: Plan) -> None:
             place = Path(opened.folder)
             results.write(place, result, rows, sampled, plan.real, folders, dump(config))
             opened.seal(["metrics.json"])
-            process.say(f"\n{figures.table(result)}\nreport: {place / 'report.html'}")
+            process.say(f"\n{tables.markdown(result)}\nreport: {place / 'report.html'}")
     accelerator.end_training()
 
 
@@ -289,10 +292,10 @@ def score(
     if config.student_solver is not None:
         protocol["student_solver"] = samplers.describe(config.student_solver)
     # with several processes trained here: the others would wait for it longer than a collective does
-    look = feature_choice.taught(plan.look, config, kind, sets["data"], plan.models)
-    net, known = look.module, None
+    choice = feature_choice.train(plan.choice, sets["data"], config.seed, plan.models)
+    net, known = choice.module, None
     if kind == "frechet":
-        protocol["features"] = {"name": config.features, **look.facts}
+        protocol["features"] = {"name": config.features, **choice.facts}
         if net is not None:
             protocol["features"]["sha256"] = module_digest(net)
             net.to(device)

@@ -126,6 +126,18 @@ print(sorted({{m.split(".")[0] for m in sys.modules}} & {SLOW | {"torch"}!r}))
     assert out.stdout.splitlines()[-1] == "[]"
 
 
+def lines_of(path: Path) -> int:
+    """Count the lines of a file without its docstrings."""
+    text = path.read_text()
+    lines = len(text.splitlines())
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+    return lines
+
+
 def test_files_stay_small():
     for path in [*MODULES, *(ROOT / "pipelines").glob("*.py")]:
-        assert len(path.read_text().splitlines()) <= 330, f"{path.name} grows a second job"
+        assert lines_of(path) <= 330, f"{path.name} grows a second job"

@@ -1,4 +1,4 @@
-"""The charts of the report, as pictures inside the page: one for a light screen, one for a dark one."""
+"""The charts of the report, embedded in the page: one for light screens and one for dark ones."""
 
 import base64
 import html
@@ -12,26 +12,36 @@ from torch import Tensor
 from flowmatch.evaluation import figures
 
 FAINT = "#e6e6e6"
-ON_DARK = {  # what stands for a colour on a dark ground
+ON_DARK = {  # colour on light ground -> colour on dark ground
     figures.DARK: "#d5d9de",
     FAINT: "#3a4048",
     figures.COLOURS["teacher"]: "#a9bccf",
     figures.COLOURS["student"]: "#ff8093",
 }
 WIDE = 4.9  # inches: text stays legible where the page is 360 pixels wide
-TRACED = 6  # values followed along t
-SHOWN = 32  # paths of points
+TRACED = 6  # values drawn along t
+SHOWN = 32  # paths of points drawn
 
 Paths = Mapping[str, tuple[Tensor, Tensor]]  # model -> (times [T], x [T, N, ...])
 
 
 def uri(kind: str, content: bytes) -> str:
-    """Write a file as an address that holds it. kind: svg+xml or png."""
+    """Encode a file as a data URI.
+
+    Args:
+        kind: Subtype of image, svg+xml or png.
+        content: The file.
+    """
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def picture(make: Callable[[], Any], alt: str) -> str:
-    """Draw a figure, and write the <picture> that shows it in the colours of the screen."""
+    """Draw a figure as an HTML <picture> that follows the colour scheme of the screen.
+
+    Args:
+        make: Creates the matplotlib figure.
+        alt: Description for readers who cannot see it.
+    """
     import matplotlib
 
     ink: Any = dict.fromkeys(
@@ -53,27 +63,35 @@ def picture(make: Callable[[], Any], alt: str) -> str:
 
 
 def mosaic(x: Tensor) -> bytes:
-    """Lay images out in a square. x: [N, C, H, W] in [-1, 1] -> a PNG."""
+    """Encode `figures.mosaic` as a PNG. x: [N, C, H, W] in [-1, 1]."""
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(figures.mosaic(x.numpy())).save(file, "PNG", optimize=True)
+    picture = Image.fromarray(figures.mosaic(x.numpy()))
+    picture = picture if x.shape[1] == 3 else picture.convert("LA")  # grey: a smaller file
+    picture.save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
 def scatter(x: Tensor, limit: float, colour: str) -> bytes:
-    """Draw the first two values of samples as dots, within +-limit. x: [N, D] -> an SVG."""
+    """Draw the first two values of samples as dots, in an SVG.
+
+    Args:
+        x: [N, D].
+        limit: Both axes go from -limit to limit.
+        colour: Of the dots, as CSS writes it.
+    """
     dots = (100 + 96 / limit * figures.on_plane(x[: figures.POINTS]).numpy() * [1, -1]).round(1)
     path = "".join(f"M{a:g} {b:g}h0" for a, b in dots.clip(0, 200))
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 200 200" width="200" height="200">'
         f'<path d="{path}" stroke="{colour}" stroke-width="2.4" stroke-linecap="round" '
-        'stroke-opacity=".75" fill="none"/></svg>'
+        'stroke-opacity="0.75" fill="none"/></svg>'
     ).encode()
 
 
 def point_paths(paths: Paths) -> Any:
-    """Draw the paths of points from noise (ring) to data (dot), first two values, a panel a model."""
+    """Draw the first two values of points from noise (ring) to data (dot), one panel per model."""
     figure, axes = figures.canvas(WIDE, WIDE / 2 + 0.3, 1, len(paths))
     limit = max(1.08 * float(x[:, :SHOWN, :2].abs().max()) for _, x in paths.values())
     for panel, (name, (_, states)) in zip(axes[0], paths.items(), strict=True):
@@ -88,10 +106,10 @@ def point_paths(paths: Paths) -> Any:
 
 
 def value_paths(paths: Paths) -> Any:
-    """Draw the values of a few pixels along t, one of each sample, a panel a model.
+    """Draw the values of a few pixels along t, each of another sample, one panel per model.
 
-    The pixels are those at evenly spaced ranks among the quarter that varies most between the
-    teacher's samples.
+    The pixels have evenly spaced ranks among the quarter that varies most between the samples of the
+    teacher.
     """
     figure, axes = figures.canvas(WIDE, WIDE / 2 + 0.3, 1, len(paths))
     ends = paths["teacher"][1][-1].flatten(1)  # [N, values]
@@ -115,9 +133,9 @@ def value_paths(paths: Paths) -> Any:
 
 
 def losses(curves: Mapping[str, list[dict[str, float]]]) -> Any:
-    """Draw the loss along the steps of training, a panel a model, for each has a loss of its own."""
+    """Draw the training losses, one panel per model, because their scales differ."""
     figure, axes = figures.canvas(WIDE, WIDE / 2 + 0.1, 1, len(curves))
-    panels = np.atleast_2d(axes)[0]  # of a lone model, canvas gives its one panel itself
+    panels = np.atleast_2d(axes)[0]  # canvas returns a single panel by itself
     for panel, (name, lines) in zip(panels, curves.items(), strict=True):
         steps, values = [line["step"] for line in lines], [line["loss"] for line in lines]
         panel.plot(steps, values, color=figures.COLOURS[name], linewidth=1.4)

@@ -1,114 +1,148 @@
-"""Who judges an evaluation: the distance of sets and the features of images, chosen beforehand."""
+"""The choice of a distance and of the features of images that an evaluation compares."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from torch import nn
 
 from flowmatch.config import UserError
 from flowmatch.data.dataset import Data
 from flowmatch.evaluation import features, metrics
-from flowmatch.models import teachers
 from flowmatch.models.digest import module_digest
+from flowmatch.models.teachers import Teacher
 from flowmatch.runs import manifest
 
 
 @dataclass(frozen=True)
 class FeatureChoice:
-    """What images are scored on. module: None for the values, or for a classifier to be trained."""
+    """The features that samples are scored on."""
 
-    module: Any
-    facts: dict[str, Any]
+    module: nn.Module | None = None  # the feature network; None: the values themselves
+    facts: dict[str, Any] = field(default_factory=dict)  # for the protocol
+    inputs: dict[str, str] = field(default_factory=dict)  # for the manifest: name -> digest
+    untrained: bool = False  # whether a classifier still has to be trained on the data
 
 
-def kind_of(distance: str, real: Data) -> str:
-    """Choose the distance."""
+def choose_distance(distance: str, data: Data) -> str:
+    """Return frechet or sliced_wasserstein. distance: one of them, or auto, which follows the data."""
     if distance != "auto":
         return distance
-    return "frechet" if real.images else "sliced_wasserstein"
+    return "frechet" if data.images else "sliced_wasserstein"
 
 
-def look_of(config: Any, real: Data, kind: str, inputs: dict[str, str]) -> FeatureChoice:
-    """Load what images are scored on, but for a classifier that is to be trained; name the input.
+def choose_features(
+    name: str, classifier: str | None, inception_weights: str | None, distance: str, data: Data
+) -> FeatureChoice:
+    """Check the keys that choose the features, and load the feature network if one is given.
 
-    config: of an evaluation. Raises UserError where it names what is not looked at, or where what it
-    names cannot look at the data.
+    Args:
+        name: Value of the key features: classifier, values or inception.
+        classifier: Value of the key classifier.
+        inception_weights: Value of the key inception_weights.
+        distance: What `choose_distance` returned.
+        data: Real data.
+
+    Returns:
+        The choice; `train` completes it if it is `untrained`.
+
+    Raises:
+        UserError: For keys without effect, and for features that do not fit the data.
+        NotReady: If the classifier is not sealed yet.
     """
-    name, classifier, weights = config.features, config.classifier, config.inception_weights
-    points = kind == "sliced_wasserstein"  # are scored as they are
+    points = distance == "sliced_wasserstein"  # compares the values themselves
     unused = {}
     if points and name == "inception":
         unused["features"] = name
     if classifier is not None and (points or name != "classifier"):
         unused["classifier"] = classifier
-    if weights is not None and (points or name != "inception"):
-        unused["inception_weights"] = weights
+    if inception_weights is not None and (points or name != "inception"):
+        unused["inception_weights"] = inception_weights
     if unused:
-        by = f"distance={kind}" if points else f"features={name!r}"
+        why = f"distance={distance}" if points else f"features={name!r}"
         raise UserError(
-            [f"{key}={given} is not looked at: {by}; leave it out" for key, given in unused.items()]
+            [
+                f"{key}={given} has no effect with {why}; leave it out"
+                for key, given in unused.items()
+            ]
         )
     if points:
-        return FeatureChoice(None, {})
-    if not real.images and name != "values":
+        return FeatureChoice()
+    if not data.images and name != "values":
         raise UserError(
-            f"features={name!r} looks at images; the data holds {list(real.shape)}, which are none: "
-            "use distance=sliced_wasserstein, or features=values"
+            f"features={name!r} takes images, but the data has shape {list(data.shape)}; use "
+            "distance=sliced_wasserstein, or features=values"
         )
-    wide = math.prod(real.shape) > metrics.WIDEST
-    if name == "values" and wide:
-        raise UserError(
-            f"features='values': a Frechet distance takes {metrics.WIDEST} values a sample, the data "
-            f"has {math.prod(real.shape)}; {_ways(real)}"
-        )
-    if name == "inception":
-        module: Any = features.Inception(weights or "(not given)")
-        inputs["inception"] = module_digest(module)
-        return FeatureChoice(module, {})
+    size = math.prod(data.shape)
+    wide = size > metrics.WIDEST
     if name == "values":
-        return FeatureChoice(None, {})
+        if wide:
+            raise UserError(
+                f"features='values': a Frechet distance takes at most {metrics.WIDEST} values per "
+                f"sample, the data has {size}; {_alternatives(data)}"
+            )
+        return FeatureChoice()
+    if name == "inception":
+        module = features.Inception(inception_weights or "(not given)")
+        return FeatureChoice(module, inputs={"inception": module_digest(module)})
     if classifier is not None:
-        module, facts = features.load(classifier, "classifier", real.shape)
-        inputs["classifier"] = manifest.digest(classifier)
-        return FeatureChoice(module, {"held_out_accuracy": facts["accuracy"]})
-    if real.label is None:
-        other = _ways(real) if wide else "use features=values"
+        net, facts = features.load(classifier, "classifier", data.shape)
+        inputs = {"classifier": manifest.digest(classifier)}
+        return FeatureChoice(net, {"held_out_accuracy": facts["accuracy"]}, inputs)
+    if data.label is None:
+        other = _alternatives(data) if wide else "use features=values"
         raise UserError(
             f"features='classifier' needs data.labels=true, or classifier= (or {other})"
         )
-    features.check_images(real, "data")
-    return FeatureChoice(None, {})
+    features.check_images(data, "data")
+    return FeatureChoice(untrained=True)
 
 
-def taught(
-    look: FeatureChoice, config: Any, kind: str, real: Data, models: dict[str, teachers.Teacher]
+def train(
+    choice: FeatureChoice, data: Data, seed: int, models: dict[str, Teacher]
 ) -> FeatureChoice:
-    """Train the classifier that samples are to be scored on, where the evaluation names none.
+    """Train the classifier of a choice that needs one; return any other choice as it is.
 
-    Raises UserError where a model was trained to please that very one.
+    Args:
+        choice: What `choose_features` returned.
+        data: Labelled images.
+        seed: Of the training.
+        models: The models to be scored.
+
+    Raises:
+        UserError: If `check_independent` rejects the classifier.
     """
-    if kind != "frechet" or config.features != "classifier" or look.module is not None:
-        return look
-    net, accuracy = features.train_classifier(replace(real, flip=False), config.seed)
-    refuse_own(net, models)
-    return FeatureChoice(net, {"held_out_accuracy": accuracy})
+    if not choice.untrained:
+        return choice
+    net, accuracy = features.train_classifier(replace(data, flip=False), seed)
+    check_independent(net, models)
+    return FeatureChoice(net, {"held_out_accuracy": accuracy}, choice.inputs)
 
 
-def _ways(real: Data) -> str:
-    """Say on what features data can be scored that is too wide for its values."""
-    if not real.images:
+def check_independent(module: nn.Module, models: dict[str, Teacher]) -> None:
+    """Check that no model was trained with a loss on the features that are to score it.
+
+    Args:
+        module: The feature network.
+        models: The models to be scored, by key.
+
+    Raises:
+        UserError: If one was.
+    """
+    digest = module_digest(module)
+    for name, model in models.items():
+        if digest in model.features:
+            raise UserError(
+                f"{name} was trained with loss.features on the same classifier that is to score it, "
+                "which makes it look better than it is; use another classifier= (another seed)"
+            )
+
+
+def _alternatives(data: Data) -> str:
+    """Name the features that suit data with too many values for a Frechet distance."""
+    if not data.images:
         return "use distance=sliced_wasserstein"
     return (
-        "give features=inception with inception_weights=FILE, or features=classifier with "
+        "use features=inception with inception_weights=FILE, or features=classifier with "
         "classifier=FOLDER, sealed by train_classifier on labelled images of this size"
     )
-
-
-def refuse_own(module: Any, models: dict[str, teachers.Teacher]) -> None:
-    """Raise UserError where a model was trained to please the features that are to score it."""
-    judge = module_digest(module)
-    for name, model in models.items():
-        if judge in model.features:
-            raise UserError(
-                f"{name} was trained with loss.features on the very classifier that is to score it, "
-                "and would look better than it is; score it on another (classifier=, of another seed)"
-            )

@@ -1,7 +1,8 @@
-"""Features of images, for distances between sets of them: a classifier's, or Inception's.
+"""Features of images, for distances between sets of images and for feature losses.
 
-A classifier is trained on the data by the stage `train_classifier`, or inside `evaluate`; Inception's
-weights are given. Nothing is downloaded. A feature loss also looks through any module that is given.
+They come from a classifier that the stage `train_classifier` or `evaluate` trains on the data, or from
+Inception with weights that the user gives. A feature loss also takes any exported module. Nothing is
+downloaded.
 """
 
 from collections.abc import Callable
@@ -14,23 +15,35 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flowmatch.config import UserError
+from flowmatch.data.dataset import Data
 from flowmatch.flow import noise
 from flowmatch.models.digest import module_digest
 from flowmatch.runs import manifest
 
 WEIGHTS = "classifier.safetensors"
-BATCH = 256  # samples that a feature module sees together
+BATCH = 256  # samples that a feature network processes together
 
 
 @torch.no_grad()
 def embed(x: Tensor, module: nn.Module | None, batch: int = BATCH) -> Tensor:
-    """Give the features of samples as a float64 matrix, [N, ...] -> [N, num_features].
+    """Compute the features of samples.
 
-    module: x -> [B, ...], run in eval mode and left as it was; None takes the values themselves.
-    Raises UserError for samples that are not finite.
+    Args:
+        x: [N, ...].
+        module: The feature network, x -> [B, ...]. It runs in eval mode; its mode is restored. None
+            takes the values themselves.
+        batch: Samples processed together.
+
+    Returns:
+        float64 [N, num_features].
+
+    Raises:
+        UserError: For samples that are not finite.
     """
     if not x.isfinite().all():
-        raise UserError(f"samples of shape {list(x.shape)} hold NaN or inf")
+        raise UserError(
+            f"the samples, of shape {list(x.shape)}, contain NaN or inf; check the model that made them"
+        )
     if module is None:
         return x.flatten(1).double()
     was_training = module.training
@@ -42,13 +55,20 @@ def embed(x: Tensor, module: nn.Module | None, batch: int = BATCH) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """A small convolutional classifier whose last hidden layer serves as features.
+    """A small convolutional classifier whose last hidden layer provides features.
 
     forward(x: [B, C, H, W]) -> features [B, num_features]; logits(x) -> [B, classes].
     """
 
     def __init__(self, shape: tuple[int, ...], classes: int, num_features: int = 64):
-        """shape: (C, H, W); sides are halved until they are at most 7, six times at most."""
+        """Build the layers.
+
+        Args:
+            shape: Of an image, (C, H, W). Its sides are halved until they are at most 7, at most six
+                times.
+            classes: Number of classes.
+            num_features: Width of the last hidden layer.
+        """
         super().__init__()
         channels, high, wide = shape
         self.num_features = num_features
@@ -66,15 +86,15 @@ class Classifier(nn.Module):
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(num_features, classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the features of x."""
+        """Return the features of x, [B, num_features]."""
         return self.body(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Give the class scores of x."""
+        """Return the class scores of x, [B, classes]."""
         return self.head(self.body(x))
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """Give what its convolutions see in x, first to last: [B, width, h, w] each."""
+        """Return the activations after each ReLU, first to last: [B, width, h, w] each."""
         found = []
         for layer in self.body:
             x = layer(x)
@@ -84,21 +104,23 @@ class Classifier(nn.Module):
 
 
 class Perceptual(nn.Module):
-    """What a feature loss compares: the pixels of an image and what a classifier sees at each of them.
+    """The values that a feature loss compares: pixels and a classifier's activations.
 
-    forward(x: [B, C, H, W]) -> [B, F]: the values, then each map of the classifier with unit length
-    over its channels at every place, as LPIPS takes them (Zhang et al. 2018, arXiv 1801.03924, eq. 1,
-    weights 1). A map's squared distance is its mean over places times the C H W values of an image, so
-    that values and maps weigh alike, and c has the same unit as without features. The classifier is
-    frozen here, in eval mode and float32; gradients go through it.
+    forward(x: [B, C, H, W]) -> [B, F]: the pixels, then each activation map of the classifier,
+    normalized to unit length over the channels at every position, as in LPIPS (Zhang et al. 2018, arXiv
+    1801.03924, eq. 1, weights 1). The squared distance of a map is its mean over positions times the
+    C H W values of an image. Pixels and maps thus have equal weight, and the constant c of the loss
+    has the same unit as without features. The classifier is frozen, in eval mode and float32;
+    gradients flow through it.
     """
 
     def __init__(self, classifier: Classifier):
+        """Freeze the classifier, in place."""
         super().__init__()
         self.classifier = classifier.float().eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the features of x."""
+        """Return the values to compare, [B, F]."""
         parts, values = [x.flatten(1)], x[0].numel()
         for found in self.classifier.maps(x):
             length = (found.square().sum(1, keepdim=True) + 1e-8).sqrt()
@@ -108,46 +130,64 @@ class Perceptual(nn.Module):
 
 
 class Exported(nn.Module):
-    """The same of a module that is given, by a file of torch.export.save.
+    """The values that a feature loss compares: pixels and the output of a module of the user.
 
-    forward(x: [B, C, H, W]) -> [B, F]: the values, then whatever the module gives of x, unweighted.
-    Raises UserError, naming `key`, where it cannot be loaded, takes no batch of such images, or gives
-    no gradient.
+    forward(x: [B, C, H, W]) -> [B, F]: the pixels, then the output of the module, unweighted.
     """
 
     def __init__(self, path: str, key: str, batch: int, shape: tuple[int, ...], device: str):
-        from torch._subclasses.fake_tensor import FakeTensorMode
+        """Load the module, and run it once without data.
+
+        Args:
+            path: File of torch.export.save, with a dynamic batch dimension.
+            key: Name of the config key, for errors.
+            batch: Images in a batch.
+            shape: Of an image, (C, H, W).
+            device: Where the module runs.
+
+        Raises:
+            UserError: If the module cannot be loaded, rejects such batches, or returns no gradient.
+        """
         from torch.export.passes import move_to_device_pass
 
         super().__init__()
         try:
+            # On the meta device nothing is allocated: a plan's batch may be that of a whole job.
+            trial = move_to_device_pass(torch.export.load(path), "meta").module()
+            trial.requires_grad_(False)
+            x = torch.zeros(batch, *shape, device="meta", requires_grad=True)
+            found = trial(x).flatten(1)
             self.net = move_to_device_pass(torch.export.load(path), device).module()
             self.net.requires_grad_(False)
-            with FakeTensorMode(allow_non_fake_inputs=True):  # a plan's batch may be a whole job's
-                x = torch.zeros(batch, *shape, device=device, requires_grad=True)
-                found = self.net(x).flatten(1)
-        except Exception as error:  # whatever torch or the program raises
+        except Exception as error:  # torch and the program may raise anything
             reason = str(error).strip().split("\n")[0]
             raise UserError(
-                f"{key}={path}: no module for batches of {[batch, *shape]}, by torch.export.save with a "
-                f"dynamic batch: {type(error).__name__}: {reason}"
+                f"{key}={path}: cannot load this file as a module that takes batches "
+                f"{[batch, *shape]}; write it with torch.export.save and a dynamic batch dimension "
+                f"({type(error).__name__}: {reason})"
             ) from None
         if not found.requires_grad or len(found) != batch:
             raise UserError(
-                f"{key}={path} gives {len(found)} rows for a batch of {batch}, with"
-                f"{'' if found.requires_grad else 'out'} a gradient; expected a row a sample, with one"
+                f"{key}={path} returns {len(found)} rows for a batch of {batch}, with"
+                f"{'' if found.requires_grad else 'out'} a gradient; expected one row per image, with "
+                "a gradient"
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the features of x."""
+        """Return the values to compare, [B, F]."""
         return torch.cat([x.flatten(1), self.net(x).flatten(1)], dim=1)
 
 
 def check(path: str, key: str) -> None:
-    """Look whether there is what a feature loss compares, before there is a network to hold it against.
+    """Check that the features of a feature loss exist, before a network is loaded to test them with.
 
-    path: as of `perceptual`. Raises UserError naming `key`; NotReady for a folder that is not there or
-    not sealed.
+    Args:
+        path: As in `perceptual`.
+        key: Name of the config key, for errors.
+
+    Raises:
+        UserError: If the file does not exist, or the folder is that of another stage.
+        NotReady: If the folder does not exist or is not sealed.
     """
     if Path(path).is_file():
         return
@@ -159,52 +199,85 @@ def check(path: str, key: str) -> None:
 def perceptual(
     path: str, key: str, batch: int, shape: tuple[int, ...], device: str
 ) -> tuple[nn.Module, str, str]:
-    """Load what a feature loss compares: (frozen module, digest of `path`, digest of who looks).
+    """Load the features that a feature loss compares.
 
-    path: the sealed folder of train_classifier, or a file. batch, shape: of what it is to see.
-    Raises UserError naming `key`; NotReady for a folder that is not there or not sealed.
+    Args:
+        path: A sealed folder of train_classifier, or a file of torch.export.save.
+        key: Name of the config key, for errors.
+        batch: Images in a batch.
+        shape: Of an image, (C, H, W).
+        device: Where the features are computed.
+
+    Returns:
+        The frozen module; the digest of `path`; the digest of the classifier itself, by which an
+        evaluation recognizes it.
+
+    Raises:
+        UserError: If `path` holds no features for such images.
+        NotReady: If the folder does not exist or is not sealed.
     """
     if path.endswith(".pt2") or Path(path).is_file():
         module = Exported(path, key, batch, shape, device)
         digest = manifest.sha256_file(path)
         return module, digest, digest
     classifier, _ = load(path, key, shape)
-    looks = module_digest(classifier)
-    return Perceptual(classifier).to(device), manifest.digest(path), looks
+    own_digest = module_digest(classifier)
+    return Perceptual(classifier).to(device), manifest.digest(path), own_digest
 
 
-def check_images(data: Any, key: str, alone: bool = True) -> None:
-    """Raise UserError, naming `key`, where a classifier cannot learn from a `dataset.Data`.
+def check_images(data: Data, key: str, alone: bool = True) -> None:
+    """Check that a classifier can be trained on data.
 
-    alone: a fifth of it is held out, and must be an image at least.
+    Args:
+        data: The images.
+        key: Name of the config key, for errors.
+        alone: Whether a fifth of the images is held out, which must be at least one.
+
+    Raises:
+        UserError: If the data has no images, no labels, or too few of them.
     """
     if data.label is None or not data.images:
         raise UserError(f"{key}: expected images with labels; set {key}.labels=true")
     if alone and data.count < 5:
         raise UserError(
-            f"{key}: {data.count} images, of which a fifth is to measure the accuracy of the "
-            "classifier; expected 5 or more"
+            f"{key}: {data.count} images; expected 5 or more, because a fifth is held out to measure "
+            "the accuracy of the classifier"
         )
 
 
 def train_classifier(
-    data: Any,
+    data: Data,
     seed: int,
     *,
-    held_out: Any = None,
+    held_out: Data | None = None,
     steps: int = 1500,
     batch: int = 64,
     lr: float = 4e-3,
     show: Callable[[int], Any] = lambda step: None,
 ) -> tuple[Classifier, float]:
-    """Train the classifier whose features score images: (module in eval mode, held-out accuracy).
+    """Train a classifier whose features score images.
 
-    data, held_out: a `dataset.Data` of images with labels; without held_out a fifth of data, 4,000 at
-    most, is kept for it. The result depends on data and seed alone, at one thread of one build of
-    torch. show: told the steps done. Raises UserError where `check_images` does.
+    The result depends on data and seed alone, with one thread of one build of torch.
+
+    Args:
+        data: Images with labels; mirrored copies are not used.
+        seed: Of weights and order.
+        held_out: Images with labels that measure the accuracy; None holds out a fifth of data, at
+            most 4,000 images.
+        steps: Updates.
+        batch: Images per update.
+        lr: Peak learning rate of the one-cycle schedule.
+        show: Called with the number of finished steps after each.
+
+    Returns:
+        The classifier in eval mode, and its accuracy on the held-out images, in [0, 1].
+
+    Raises:
+        UserError: If `check_images` rejects the data.
     """
     check_images(data, "data", alone=held_out is None)
-    shuffled = noise.Order(data.count, seed)(np.arange(data.count))  # no mirror images
+    assert data.classes is not None  # labels come with their number of classes
+    shuffled = noise.Order(data.count, seed)(np.arange(data.count))  # no mirrored copies
     part = min(data.count // 5, 4000) if held_out is None else 0
     held, kept = np.split(shuffled, [part])
     with torch.random.fork_rng(devices=[]):
@@ -228,8 +301,8 @@ def train_classifier(
 
 
 @torch.no_grad()
-def accuracy(net: Classifier, data: Any, ids: np.ndarray) -> float:
-    """Give the share of items that a classifier names rightly. ids: int64 [N]."""
+def accuracy(net: Classifier, data: Data, ids: np.ndarray) -> float:
+    """Compute the share of items that a classifier assigns to their class. ids: int64 [N]."""
     right = 0
     for part in np.array_split(ids, max(1, len(ids) // 256)):
         found = data.batch(part)
@@ -238,16 +311,22 @@ def accuracy(net: Classifier, data: Any, ids: np.ndarray) -> float:
 
 
 class Inception(nn.Module):
-    """Inception's features of images, as published FIDs use them, from weights that are given.
+    """Inception's features of images, as published FIDs use them. Nothing is downloaded.
 
-    forward(x: [B, 1 or 3, H, W] in [-1, 1]) -> [B, 2048]. weights: torch-fidelity's file
-    (pt_inception-2015-12-05-*.pth). Nothing is downloaded. Raises UserError where the file or the
-    library is not there.
+    forward(x: [B, 1 or 3, H, W] in [-1, 1]) -> [B, 2048].
     """
 
     num_features = 2048
 
     def __init__(self, weights: str):
+        """Load the network.
+
+        Args:
+            weights: torch-fidelity's file, pt_inception-2015-12-05-*.pth.
+
+        Raises:
+            UserError: If the file does not exist or torch-fidelity is not installed.
+        """
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         super().__init__()
@@ -261,13 +340,13 @@ class Inception(nn.Module):
             ) from None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the features of x."""
+        """Return the features of x, [B, 2048]."""
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
         return self.net(((x.clamp(-1, 1) + 1) * 127.5).round().byte())
 
 
 def save(net: Classifier, folder: Path) -> list[str]:
-    """Write a classifier; returns the names of its files."""
+    """Write a classifier, and return the names of its files."""
     from safetensors.torch import save_file
 
     save_file(net.state_dict(), folder / WEIGHTS)
@@ -275,10 +354,19 @@ def save(net: Classifier, folder: Path) -> list[str]:
 
 
 def load(path: str, key: str, shape: tuple[int, ...]) -> tuple[Classifier, dict[str, Any]]:
-    """Load a classifier from the sealed folder of its stage: (module in eval mode, facts).
+    """Load a classifier from a sealed folder of train_classifier.
 
-    shape: of the images that it is to see. Raises UserError naming `key`; NotReady for a folder that
-    is not there or not sealed.
+    Args:
+        path: The folder.
+        key: Name of the config key, for errors.
+        shape: Of the images to classify, (C, H, W).
+
+    Returns:
+        The classifier in eval mode, and the facts of its manifest (accuracy, sha256, shape, classes).
+
+    Raises:
+        UserError: If it was trained on images of another shape, or its files have changed.
+        NotReady: If the folder does not exist or is not sealed.
     """
     from safetensors.torch import load_file
 
@@ -287,7 +375,8 @@ def load(path: str, key: str, shape: tuple[int, ...]) -> tuple[Classifier, dict[
     facts = sealed["facts"]
     if list(shape) != facts["shape"]:
         raise UserError(
-            f"{key}={path} looks at images of {facts['shape']}; data holds {list(shape)}"
+            f"{key}={path} takes images of shape {facts['shape']}, but the data has shape "
+            f"{list(shape)}; train one on this data"
         )
     net = Classifier(shape, facts["classes"])
     net.load_state_dict(load_file(Path(path) / WEIGHTS))

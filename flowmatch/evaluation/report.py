@@ -1,16 +1,16 @@
-"""The report of an evaluation: one HTML page that holds everything it shows, for any screen."""
+"""The report of an evaluation: one self-contained HTML page, for any screen."""
 
 import html
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowmatch.evaluation import charts, figures
+from flowmatch.evaluation import charts, figures, tables
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #22272e; --soft: #5c6570; --line: #dfe3e8; --ground: #ffffff;
@@ -55,7 +55,7 @@ td span { white-space: nowrap; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
 }
 """
-DOTS = {"teacher": "#7d8fa6", "student": "#d9566a", "real": "#8a929b"}  # on either ground
+DOTS = {"teacher": "#7d8fa6", "student": "#d9566a", "real": "#8a929b"}  # for both grounds
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -80,16 +80,25 @@ def page(
 ) -> str:
     """Write the page.
 
-    result: what metrics.json holds. samples: model -> steps (None: converged) -> [N, ...], sample i from
-    one noise everywhere. real: [N, ...] real samples. paths: model -> times, states. folders: where the
-    models came from; their metrics.jsonl and config.yaml are shown if they are there. config: of the
-    evaluation, YAML. facts: what else the protocol names.
+    Args:
+        name: Of the experiment.
+        result: The content of metrics.json.
+        samples: Model -> steps (None: converged) -> samples [N, ...]; sample i comes from the same
+            noise everywhere.
+        real: Real samples [N, ...].
+        paths: Model -> times [T], states [T, N, ...].
+        folders: Model -> run folder; its metrics.jsonl and config.yaml are shown if they exist.
+        config: Of the evaluation, YAML.
+        facts: More entries of the protocol.
+
+    Returns:
+        HTML.
     """
     parts = [
         headline(name, result),
-        section("Distance to real data against network evaluations", CURVE, curve(result)),
-        section("The numbers", numbers_text(result), tables(result)),
-        section("The same noise at every number of steps", GRID, grid(samples, real)),
+        section("Distance to real data", curve_text(result), curve(result)),
+        section("Numbers", numbers_text(result), numbers(result)),
+        section("Samples", GRID, grid(samples, real)),
         section("Paths from noise to data", *trajectories(paths)),
         training(folders),
         section("Protocol", "", protocol(result, facts)),
@@ -99,117 +108,106 @@ def page(
     return PAGE.format(title=html.escape(name), style=STYLE, body="\n".join(parts))
 
 
-CURVE = (
-    "Both axes are logarithmic. The dotted line is what chance makes of two sets of real data, of the "
-    "size that the last row of the table below tells."
+GRID = (
+    "Samples in the same place come from the same noise, for both models and every number of steps."
 )
-GRID = "All pictures start from the same noises, image by image or point by point."
 
 
 def section(title: str, text: str, content: str) -> str:
-    """Write a part of the page, or nothing where it has no content."""
-    said = f"<p class=soft>{html.escape(text)}</p>" if text else ""
-    return f"<section><h2>{title}</h2>{said}{content}</section>" if content else ""
+    """Write a section of the page; nothing if it has no content."""
+    intro = f"<p class=soft>{html.escape(text)}</p>" if text else ""
+    return f"<section><h2>{title}</h2>{intro}{content}</section>" if content else ""
 
 
 def headline(name: str, result: Mapping[str, Any]) -> str:
-    """Write the title, the finding and the four numbers that matter."""
+    """Write the finding as a title, and the four most important distances."""
     teacher, student = result["teacher"]["rows"], result["student"]["rows"]
     few, converged = student[0], teacher[-1]
-    steps = figures.steps_name(few["steps"])
+    steps = tables.steps_name(few["steps"])
     facts = [
         (few, f"student, {steps}", "student"),
         (teacher[0], f"teacher, {steps}", "teacher"),
         (converged, f"teacher, converged ({converged['evaluations']} evaluations)", "teacher"),
-        (result["floor"], "real data against real data", "soft"),
+        (result["floor"], tables.REAL, "soft"),
     ]
     cards = "".join(
         f'<div><b class="{kind}">{row["distance"]:.3g}</b>{html.escape(label)}</div>'
         for row, label, kind in facts
     )
     ratio = few["distance"] / converged["distance"]
+    distance = tables.DISTANCES[result["protocol"]["distance"]]
     return (
-        f"<h1>{html.escape(figures.finding(result))}</h1>"
-        f"<p class=soft>{html.escape(name)}: {figures.NAMES[result['protocol']['distance']]}, lower is "
-        f"better. At {steps} the student stands at {ratio:.2f} times what the teacher converges to.</p>"
+        f"<h1>{html.escape(tables.finding(result))}</h1>"
+        f"<p class=soft>{html.escape(name)}: {distance} to real data, lower is better. With {steps} the "
+        f"distance of the student is {ratio:.2f} times that of the converged teacher.</p>"
         f"<div class=facts>{cards}</div>"
     )
 
 
+def curve_text(result: Mapping[str, Any]) -> str:
+    """Explain the curve."""
+    return (
+        "Both axes are logarithmic. The dashed line is the converged teacher. The dotted line is the "
+        f"distance between two sets of {result['floor']['samples']:,} real samples, which differ by "
+        "chance alone."
+    )
+
+
 def curve(result: Mapping[str, Any]) -> str:
-    """Draw distance against evaluations."""
-    alt = "Distance to real data against network evaluations, of teacher and student"
+    """Draw the distance against the evaluations."""
+    alt = "Distance to real data against network evaluations, for teacher and student"
     shown = charts.picture(lambda: figures.curve_figure(result, charts.WIDE, 3.9, title=False), alt)
     return f"<figure>{shown}</figure>"
 
 
 def numbers_text(result: Mapping[str, Any]) -> str:
-    """Say how the tables are to be read."""
+    """Explain the tables."""
     text = (
-        f"Read every number beside the last row, of real data, {result['floor']['samples']:,} each."
+        "The last row compares two sets of real data, of "
+        f"{result['floor']['samples']:,} samples each: read every number beside it."
     )
     if "one_step" in result["student"]:
-        text += f" {figures.ONE_STEP}"
+        text += f" {tables.ONE_STEP}"
     if "nearest" in result["floor"]:
-        unseen = "reference" in result["protocol"]
+        which = (
+            "to real ones that no model has seen"
+            if "reference" in result["protocol"]
+            else "to the other real ones"
+        )
         text += (
-            " Precision: the share of samples that lie among real ones; recall: the share of real ones "
-            "that lie among samples. Nearest training image: the median distance in features, for real "
-            f"ones {'that no model has seen' if unseen else 'to the nearest other'}; samples far below "
-            "that would be copies."
+            " Precision is the share of samples close to real ones; recall is the share of real ones "
+            "close to samples. Nearest training image is the median distance in feature space from a "
+            f"sample to the closest training image; the last row applies it {which}. Values far below "
+            "the last row mean that samples are copies of training images."
         )
     return text
 
 
-def tables(result: Mapping[str, Any]) -> str:
-    """Write the tables: the distance, then whatever else was measured."""
-    teacher, student, floor = (result[key] for key in ("teacher", "student", "floor"))
-    converged = teacher["rows"][-1]["distance"]
-    pairs = list(zip(teacher["rows"], student["rows"], strict=True))
-    body = [
-        [
-            figures.steps_name(a["steps"]),
-            figures.evaluations(a, b),
-            *(f"{row['distance']:.3g}" for row in (a, b)),
-            f"{b['distance'] / converged:.2f}",
-        ]
-        for a, b in pairs
-    ]
-    head = ["steps", "evaluations", "teacher", "student", "student / teacher converged"]
-    out = table(head, body, ["real", "", f"{floor['distance']:.3g}", "", ""])
-    shown = [name for name in figures.QUALITIES if name in floor]
-    if not shown:
-        return out
-    body = [
-        [
-            figures.steps_name(a["steps"]),
-            *(versus(*(figures.quality(q, r) for r in (a, b))) for q in shown),
-        ]
-        for a, b in pairs
-    ]
-    head = ["teacher / student", *(figures.QUALITIES[name][0] for name in shown)]
-    return out + "<br>" + table(head, body, ["real", *(figures.quality(q, floor) for q in shown)])
+def numbers(result: Mapping[str, Any]) -> str:
+    """Write the tables of `flowmatch.evaluation.tables` in HTML."""
+    found = [tables.distances(result), tables.qualities(result)]
+    return "<br>".join(table(each) for each in found if each is not None)
 
 
 def versus(teacher: str, student: str) -> str:
-    """Write two numbers beside each other, in the colours of the models."""
+    """Write two numbers side by side, in the colours of the models."""
     return f'<span class="teacher">{teacher} /</span> <span class="student">{student}</span>'
 
 
-def table(head: list[str], body: list[list[str]], last: list[str]) -> str:
-    """Write a table of HTML cells whose last row stands apart."""
+def table(content: tables.Table) -> str:
+    """Write a table whose last row is set apart."""
 
-    def row(cells: list[str], tag: str = "td", kind: str = "") -> str:
+    def row(cells: Sequence[tables.Cell], tag: str = "td", kind: str = "") -> str:
         kind = f' class="{kind}"' if kind else ""
-        inside = "".join(f"<{tag}>{cell}</{tag}>" for cell in cells)
-        return f"<tr{kind}>{inside}</tr>"
+        texts = [cell if isinstance(cell, str) else versus(*cell) for cell in cells]
+        return f"<tr{kind}>{''.join(f'<{tag}>{text}</{tag}>' for text in texts)}</tr>"
 
-    rows = [row(head, "th"), *map(row, body), row(last, kind="last")]
+    rows = [row(content.head, "th"), *map(row, content.rows), row(content.floor, kind="last")]
     return f"<div class=wide><table>{''.join(rows)}</table></div>"
 
 
 def grid(samples: Mapping[str, Mapping[int | None, Tensor]], real: Tensor) -> str:
-    """Lay out samples: a picture for each model and number of steps, then real ones."""
+    """Arrange samples: a picture per model and number of steps, then real samples."""
     limit = 1.15 * float(real.abs().max()) or 1.0
 
     def image(x: Tensor, colour: str, alt: str, kind: str = "") -> str:
@@ -223,7 +221,7 @@ def grid(samples: Mapping[str, Mapping[int | None, Tensor]], real: Tensor) -> st
     cells = ["<span></span>"]
     cells += [f'<span class="side {name}"><b>{name}</b></span>' for name in samples]
     for steps in next(iter(samples.values())):
-        label = figures.steps_name(steps)
+        label = tables.steps_name(steps)
         cells.append(f"<span>{label}</span>")
         for name, found in samples.items():
             cells.append(image(found[steps].float().cpu(), DOTS[name], f"{name}, {label}"))
@@ -232,45 +230,46 @@ def grid(samples: Mapping[str, Mapping[int | None, Tensor]], real: Tensor) -> st
 
 
 def trajectories(paths: charts.Paths) -> tuple[str, str]:
-    """Draw paths: (how to read them, the picture)."""
+    """Draw paths. Return how to read the picture, and the picture."""
     points = paths["teacher"][1].ndim == 3
     if points:
-        text = "From noise (ring) to data (dot), by Heun; both sides start from one noise."
+        text = "Paths from noise (rings) to data (dots). Both models start from the same noise."
     else:
         text = (
-            "Single pixels of different samples along t, by Heun, from the same noise on "
-            "both sides. The dotted lines join the ends: a path that one Euler step follows exactly "
-            "lies on its own."
+            "Values of single pixels along t, each of another sample, from the same noise for both "
+            "models. Dotted lines connect the ends of each path: one Euler step follows a path exactly "
+            "if it lies on its line."
         )
     make = charts.point_paths if points else charts.value_paths
-    alt = "Paths from noise to data, of teacher and student"
+    alt = "Paths from noise to data, for teacher and student"
     return text, f"<figure>{charts.picture(lambda: make(paths), alt)}</figure>"
 
 
 def training(folders: Mapping[str, str | Path]) -> str:
-    """Draw the loss curves of the stages that the models came from, where their logs are there."""
-    curves, said = {}, []
+    """Draw the training losses of the models that have logs; nothing if none has."""
+    curves, notes = {}, []
     for name, folder in folders.items():
         log = Path(folder) / "metrics.jsonl"
         lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
         if len(lines) > 1:
             curves[name] = lines
             rates = sorted(line["images_per_second"] for line in lines)
-            said.append(
-                f"{name}: {lines[-1]['step']:,} steps, {rates[len(rates) // 2]:,.0f} images a second"
+            notes.append(
+                f"{name}: {lines[-1]['step']:,} steps, {rates[len(rates) // 2]:,.0f} images per second"
             )
     if not curves:
         return ""
-    text = "Each has a loss of its own: heights do not compare. " + "; ".join(said) + "."
-    alt = "Loss along the steps of training"
+    text = "The two losses have different scales. " if len(curves) > 1 else ""
+    text += "; ".join(notes) + "."
+    alt = "Loss against training steps"
     shown = charts.picture(lambda: charts.losses(curves), alt)
     return section("Training", text, f"<figure>{shown}</figure>")
 
 
 def protocol(result: Mapping[str, Any], facts: Mapping[str, str]) -> str:
-    """List everything that the numbers depend on."""
+    """List everything that the numbers depend on, as HTML."""
     known: dict[str, Any] = dict(result["protocol"])
-    known["samples on a side of the floor"] = result["floor"]["samples"]
+    known["samples in each real set"] = result["floor"]["samples"]
     for name in ("teacher", "student"):
         straight = f"straightness {result[name]['normalised']:.3g} (0 is straight)"
         known[name] = f"reflow round {result[name]['round']}, {straight}"
@@ -278,28 +277,31 @@ def protocol(result: Mapping[str, Any], facts: Mapping[str, str]) -> str:
     for key, value in (known | dict(facts)).items():
         for inner, shown in value.items() if isinstance(value, dict) else [("", value)]:
             label = html.escape(f"{key}, {inner}" if inner else key).replace("_", " ")
-            rows.append(f"<dt>{label}</dt><dd>{html.escape(str(shown))}</dd>")
+            text = f"{shown:.6g}" if isinstance(shown, float) else str(shown)
+            rows.append(f"<dt>{label}</dt><dd>{html.escape(text)}</dd>")
     return f"<dl>{''.join(rows)}</dl>"
 
 
 def configs_of(folders: Mapping[str, str | Path]) -> list[tuple[str, str]]:
-    """Read the configs of the stages that the models came from, where they are there."""
+    """Read the configs of the training stages that have one: (model, YAML)."""
     files = {name: Path(folder) / "config.yaml" for name, folder in folders.items()}
     return [(name, file.read_text()) for name, file in files.items() if file.is_file()]
 
 
 def details(title: str, text: str) -> str:
-    """Write a text that opens on demand."""
+    """Write a text that the reader can unfold."""
     return f"<details><summary>{title}</summary><pre>{html.escape(text)}</pre></details>"
 
 
 def machine(device: torch.device, processes: int) -> dict[str, str]:
-    """Describe what an evaluation runs on."""
+    """Describe the hardware and the software of an evaluation, for the protocol."""
     name = platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
+    plural = "process" if processes == 1 else "processes"
     return {
-        "device": f"{device.type} ({name}), {processes} process(es){threads}",
+        "device": f"{device.type} ({name}), {processes} {plural}{threads}",
         "torch": torch.__version__,
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from flowmatch.data import dataset
 from flowmatch.data.dataset import Data
-from flowmatch.evaluation import figures, report
+from flowmatch.evaluation import figures, report, tables
 from flowmatch.evaluation.sampling import SampledRow, Sampler
 from flowmatch.runs.files import write_atomic
 
@@ -34,7 +34,7 @@ def write(
     """
     samples = {name: {row.steps: row.x for row in made} for name, made in rows.items()}
     write_atomic(place / "metrics.json", json.dumps(result, indent=1) + "\n")
-    write_atomic(place / "table.md", figures.table(result))
+    write_atomic(place / "table.md", tables.markdown(result))
     figures.curve(place / "curve.png", result)
     figures.grid(place / "grid.png", samples)
     accelerator = sampled["student"].accelerator

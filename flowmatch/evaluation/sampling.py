@@ -1,36 +1,46 @@
-"""The rows of an evaluation: samples of one model from the same noise, at any number of steps.
+"""The rows of an evaluation: samples of a model from the same noise, at several numbers of steps.
 
-Samples are made in fixed batches that the processes share out, so their number changes nothing.
+Samples are generated in fixed batches that are distributed over the processes, so the samples do not
+depend on the number of processes.
 """
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from flowmatch.config import UserError
 from flowmatch.data.dataset import Data
-from flowmatch.evaluation import metrics
+from flowmatch.evaluation import metrics, tables
 from flowmatch.flow import grids, noise, samplers, solvers
 from flowmatch.flow.config import SamplerConfig, SolverConfig
 from flowmatch.flow.solvers import VelocityField
 from flowmatch.models import teachers
 from flowmatch.models.config import Precision
 from flowmatch.models.precision import arithmetic
+from flowmatch.runs.process import bar_options
 
 Span = tuple[float, float]  # the times of noise and data
-PATHS, PATH_STEPS = 64, 32  # shown of the paths from noise to data
+STRAIGHT, STRAIGHT_STEPS = 256, 64  # samples and Euler steps that estimate the straightness
+PATHS = 64  # of these samples, whose paths the report draws
 
 
 def check(models: dict[str, teachers.Teacher], real: Data | None, guidance: float) -> None:
-    """Raise UserError where models cannot be guided so, or are of different classes.
+    """Check that models can be guided, and that they have the same classes.
 
-    real: the data, whose classes count where it gives labels and a model takes them.
+    Args:
+        models: The models, by key.
+        real: The data; its classes count if it has labels and a model takes them.
+        guidance: Scale of classifier-free guidance; 1 is none.
+
+    Raises:
+        UserError: If they cannot, or have not.
     """
     faults = []
     for name, model in models.items():
@@ -43,7 +53,9 @@ def check(models: dict[str, teachers.Teacher], real: Data | None, guidance: floa
         classes["data"] = real.classes
     if len(set(classes.values())) > 1:
         found = ", ".join(f"{name} {number or 'none'}" for name, number in classes.items())
-        faults.append(f"numbers of classes differ: {found}; name what was trained on the same ones")
+        faults.append(
+            f"numbers of classes differ: {found}; use models and data with the same classes"
+        )
     if faults:
         raise UserError(faults)
 
@@ -55,7 +67,15 @@ def evaluations(
     solver: SamplerConfig,
     converged: SolverConfig,
 ) -> int:
-    """Count the evaluations of the network that all rows take a sample, without those of dopri5."""
+    """Count the network evaluations per sample of all rows of a model, without those of dopri5.
+
+    Args:
+        model: The model.
+        guidance: Scale of classifier-free guidance; any value but 1 doubles the evaluations.
+        steps: Numbers of steps, a row each.
+        solver: How these rows are sampled.
+        converged: How the row `converged` is sampled.
+    """
     followed = samplers.evaluations(solver.name) * sum(steps) + (converged.evaluations or 0)
     last = model.velocity(guidance).extra * (len(steps) + 1)
     return (followed + last) * (1 if guidance == 1 else 2)
@@ -63,11 +83,11 @@ def evaluations(
 
 @dataclass(frozen=True)
 class SampledRow:
-    """What one number of steps gives. steps: None is converged."""
+    """The samples of one number of steps."""
 
-    steps: int | None
-    evaluations: int  # of the network, a sample, as counted
-    x: Tensor  # [samples, ...] on rank 0's CPU; no samples on another rank
+    steps: int | None  # None: converged
+    evaluations: int  # of the network, per sample, as counted
+    x: Tensor  # [samples, ...] on the CPU of rank 0; no samples on other ranks
 
 
 @dataclass(frozen=True)
@@ -81,30 +101,54 @@ class Sampler:
     guidance: float
     precision: Precision
     accelerator: Any
+    name: str = ""  # of the model, for the progress bar
 
     def __post_init__(self) -> None:
         self.model.net.to(self.accelerator.device)
 
     @functools.cached_property
     def velocity(self) -> Any:
-        """The velocity field, which counts its evaluations."""
+        """The velocity field of the model. It counts its evaluations."""
         return self.model.velocity(self.guidance)
 
     def arithmetic(self) -> AbstractContextManager[None]:
-        """Let the network multiply in the precision asked for."""
+        """Return a context in which the network computes in the configured precision."""
         return arithmetic(self.precision, self.accelerator.device)
 
     def rows(
         self, steps: list[int], solver: SamplerConfig, converged: SolverConfig
     ) -> list[SampledRow]:
-        """Sample with every number of steps, then converged."""
-        found = []
-        for number in steps:
-            row = functools.partial(self.row, solver=solver, steps=number)
-            x, evaluations = self.sample(row)
-            found.append(SampledRow(number, evaluations, x))
-        x, evaluations = self.sample(lambda v, x0, span, ids: solvers.solve(v, x0, converged, span))
-        return [*found, SampledRow(None, evaluations, x)]
+        """Generate all samples with every number of steps, then converged. Collective: every rank.
+
+        Rank 0 shows a progress bar over the network evaluations of all samples.
+        """
+        with self._bar(steps, solver, converged) as bar:
+            rows = []
+            for number in steps:
+                solve = functools.partial(self.row, solver=solver, steps=number)
+                rows.append(self._sampled(number, solve, bar))
+            rows.append(
+                self._sampled(
+                    None, lambda v, x0, span, ids: solvers.solve(v, x0, converged, span), bar
+                )
+            )
+        return rows
+
+    @contextmanager
+    def _bar(
+        self, steps: list[int], solver: SamplerConfig, converged: SolverConfig
+    ) -> Iterator[tqdm]:
+        total = None  # dopri5 chooses its steps
+        if converged.evaluations is not None:
+            per_sample = evaluations(self.model, self.guidance, steps, solver, converged)
+            total = self.samples * per_sample
+        with tqdm(total=total, unit="evaluation", unit_scale=True, **bar_options()) as bar:
+            yield bar
+
+    def _sampled(self, steps: int | None, solve: Callable[..., Tensor], bar: tqdm) -> SampledRow:
+        bar.set_description(f"{self.name}, {tables.steps_name(steps)}".removeprefix(", "))
+        x, evaluations = self.sample(solve, bar)
+        return SampledRow(steps, evaluations, x)
 
     def row(
         self,
@@ -116,23 +160,36 @@ class Sampler:
         solver: SamplerConfig,
         steps: int,
     ) -> Tensor:
-        """Carry the noise of some samples to data in a number of steps.
+        """Integrate the noise of some samples to data in a number of steps.
 
-        A two-time network is not integrated by Euler: it says where each step ends.
+        With euler, a two-time network steps by its average velocity instead.
+
+        Args:
+            v: Velocity field.
+            x0: Noise [B, ...].
+            span: Times of noise and data.
+            ids: Numbers of the samples, int64 [B].
+            solver: The sampler.
+            steps: Number of steps.
+
+        Returns:
+            [B, ...].
         """
         if self.model.two_times and solver.name == "euler":
             return solvers.jumps(v, x0, grids.make(solver, steps))
         return samplers.sample(v, x0, solver, steps, span, seed=self.seed, ids=ids)
 
     @torch.inference_mode()
-    def sample(  # collective: every rank
-        self, solve: Callable[..., Tensor]
-    ) -> tuple[Tensor, int]:
-        """Carry the noise of all samples; (x [samples, ...] on rank 0, evaluations a sample).
+    def sample(self, solve: Callable[..., Tensor], bar: tqdm) -> tuple[Tensor, int]:
+        """Integrate the noise of all samples. Collective: every rank.
 
-        solve(v, x0, span, ids=...) carries a batch.
+        Args:
+            solve: solve(v, x0, span, ids=...) integrates a batch.
+            bar: Progress bar over the network evaluations of all samples and ranks.
 
-        The evaluations are counted; where they differ between batches, their mean is rounded.
+        Returns:
+            x [samples, ...] on the CPU of rank 0, and the network evaluations per sample as counted;
+            their rounded mean if they differ between batches.
         """
         batch, world = self.batch, self.accelerator.num_processes
         rounds = -(-self.samples // (batch * world))
@@ -142,8 +199,14 @@ class Sampler:
             ids = np.arange(first, first + batch)
             x0, cond = self.noise(ids)
             before = self.velocity.evaluations
+            wanted = min(
+                batch * world, self.samples - number * batch * world
+            )  # the rest is padding
+            progress = _Progress(bar, self.velocity, wanted)
             with self.arithmetic():
-                parts.append(self.velocity.carry(x0, functools.partial(solve, ids=ids), cond))
+                solve_batch = progress.follow(functools.partial(solve, ids=ids))
+                parts.append(self.velocity.carry(x0, solve_batch, cond))
+            progress.update()
             counts.append(self.velocity.evaluations - before)
         gathered = self.accelerator.gather(torch.stack(parts))  # [world * rounds, batch, ...]
         ordered = gathered.unflatten(0, (world, rounds)).transpose(0, 1).flatten(0, 2)
@@ -153,7 +216,14 @@ class Sampler:
         return ordered[:kept].cpu(), round(counted.double().mean().item())
 
     def noise(self, ids: np.ndarray) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """Give the noise of some samples, and their labels."""
+        """Generate the noise and the labels of some samples.
+
+        Args:
+            ids: Numbers of the samples, int64 [B].
+
+        Returns:
+            x0 [B, ...], and the conditions of the network, None if it takes none.
+        """
         device = self.accelerator.device
         x0 = torch.from_numpy(noise.normal(self.seed, ids, self.model.shape, noise.EVALUATION))
         cond = None
@@ -162,30 +232,62 @@ class Sampler:
             cond = {"label": torch.from_numpy(label).to(device)}
         return x0.to(device), cond
 
-    @torch.inference_mode()
     def straightness(self) -> dict[str, float]:
-        """Estimate the straightness on 256 samples."""
-        x0, cond = self.noise(np.arange(256))
-        span = self.velocity.span
-        with self.arithmetic():
-            return metrics.straightness(
-                lambda x, t: self.velocity(x, t, cond), x0, steps=64, span=span
-            )
+        """Estimate the straightness on the first 256 samples, as `metrics.straightness` does."""
+        return self._euler_paths[0]
 
-    @torch.inference_mode()
     def paths(self) -> tuple[Tensor, Tensor]:
-        """Follow some noises to data by Heun: (times [T], x [T, PATHS, ...]), on the CPU."""
-        x0, cond = self.noise(np.arange(PATHS))
-        start, end = self.velocity.span
-        times = torch.linspace(start, end, PATH_STEPS + 1, dtype=torch.float64)
-        states = []
+        """Return paths of the first samples, those that the straightness is estimated on.
 
-        def follow(v: VelocityField, x: Tensor, span: Span) -> Tensor:
-            states.append(x)
-            for i in range(PATH_STEPS):
-                states.append(solvers.integrate(v, states[-1], times[i : i + 2], "heun"))
-            return states[-1]
+        Returns:
+            Times [T], from noise to data, and states [T, PATHS, ...] on the CPU.
+        """
+        return self._euler_paths[1:]
+
+    @functools.cached_property
+    @torch.inference_mode()
+    def _euler_paths(self) -> tuple[dict[str, float], Tensor, Tensor]:
+        """Integrate some samples by Euler, and return their straightness, times and states."""
+        x0, cond = self.noise(np.arange(STRAIGHT))
+        start, end = self.velocity.span
+        times = torch.linspace(start, end, STRAIGHT_STEPS + 1, dtype=torch.float64)
+        states, last = [], x0[:0]
+
+        def followed(x: Tensor, t: float) -> Tensor:
+            nonlocal last
+            velocity = self.velocity(x, t, cond)
+            states.append(x[:PATHS].cpu())
+            last = x[:PATHS] + (end - start) / STRAIGHT_STEPS * velocity[:PATHS]
+            return velocity
 
         with self.arithmetic():
-            self.velocity.carry(x0, follow, cond)
-        return times, torch.stack(states).cpu()
+            straight = metrics.straightness(
+                followed, x0, steps=STRAIGHT_STEPS, batch=STRAIGHT, span=self.velocity.span
+            )
+        return straight, times, torch.stack([*states, last.cpu()])
+
+
+class _Progress:
+    """Advance a bar by the evaluations that a velocity counts."""
+
+    def __init__(self, bar: tqdm, velocity: Any, samples: int):
+        self.bar, self.velocity, self.samples = bar, velocity, samples
+        self.seen = velocity.evaluations
+
+    def update(self) -> None:
+        new = self.velocity.evaluations - self.seen
+        self.seen += new
+        self.bar.update(new * self.samples)
+
+    def follow(self, solve: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Wrap solve(v, x, span) to advance the bar after every evaluation of v."""
+
+        def solved(v: Callable[..., Tensor], x: Tensor, span: Span) -> Tensor:
+            def evaluated(*given: Any) -> Tensor:
+                velocity = v(*given)
+                self.update()
+                return velocity
+
+            return solve(evaluated, x, span)
+
+        return solved

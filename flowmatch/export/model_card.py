@@ -1,8 +1,8 @@
-"""The card of an exported folder: how a network is sampled in diffusers, and what is to be known."""
+"""The model card of an exported folder: how to sample it with diffusers, and how good it is."""
 
 from dataclasses import dataclass
 
-from flowmatch.models import teachers
+from flowmatch.models.teachers import Teacher
 
 STOCK = """from diffusers import DiffusionPipeline
 image = DiffusionPipeline.from_pretrained("FOLDER")({}).images[0]"""
@@ -11,10 +11,10 @@ OURS = f"""from diffusers import DiffusionPipeline
 sample = DiffusionPipeline.from_pretrained("FOLDER", {REMOTE})({{}}).images[0]"""
 EXACT = """from diffusers import FlowMatchEulerDiscreteScheduler
 exact = FlowMatchEulerDiscreteScheduler.from_pretrained("FOLDER", subfolder="scheduler_1")"""
-EXACT_N = "`scheduler_N/` is exact for N steps and for no others"
+EXACT_N = "`scheduler_N/` is exact for N steps only"
 DDPM_NOTES = f"""\
-Always pass `num_inference_steps`: the pipeline's own default is 1000. The folder's scheduler is
-right for any number of steps, to the difference below. {EXACT_N}; one step is best sampled so:
+Always pass `num_inference_steps`; the default of the pipeline is 1000. The scheduler of this folder
+takes any number of steps, with the small error listed below. {EXACT_N}. To sample exactly in one step:
 
 ```python
 {EXACT}
@@ -22,17 +22,16 @@ pipe = DiffusionPipeline.from_pretrained("FOLDER", scheduler=exact)
 image = pipe(num_inference_steps=1).images[0]
 ```
 """
-ONE_STEP = "it samples in one Euler step, and in no other number of them."
+ONE_STEP = "It samples in exactly one Euler step."
 ONE_STEP_NOTES = """\
-Always pass `num_inference_steps=1`: the pipeline's own default is 1000. The folder's scheduler, the
-same as in `scheduler_1/`, is exact for that one step.
+Always pass `num_inference_steps=1`; the default of the pipeline is 1000. The scheduler of this folder,
+also stored in `scheduler_1/`, is exact for one step.
 """
 ONE_STEP_ONLY = "For one step only: always pass `num_inference_steps=1`.\n"
 LABELS_NOTES = f"""\
-`class_labels` is one label, or a list of batch_size. Always pass it: without it the pipeline draws
-labels at random, the null class among them. The folder's scheduler is right for {{right}},
-to the difference below. Exact sampling, and guidance, need the pipeline that lies in this folder;
-{{exact}}:
+Always pass `class_labels`: one label, or a list of batch_size labels. Without it the pipeline draws
+random labels, including the null class. The scheduler of this folder takes {{steps}}, with the small
+error listed below. Exact sampling and guidance need the pipeline file in this folder; {{exact}}:
 
 ```python
 {EXACT}
@@ -40,18 +39,18 @@ pipe = DiffusionPipeline.from_pretrained("FOLDER", scheduler=exact, {REMOTE})
 image = pipe(class_labels=0, guidance_scale=1.0, num_inference_steps=1).images[0]
 ```
 """
-LABELS_ANY = {"right": "any number of steps", "exact": EXACT_N}
-LABELS_ONE = {"right": "that step", "exact": "`scheduler_1/` is exact"}
+LABELS_ANY = {"steps": "any number of steps", "exact": EXACT_N}
+LABELS_ONE = {"steps": "one step", "exact": "`scheduler_1/` is exact"}
 LATENT_NOTES = """
-Samples are latents, as they come. `vae.decode(sample[None] / vae.config.scaling_factor)`, by the VAE
-that coded the data, makes pictures of them.
+Samples are unscaled latents. Decode them with the VAE that encoded the data:
+`vae.decode(sample[None] / vae.config.scaling_factor)`.
 """
-OUR_NOTES = "diffusers has no pipeline for this network, so its own lies in this folder"
-GRID = """; it sets the uniform grid
-of any number of steps by itself. Always pass `num_inference_steps`.
+OUR_NOTES = "diffusers has no pipeline for this network, so this folder contains one"
+GRID = """. It uses the
+uniform grid for any number of steps. Always pass `num_inference_steps`.
 """
-GRIDS = """: any number of
-steps, uniform or short at the noise (`shift=`), by Euler, Heun, AB2 and others (`solver=`)"""
+GRIDS = """ It takes any number of
+steps, on a uniform or a shifted grid (`shift=`), by Euler, Heun, AB2 and other solvers (`solver=`)."""
 CARD = """---
 library_name: diffusers
 tags: [flow-matching, rectified-flow, reflow]
@@ -59,7 +58,7 @@ tags: [flow-matching, rectified-flow, reflow]
 
 # A {few}-step rectified flow
 
-A {network}, reflowed {round} time(s) with flowmatch: {steps}
+A {network} trained with flowmatch, after {rounds} of reflow. {steps}
 
 ```python
 {snippet}
@@ -71,32 +70,32 @@ A {network}, reflowed {round} time(s) with flowmatch: {steps}
 {table}
 ## Fidelity of this folder
 
-Largest difference of a value to flowmatch's own Euler solver, sampled in a fresh process without
-flowmatch when this folder was made (images in [0, 1]):
+Largest difference between a sample of this folder and one of flowmatch's own Euler solver (images in
+[0, 1]). It was measured when the folder was made, in a new process without flowmatch:
 
 {differences}
 
-`pipeline.py` (guidance, float32 state, images and points) needs torch and diffusers alone, and loads
-with `custom_pipeline="pipeline", trust_remote_code=True`. `scheduler_flowmatch/` is for
-`flowmatch.RectifiedFlowScheduler.from_pretrained("FOLDER", subfolder="scheduler_flowmatch")`, with the
-package installed{grid}.
+`pipeline.py` adds guidance and a float32 state, and samples images and points. It needs torch and
+diffusers only; load it with `{remote}`.
+`scheduler_flowmatch/` needs flowmatch: load it with
+`flowmatch.RectifiedFlowScheduler.from_pretrained("FOLDER", subfolder="scheduler_flowmatch")`.{grids}
 
-The student's weights: sha256 {digest}. Provenance: `manifest.json`.
+Weights: sha256 {digest}. Provenance: `manifest.json`.
 """
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a network is exported."""
+    """The way in which a network is exported."""
 
-    name: str  # class of the pipeline in model_index.json
+    name: str  # class of the pipeline, for model_index.json
     stock: bool  # whether DiffusionPipeline.from_pretrained(folder) loads it without our code
-    snippet: str  # the lines that load and sample, FOLDER standing for the folder
-    notes: str  # what the card says about steps, schedulers and labels
+    snippet: str  # code that loads and samples; FOLDER stands for the folder
+    notes: str  # text of the card about steps, schedulers and labels
 
 
-def kind_of(student: teachers.Teacher) -> Kind:
-    """Choose the pipeline: a stock one for a UNet2DModel of pictures, ours for everything else."""
+def kind_of(student: Teacher) -> Kind:
+    """Choose the pipeline: a stock one for a UNet2DModel of images, ours for any other network."""
     coded, one = latent(student), student.one_step
     unet = type(student.net).__name__ == "UNet2DModel" and not coded
     if unet and student.classes is None:
@@ -115,16 +114,23 @@ def kind_of(student: teachers.Teacher) -> Kind:
     return Kind("ReflowPipeline", False, OURS.format(arguments), notes)
 
 
-def latent(student: teachers.Teacher) -> bool:
-    """Tell whether its samples are latents: three axes, and no picture's number of channels."""
+def latent(student: Teacher) -> bool:
+    """Return whether the samples are latents: three axes, and neither 1 nor 3 channels."""
     return len(student.shape) == 3 and student.shape[0] not in (1, 3)
 
 
 def describe(differences: dict[int, dict[str, float]], kind: Kind) -> str:
-    """Write the table of differences for the card."""
+    """Write the table of differences in Markdown.
+
+    Args:
+        differences: Steps -> name (exact, folder) -> largest difference.
+        kind: How the network is exported.
+    """
     names = {
-        "exact": "with the exact `scheduler_N/`" if kind.stock else "with the folder's scheduler",
-        "folder": "with the folder's own scheduler",
+        "exact": "with the exact `scheduler_N/`"
+        if kind.stock
+        else "with the scheduler of the folder",
+        "folder": "with the scheduler of the folder",
     }
     columns = [names[key] for key in next(iter(differences.values()))]
     lines = [f"| steps | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
@@ -133,18 +139,24 @@ def describe(differences: dict[int, dict[str, float]], kind: Kind) -> str:
     return "\n".join(lines)
 
 
-def text(
-    student: teachers.Teacher, kind: Kind, table: str, differences: dict[int, dict[str, float]]
-) -> str:
-    """Write the card. table: of the evaluation, Markdown. differences: steps -> name -> largest one."""
+def text(student: Teacher, kind: Kind, table: str, differences: dict[int, dict[str, float]]) -> str:
+    """Write the card.
+
+    Args:
+        student: The exported network.
+        kind: How it is exported.
+        table: Of the evaluation, Markdown.
+        differences: Steps -> name -> largest difference, as in `describe`.
+    """
     return CARD.format(
         few="one" if student.one_step else "few",
         network=type(student.net).__name__,
-        round=student.round,
-        steps=ONE_STEP if student.one_step else "it samples in one to four Euler steps.",
+        rounds="1 round" if student.round == 1 else f"{student.round} rounds",
+        steps=ONE_STEP if student.one_step else "It samples in one to four Euler steps.",
         snippet=kind.snippet,
         notes=kind.notes,
-        grid="" if student.one_step else GRIDS,
+        remote=REMOTE,
+        grids="" if student.one_step else GRIDS,
         table=table,
         differences=describe(differences, kind),
         digest=student.digest,

@@ -1,11 +1,11 @@
 """ReflowPipeline: sample images or points from a rectified flow in a few steps.
 
-It differs from the stock pipelines in what they cannot do: it asks for the uniform grid by explicit
-sigmas whatever the scheduler's default (its `shift` moves them), keeps the state in float32 under a
+Unlike the stock pipelines, it requests the uniform grid by explicit sigmas, independent of the
+scheduler's default (`shift` of the scheduler moves them), keeps the state in float32 with a
 half-precision network, passes class labels, guides without a second model, and samples points as well
 as images.
 
-This file needs torch and diffusers alone, so that it can be copied beside exported weights.
+This file imports torch and diffusers only, because it is copied next to exported weights.
 """
 
 import inspect
@@ -22,18 +22,19 @@ from torch import Tensor
 class ReflowPipeline(DiffusionPipeline):
     """Sample from a network that predicts noise - data at timestep = 1000 sigma.
 
-    unet: UNet2DModel or DiTTransformer2DModel (images), or a network without `sample_size` in its
-    config (points of in_channels dimensions), such as VelocityMLP; in eval mode.
-    scheduler: RectifiedFlowScheduler, FlowMatchEulerDiscreteScheduler, or another that accepts
-    sigmas; or one that spaces its steps uniformly by itself, as DPMSolverMultistepScheduler does
-    with use_flow_sigmas (it begins at sigma = .999: pixels differ by some 1% of their range).
-
-    The null class, for guidance and for samples without a label, is the last of num_class_embeds,
-    or the row after the num_embeds_ada_norm classes of a DiT.
+    Args:
+        unet: A network in eval mode: UNet2DModel or DiTTransformer2DModel for images, or one without
+            `sample_size` in its config, such as VelocityMLP, for points of in_channels dimensions.
+            The null class, for guidance and for samples without a label, is the last of
+            num_class_embeds, or the row after the num_embeds_ada_norm classes of a DiT.
+        scheduler: RectifiedFlowScheduler, FlowMatchEulerDiscreteScheduler, or another that accepts
+            sigmas. Also one that spaces its steps uniformly by itself, like
+            DPMSolverMultistepScheduler with use_flow_sigmas; it begins at sigma = 0.999, and pixels
+            differ by about 1% of their range.
     """
 
-    if __name__.startswith("flowmatch."):  # not as remote code, where there is no such package
-        __module__ = "flowmatch"  # what model_index.json records and later looks up
+    if __name__.startswith("flowmatch."):  # remote code has no such package
+        __module__ = "flowmatch"  # written to model_index.json, and imported when it is loaded
 
     model_cpu_offload_seq = "unet"  # type: ignore[assignment]
     unet: Any
@@ -55,17 +56,28 @@ class ReflowPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Draw batch_size samples in num_inference_steps steps of the scheduler's solver.
+        """Generate samples.
 
-        class_labels: one for all or one a sample, below the number of classes; None on a
-        conditional network means the null class. guidance_scale: w in
-        v = v_null + w (v_cond - v_null) (arXiv 2207.12598); 1 is none, anything else evaluates the
-        network for both. generator: one, or one a sample, which then does not depend on its batch;
-        a seed gives the noise that it gives in DDPMPipeline. latents: the noise instead,
-        [batch_size, ...]. output_type: "pil", "np" ([B, H, W, C]) or "pt" ([B, C, H, W]) in [0, 1],
-        "latent" as they come, for a VAE to decode; points come as they are, [B, D], as "np" or "pt".
-        Returns ImagePipelineOutput with `images`, or a tuple of it. Raises ValueError for arguments
-        that do not fit, and for a scheduler that cannot take these steps.
+        Args:
+            batch_size: Number of samples.
+            num_inference_steps: Steps of the scheduler's solver.
+            class_labels: One label for all samples, or one for each, below the number of classes.
+                None means the null class for a class-conditional network.
+            guidance_scale: w in v = v_null + w (v_cond - v_null) (arXiv 2207.12598). 1 disables
+                guidance; any other value evaluates the network for both.
+            generator: One generator, or one per sample, which makes a sample independent of its
+                batch. A seed gives the same noise as in DDPMPipeline.
+            latents: Noise to start from, [batch_size, ...].
+            output_type: "pil", "np" ([B, H, W, C]) or "pt" ([B, C, H, W]) in [0, 1]; "latent":
+                unscaled, for a VAE to decode. Points are returned unscaled, [B, D], as "np" or "pt".
+            return_dict: Whether to return an ImagePipelineOutput instead of a tuple.
+
+        Returns:
+            ImagePipelineOutput with `images`, or a tuple with the images.
+
+        Raises:
+            ValueError: For arguments that do not fit the network, and for a scheduler that cannot
+                take these steps.
         """
         shape = (batch_size, *self._sample_shape())
         self._check(batch_size, num_inference_steps, generator, output_type, shape)
@@ -73,12 +85,12 @@ class ReflowPipeline(DiffusionPipeline):
         labels = self._labels(class_labels, guidance_scale, batch_size, device)
 
         if latents is None:
-            drawn_on = None if device.type == "mps" else device  # not reproducible on mps
+            noise_device = None if device.type == "mps" else device  # mps is not reproducible
             latents = randn_tensor(
-                shape, generator=generator, device=drawn_on, dtype=self.unet.dtype
+                shape, generator=generator, device=noise_device, dtype=self.unet.dtype
             )
         elif latents.shape != shape:
-            raise ValueError(f"latents are {list(latents.shape)}: expected {list(shape)}")
+            raise ValueError(f"latents have shape {list(latents.shape)}: expected {list(shape)}")
         x = latents.to(device, torch.float32)
 
         self._set_steps(num_inference_steps, device)
@@ -102,16 +114,17 @@ class ReflowPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=samples) if return_dict else (samples,)
 
     def _predict(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
-        """Evaluate noise - data in float32, guided. labels: [B]; or [2B], null first, to guide."""
+        """Predict noise - data in float32, with guidance. labels: [B], or [2B], null class first."""
         inputs = torch.cat([x] if guidance == 1 else [x, x]).to(self.unet.dtype)
-        # always a float tensor: UNet2DModel cuts a Python number down to an integer
+        # always a float tensor: UNet2DModel truncates a Python number to an integer
         times = t.to(x.device, torch.float32).expand(len(inputs))
         given = {} if labels is None else {"class_labels": labels}
         output = self.unet(inputs, times, **given, return_dict=False)[0].float()
         if output.shape != inputs.shape:
             raise ValueError(
-                f"the network turns {list(inputs.shape)} into {list(output.shape)}: expected the "
-                "same shape, so out_channels = in_channels and a size that its patch size divides"
+                f"the network returns shape {list(output.shape)} for input {list(inputs.shape)}; "
+                "expected the same shape: out_channels = in_channels, and a size divisible by its "
+                "patch size"
             )
         if guidance == 1:
             return output
@@ -119,12 +132,12 @@ class ReflowPipeline(DiffusionPipeline):
         return null + guidance * (cond - null)
 
     def _set_steps(self, steps: int, device: torch.device) -> None:
-        """Set sigma = 1 - i/N and then 0, `shift` applied, and see that the scheduler keeps to it."""
+        """Set sigma = 1 - i/N and a final 0, shifted by `shift`, and check the scheduler's grid."""
         scheduler, name = self.scheduler, type(self.scheduler).__name__
         if scheduler.config.get("prediction_type", "flow_prediction") != "flow_prediction":
             raise ValueError(
                 f"{name} has prediction_type={scheduler.config.prediction_type!r}: expected "
-                "'flow_prediction'; or pass scheduler=FlowMatchEulerDiscreteScheduler()"
+                "'flow_prediction', or pass scheduler=FlowMatchEulerDiscreteScheduler()"
             )
         even = torch.tensor([*(1 - i / steps for i in range(steps)), 0.0])
         shift = scheduler.config.get("shift", 1.0)
@@ -134,7 +147,7 @@ class ReflowPipeline(DiffusionPipeline):
             scheduler.set_timesteps(sigmas=even[:-1].tolist(), device=device)
         else:
             scheduler.set_timesteps(steps, device=device)
-            slack = 2e-3  # stock flow grids begin at .999, and round timesteps to integers
+            slack = 2e-3  # stock flow grids begin at 0.999 and round timesteps to integers
         order = scheduler.order
         sigmas = getattr(scheduler, "sigmas", even[:0])[::order].float().cpu()
         times = scheduler.timesteps[::order].float().cpu()
@@ -144,9 +157,9 @@ class ReflowPipeline(DiffusionPipeline):
             or not (times / 1000 - wanted[:-1]).abs().max() <= slack
         ):
             raise ValueError(
-                f"{name} makes sigmas {sigmas.tolist()}, timesteps {times.tolist()} of {steps} "
-                f"steps: expected {wanted.tolist()}, and 1000 times that; its config spaces "
-                "them (flow_shift, shift_terminal, use_*_sigmas); pass "
+                f"{name} makes sigmas {sigmas.tolist()} and timesteps {times.tolist()} for {steps} "
+                f"steps: expected {wanted.tolist()}, and 1000 times that. Its config changes the grid "
+                "(flow_shift, shift_terminal, use_*_sigmas); pass "
                 "scheduler=FlowMatchEulerDiscreteScheduler() or a RectifiedFlowScheduler"
             )
 
@@ -158,20 +171,20 @@ class ReflowPipeline(DiffusionPipeline):
         size = config.sample_size
         if size is None:
             raise ValueError(
-                f"{type(self.unet).__name__} has sample_size=None in its config: expected the size "
-                "of the images; write it there"
+                f"{type(self.unet).__name__} has sample_size=None in its config; set it to the size "
+                "of the images"
             )
         return (config.in_channels, *((size, size) if isinstance(size, int) else size))
 
     def _labels(
         self, labels: Any, guidance: float, batch_size: int, device: torch.device
     ) -> Tensor | None:
-        """Check labels and lay them out for `_predict`: None, [B], or [2B], null class first."""
+        """Check labels, and arrange them for `_predict`: None, [B], or [2B], null class first."""
         config = self.unet.config
         if config.get("class_embed_type") is not None:
             raise ValueError(
-                f"class_embed_type={config.class_embed_type!r}: expected a network with "
-                "num_class_embeds or without labels"
+                f"class_embed_type={config.class_embed_type!r} is not supported; expected a network "
+                "with num_class_embeds, or one without labels"
             )
         null = config.get("num_embeds_ada_norm")
         if null is None and config.get("num_class_embeds") is not None:
@@ -184,7 +197,9 @@ class ReflowPipeline(DiffusionPipeline):
                 )
             return None
         if labels is None and guidance != 1:
-            raise ValueError(f"guidance_scale={guidance} needs class_labels; none are given")
+            raise ValueError(
+                f"guidance_scale={guidance} needs class_labels; pass them, or leave it out"
+            )
         nulls = torch.full((batch_size,), null, dtype=torch.long, device=device)
         if labels is None:
             return nulls
@@ -203,7 +218,7 @@ class ReflowPipeline(DiffusionPipeline):
     def _check(
         self, batch_size: Any, steps: Any, generator: Any, output_type: str, shape: tuple[int, ...]
     ) -> None:
-        """Refuse arguments that do not fit, before any work."""
+        """Raise ValueError for arguments that do not fit, before any work."""
         for name, value in {"batch_size": batch_size, "num_inference_steps": steps}.items():
             if not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"{name}={value}: expected an integer of at least 1")
@@ -219,7 +234,10 @@ class ReflowPipeline(DiffusionPipeline):
             )
         if output_type == "pil" and shape[1] not in (1, 3, 4):
             raise ValueError(
-                f"output_type='pil': no picture has {shape[1]} channels; expected 'latent', 'np' or 'pt'"
+                f"output_type='pil': cannot make pictures of {shape[1]} channels; expected 'latent', "
+                "'np' or 'pt'"
             )
         if self.unet.training:
-            raise ValueError("unet is in training mode, so dropout is on: call unet.eval() first")
+            raise ValueError(
+                "unet is in training mode, with dropout active; call unet.eval() first"
+            )

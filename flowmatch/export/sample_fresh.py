@@ -1,8 +1,8 @@
-"""Sample an exported folder in a process that cannot import flowmatch: what `export` runs to check it.
+"""Sample an exported folder in a process that cannot import flowmatch: `export` runs it as a check.
 
-usage: python sample_fresh.py TASK, a JSON object: folder, pipeline (the class of its
-model_index.json), steps, samples, seed, output_type (np, or latent), labels (or null). Writes
-samples.pt into the working directory, steps -> {"exact": ..., "folder": ...} -> [samples, ...],
+usage: python sample_fresh.py TASK, where TASK is a JSON object with folder, pipeline (the class in its
+model_index.json), steps, samples, seed, output_type (np or latent), labels (or null). It writes
+samples.pt to the working directory: steps -> {"exact": ..., "folder": ...} -> [samples, ...],
 images in [0, 1].
 """
 
@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-sys.modules["flowmatch"] = None  # type: ignore[assignment]  # its import is an error from here on
+sys.modules["flowmatch"] = None  # type: ignore[assignment]  # importing it is an error from here on
 
 import torch  # noqa: E402
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler  # noqa: E402
@@ -20,8 +20,7 @@ OURS = {"custom_pipeline": "pipeline", "trust_remote_code": True}
 
 
 def draw(pipe: Any, steps: int, task: dict[str, Any]) -> Tensor:
-    """Sample with the noise of the task's seed."""
-    pipe.set_progress_bar_config(disable=True)
+    """Sample with the noise of the task's seed. Return [samples, ...]; images as [samples, C, H, W]."""
     labels = {} if task["labels"] is None else {"class_labels": task["labels"]}
     x = pipe(
         batch_size=task["samples"],
@@ -37,21 +36,31 @@ def draw(pipe: Any, steps: int, task: dict[str, Any]) -> Tensor:
 
 
 def main(task: dict[str, Any]) -> None:
-    """Load the folder as its users do, and sample."""
+    """Load the folder as its users do, each way once, and sample with every number of steps."""
     torch.set_num_threads(1)
-    folder, load = task["folder"], DiffusionPipeline.from_pretrained
+
+    def load(**arguments: Any) -> Any:
+        pipe = DiffusionPipeline.from_pretrained(task["folder"], **arguments)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
     found: dict[str, dict[str, Tensor]] = {}
-    for n in task["steps"]:
-        if task["pipeline"] == "ReflowPipeline":
-            found[str(n)] = {"exact": draw(load(folder, **OURS), n, task)}
-            continue
-        exact = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder=f"scheduler_{n}")
-        # ConsistencyModelPipeline cannot run it: the exact scheduler goes into the folder's own
+    if task["pipeline"] == "ReflowPipeline":
+        pipe = load(**OURS)
+        found = {str(n): {"exact": draw(pipe, n, task)} for n in task["steps"]}
+    else:
+        # ConsistencyModelPipeline rejects the exact scheduler; the folder's own pipeline takes it
         code = {} if task["pipeline"] == "DDPMPipeline" else OURS
-        found[str(n)] = {
-            "exact": draw(load(folder, scheduler=exact, **code), n, task),
-            "folder": draw(load(folder), n, task),
+        schedulers = {
+            n: FlowMatchEulerDiscreteScheduler.from_pretrained(
+                task["folder"], subfolder=f"scheduler_{n}"
+            )
+            for n in task["steps"]
         }
+        pipe, exact = load(), load(scheduler=schedulers[task["steps"][0]], **code)
+        for n, scheduler in schedulers.items():
+            exact.scheduler = scheduler
+            found[str(n)] = {"exact": draw(exact, n, task), "folder": draw(pipe, n, task)}
     torch.save(found, "samples.pt")
 
 

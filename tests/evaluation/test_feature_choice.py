@@ -65,14 +65,14 @@ def test_points_of_any_number_of_dimensions_are_scored_and_drawn(tmp_path, dimen
 def test_what_images_are_scored_on_is_refused_for_points_and_latents(points):
     root, net, ring = points
     (fault,) = planned(root, net, ring, "distance=frechet")
-    assert "features='classifier' looks at images" in fault
+    assert "features='classifier' takes images" in fault
     assert "use distance=sliced_wasserstein, or features=values" in fault
     assert planned(root, net, ring, "distance=frechet", "features=values") == []
     net = model(root / "unet", (4, 8, 8))
     latents = f"source: latents, path: {stored(root / 'latents.npz', (4, 8, 8), labels=True)}"
     for labels in ("", ", labels: true"):
         (fault,) = planned(root, net, latents + labels, "distance=frechet")
-        assert "looks at images; the data holds [4, 8, 8], which are none" in fault
+        assert "takes images, but the data has shape [4, 8, 8]" in fault
     assert planned(root, net, latents) == []
 
 
@@ -81,7 +81,7 @@ def test_values_too_many_for_a_frechet_distance_are_refused_with_a_way_on(tmp_pa
     images = f"source: npz, path: {stored(tmp_path / 'images.npz', (3, 64, 64), labels=True)}"
     ways = "features=inception with inception_weights=FILE, or features=classifier with classifier="
     (fault,) = planned(tmp_path, net, images, "features=values")
-    assert "takes 4096 values a sample, the data has 12288" in fault
+    assert "takes at most 4096 values per sample, the data has 12288" in fault
     assert ways in fault
     (fault,) = planned(tmp_path, net, images)  # no labels: the values are no way on
     assert "needs data.labels=true, or classifier=" in fault
@@ -90,7 +90,7 @@ def test_values_too_many_for_a_frechet_distance_are_refused_with_a_way_on(tmp_pa
     assert planned(tmp_path, net, images + ", labels: true") == []
 
 
-def test_what_is_not_looked_at_is_refused(points):
+def test_a_key_without_effect_is_refused(points):
     root, net, ring = points
     given = ["classifier=nowhere", "inception_weights=nowhere", "features=inception"]
     found = planned(root, net, ring, *given)
@@ -99,7 +99,7 @@ def test_what_is_not_looked_at_is_refused(points):
     digits = "source: digits"
     net = model(root / "unet", (1, 8, 8))
     (fault,) = planned(root, net, digits, "features=values", given[1])
-    assert fault == "inception_weights=nowhere is not looked at: features='values'; leave it out"
+    assert fault == "inception_weights=nowhere has no effect with features='values'; leave it out"
 
 
 def test_guidance_and_classes_that_models_do_not_share_are_refused(tmp_path):
@@ -110,7 +110,7 @@ def test_guidance_and_classes_that_models_do_not_share_are_refused(tmp_path):
     found = planned(tmp_path, models[None], *words, "guidance=2.0")
     expected = "guidance=2.0: this network takes no labels; use guidance=1"
     assert found == [f"teacher: {expected}", f"student: {expected}"]
-    differ = "numbers of classes differ: teacher 4, student {}; name what was trained on the same"
+    differ = "numbers of classes differ: teacher 4, student {}; use models and data"
     for k in (3, None):
         (fault,) = planned(tmp_path, models[4], *words, student=models[k])
         assert fault.startswith(differ.format(k or "none"))
@@ -146,10 +146,19 @@ def test_the_plan_counts_what_guidance_and_a_last_step_cost(tmp_path, capsys):
 
 def test_a_reference_that_is_the_data_is_none(tmp_path, capsys):
     """The floor of its images to themselves would be 0; a digest may be of two splits."""
-    net = model(tmp_path / "unet", (1, 8, 8))
-    train = f"source: npz, path: {stored(tmp_path / 'train.npz', (1, 8, 8), labels=True)}"
-    test = f"source: npz, path: {stored(tmp_path / 'test.npz', (1, 8, 8), seed=1)}"
-    words = ["features=values", f"teacher={net}", f"student={net}", "steps=[1]", "samples=24"]
+    net = model(tmp_path / "mlp", (2,))  # points, because an MLP is fast
+    for seed, name in enumerate(("train", "test")):
+        x, y = np.random.default_rng(seed).normal(size=(24, 2)).astype("f4"), np.arange(24) % 2
+        np.savez(tmp_path / f"{name}.npz", x=x, y=y)
+    train, test = (f"source: npz, path: {tmp_path}/{name}.npz" for name in ("train", "test"))
+    words = [
+        "distance=frechet",
+        "features=values",
+        f"teacher={net}",
+        f"student={net}",
+        "steps=[1]",
+        "samples=24",
+    ]
     words += [f"data={{{train}}}", "converged_steps=1"]
     found = {}
     for name, reference in (("none", None), ("same", f"{train}, labels: true"), ("other", test)):

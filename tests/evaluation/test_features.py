@@ -49,7 +49,7 @@ def test_features_are_made_in_eval_mode_in_batches_and_leave_the_module_as_it_wa
     assert module.training
     assert module_digest(module) == before
     assert torch.equal(features.embed(x, None), x.flatten(1).double())
-    with pytest.raises(UserError, match="hold NaN"):
+    with pytest.raises(UserError, match="contain NaN"):
         features.embed(x / 0, module)
 
 
@@ -168,7 +168,9 @@ def test_a_classifier_is_kept_by_content(tmp_path, digits):
     assert not read.training
     execute(train_classifier.STAGE, stage_config(tmp_path / "b", "steps=20"), False)
     assert manifest.digest(tmp_path / "a") == manifest.digest(tmp_path / "b")
-    with pytest.raises(UserError, match="looks at images of .1, 8, 8.; data holds .3, 8, 8."):
+    with pytest.raises(
+        UserError, match="takes images of shape .1, 8, 8., but the data has shape .3, 8, 8."
+    ):
         features.load(tmp_path / "a", "classifier", (3, 8, 8))
     with pytest.raises(UserError, match="steps: 20 -> 21"):
         execute(train_classifier.STAGE, stage_config(tmp_path / "a", "steps=21"), False)

@@ -1,16 +1,18 @@
 """The report, opened in a real browser where there is one, and read as a file everywhere."""
 
 import base64
+import functools
 import html.parser
 import json
 import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 
-from flowmatch.evaluation import figures, report
+from flowmatch.evaluation import charts, figures, report, tables
 
 CHROMIUM = shutil.which("chromium")
 PROBE = """<script>
@@ -72,6 +74,12 @@ def made(folder, images):
     )
 
 
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The page of images, and that of points, each made once."""
+    return functools.cache(lambda images: made(tmp_path_factory.mktemp("page"), images))
+
+
 class Links(html.parser.HTMLParser):
     """Collect what a page could fetch."""
 
@@ -87,8 +95,8 @@ class Links(html.parser.HTMLParser):
 
 
 @pytest.mark.parametrize("images", [True, False], ids=["images", "points"])
-def test_the_page_holds_everything_it_shows(tmp_path, images):
-    page = made(tmp_path, images)
+def test_the_page_holds_everything_it_shows(pages, images):
+    page = pages(images)
     links = Links(page)
     assert len(links.found) >= 9
     assert all(link.startswith("data:image/") for link in links.found)
@@ -105,16 +113,16 @@ def test_the_page_holds_everything_it_shows(tmp_path, images):
     assert "a &lt;b&gt;name&lt;/b&gt;" in page
 
 
-def test_the_page_says_what_was_measured(tmp_path):
-    page = made(tmp_path, True)
+def test_the_page_says_what_was_measured(pages):
+    page = pages(True)
     text = re.sub(r"<[^>]*>", " ", page.split("</style>")[1])
     for said in (
-        *("2.00 times what the teacher converges to", "0.250 /", "held out accuracy", "0.925"),
-        *("90 steps, 7 images a second", "run_dir: of the student", "straightness 0.125"),
+        *("2.00 times that of the converged teacher", "0.250 /", "held out accuracy", "0.925"),
+        *("90 steps, 7 images per second", "run_dir: of the student", "straightness 0.125"),
     ):
         assert said in text
-    assert re.search(r"1 step\s+1\s+40\s+2\s+2.00", text)
-    assert re.search(r"real\s+0.5\s", text)
+    assert re.search(r"\s1\s+1\s+40\s+2\s+2.00", text)
+    assert re.search(r"real against real\s+0.5\s", text)
 
 
 def test_logs_that_are_not_there_are_left_out(tmp_path):
@@ -151,8 +159,8 @@ def opened(page, folder, *flags):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed; the page is parsed alone")
 @pytest.mark.parametrize("images", [True, False], ids=["images", "points"])
-def test_a_browser_shows_the_page(tmp_path, images):
-    page = made(tmp_path, images)
+def test_a_browser_shows_the_page(pages, tmp_path, images):
+    page = pages(images)
     seen, console = opened(page, tmp_path, "--window-size=1200,900")
     assert seen["images"] == 8  # curve, paths, losses, two models at two numbers of steps, real
     assert (seen["broken"], seen["nameless"], seen["fetched"]) == (0, 0, 0)
@@ -179,6 +187,36 @@ def test_the_tables_tell_what_each_model_costs_a_row():
         "teacher": teacher,
         "student": {"rows": [*dear, row(2, 2.0)], "normalised": 0.1},
     }
-    assert "| 1 | 1 / 2 | 4 | 4 |" in figures.table(result)
-    assert "| 2 | 2 | 3 | 2 |" in figures.table(result)
-    assert "<td>1 / 2</td>" in report.tables(result)
+    assert "| 1 | 1 / 2 | 4 | 4 |" in tables.markdown(result)
+    assert "| 2 | 2 | 3 | 2 |" in tables.markdown(result)
+    assert "<td>1 / 2</td>" in report.numbers(result)
+
+
+def test_images_of_a_mosaic_are_separated_by_translucent_grey():
+    x = np.ones((5, 3, 2, 3), np.float32)
+    sheet = figures.mosaic(x)
+    assert sheet.shape == (8, 11, 4)  # three rows and columns of 2x3, two lines between them
+    assert (sheet[:2, :3] == 255).all()
+    assert (sheet[2, :3] == figures.GUTTER).all()
+    assert (sheet[:2, 3] == figures.GUTTER).all()
+    assert (sheet[3:5, 8:, 3] == 0).all()  # no sixth image
+    black = figures.mosaic(-x[:, :1])
+    assert (black[:2, :3] == (0, 0, 0, 255)).all()
+
+
+@pytest.mark.parametrize("title", [True, False])
+@pytest.mark.parametrize("distance", list(tables.DISTANCES))
+def test_no_label_of_the_curve_is_cut(distance, title):
+    rows = [row(1, 40.0), row(16, 0.31), row(None, 0.25)]
+    result = {name: {"rows": rows} for name in ("teacher", "student")}
+    result |= {"protocol": {"distance": distance}, "floor": {"distance": 0.2, "samples": 10_000}}
+    size = (7.2, 4.3) if title else (charts.WIDE, 3.9)
+    figure = figures.curve_figure(result, *size, title=title)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    for text in (axes.yaxis.label, axes.xaxis.label, *figure.legends):
+        box = text.get_window_extent()
+        assert box.x0 >= 0
+        assert box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1
+        assert box.y1 <= figure.bbox.y1

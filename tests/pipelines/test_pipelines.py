@@ -274,7 +274,7 @@ def test_an_evaluation_with_a_reference_and_a_classifier_of_its_own(tmp_path):
     assert "| real against real | " in table
     assert "that no model has seen" in (tmp_path / "evaluate/report.html").read_text()
     for more, fault in (
-        (["features=values", classifier], "is not looked at: features='values'"),
+        (["features=values", classifier], "has no effect with features='values'"),
         ([], "needs data.labels=true, or classifier="),
         ([classifier, "samples=11"], "11 samples: images are scored on 12 or more"),
     ):

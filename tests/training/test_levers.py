@@ -83,7 +83,7 @@ def test_reflow_learns_by_a_feature_loss_that_never_scores_it(base, tmp_path, mo
     scored = ["data={source: digits}", "samples=16", "steps=[1]", "converged_steps=1"]
     words = [f"teacher={base}/flow", f"student={tmp_path}/reflow", *scored]
     own = f"classifier={base}/classifier_0"
-    with pytest.raises(UserError, match="student was trained with loss.features on the very class"):
+    with pytest.raises(UserError, match="student was trained with loss.features on the same class"):
         run(evaluate, f"run_dir={tmp_path}/no", *words, own)
     run(evaluate, f"run_dir={tmp_path}/evaluate", *words, f"classifier={base}/classifier_1")
 
@@ -91,7 +91,7 @@ def test_reflow_learns_by_a_feature_loss_that_never_scores_it(base, tmp_path, mo
     taught = (features.load(f"{base}/classifier_0", "x", (1, 8, 8))[0], 0.9)
     monkeypatch.setattr(features, "train_classifier", lambda *given: taught)
     monkeypatch.setattr(Sampler, "rows", None)
-    with pytest.raises(UserError, match="student was trained with loss.features on the very class"):
+    with pytest.raises(UserError, match="student was trained with loss.features on the same class"):
         run(evaluate, f"run_dir={tmp_path}/no", *words, "data.labels=true")
 
 
@@ -155,13 +155,13 @@ def test_a_feature_loss_looks_through_a_module_that_is_given(base, tmp_path):
     save(Cut(), tmp_path / "cut.pt2")
     save(torch.nn.Flatten(0, 1), tmp_path / "flat.pt2", channels=3)
     faults = dict.fromkeys(
-        ("no.pt2", "weights.pth", "colour.pt2", "fixed.pt2"), ": no module for batches"
+        ("no.pt2", "weights.pth", "colour.pt2", "fixed.pt2"), ": cannot load this file as a module"
     )
-    faults |= {"cut.pt2": " gives 4 rows for a batch of 4, without a gradient"}
+    faults |= {"cut.pt2": " returns 4 rows for a batch of 4, without a gradient"}
     for name, fault in faults.items():
         with pytest.raises(UserError, match=rf"loss.features=\S+/{name}{fault}"):
             features.perceptual(f"{tmp_path}/{name}", "loss.features", 4, (1, 8, 8), "cpu")
-    with pytest.raises(UserError, match="gives 12 rows for a batch of 4, with a gradient"):
+    with pytest.raises(UserError, match="returns 12 rows for a batch of 4, with a gradient"):
         features.perceptual(f"{tmp_path}/flat.pt2", "loss.features", 4, (3, 8, 8), "cpu")
     features.perceptual(f"{tmp_path}/eyes.pt2", "x", 10**9, (1, 8, 8), "cpu")  # planned, not run
 
@@ -187,7 +187,7 @@ def test_a_one_step_student_is_known_as_one_everywhere(base, tmp_path, capsys):
     run(evaluate, f"run_dir={tmp_path}/evaluate", *models, *SCORED, "steps=[1,2]")
     result = json.loads((tmp_path / "evaluate/metrics.json").read_text())
     assert result["student"]["one_step"] is True
-    said = "trained for one step alone: its other rows show what it is not for"
+    said = "trained for one step only; its rows with more steps are not meaningful"
     for name in ("table.md", "report.html"):
         assert said in (tmp_path / "evaluate" / name).read_text()
 
@@ -198,8 +198,8 @@ def test_a_one_step_student_is_known_as_one_everywhere(base, tmp_path, capsys):
     index = json.loads((tmp_path / "export/model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]  # exact for one
     card = (tmp_path / "export/README.md").read_text()
-    assert "in one Euler step, and in no other number of them" in card
-    assert "any number of steps, to the difference" not in card
+    assert "in exactly one Euler step" in card
+    assert "any number of steps, with the small error" not in card
     assert said in card
 
 

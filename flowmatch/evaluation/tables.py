@@ -1,0 +1,138 @@
+"""The tables of an evaluation: rows of formatted numbers for Markdown and HTML, and their words."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+DISTANCES = {"frechet": "Frechet distance", "sliced_wasserstein": "sliced Wasserstein-2 distance"}
+QUALITIES = {  # what images are scored on beside the distance: name, format
+    "kernel": ("kernel distance", ".3g"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "nearest": ("nearest training image", ".3g"),
+}
+ONE_STEP = "The student was trained for one step only; its rows with more steps are not meaningful."
+REAL = "real against real"
+
+Cell = str | tuple[str, str]  # tuple: the value of the teacher, that of the student
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of formatted numbers."""
+
+    head: list[str]
+    rows: list[list[Cell]]
+    floor: list[Cell]  # last row: real data against real data
+
+
+def distances(result: Mapping[str, Any]) -> Table:
+    """Tabulate the distances: a row for each number of steps.
+
+    Args:
+        result: The content of metrics.json.
+    """
+    converged = result["teacher"]["rows"][-1]["distance"]
+    reference = result["protocol"]["solver"].split("; converged: ")[1]
+    rows: list[list[Cell]] = [
+        [
+            f"{a['steps'] or f'converged ({reference})'}",
+            evaluations(a, b),
+            f"{a['distance']:.3g}",
+            f"{b['distance']:.3g}",
+            f"{b['distance'] / converged:.2f}",
+        ]
+        for a, b in _pairs(result)
+    ]
+    head = ["steps", "evaluations", "teacher", "student", "student / teacher converged"]
+    return Table(head, rows, [REAL, "", f"{result['floor']['distance']:.3g}", "", ""])
+
+
+def qualities(result: Mapping[str, Any]) -> Table | None:
+    """Tabulate the other measures, a row for each number of steps; None if there are none.
+
+    Args:
+        result: The content of metrics.json.
+    """
+    shown = [name for name in QUALITIES if name in result["floor"]]
+    if not shown:
+        return None
+    rows: list[list[Cell]] = [
+        [steps_name(a["steps"]), *((_quality(name, a), _quality(name, b)) for name in shown)]
+        for a, b in _pairs(result)
+    ]
+    head = ["teacher / student", *(QUALITIES[name][0] for name in shown)]
+    return Table(head, rows, [REAL, *(_quality(name, result["floor"]) for name in shown)])
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """Write the tables and the protocol in a sentence, as Markdown.
+
+    Args:
+        result: The content of metrics.json.
+    """
+    teacher, student = result["teacher"], result["student"]
+    protocol, floor = result["protocol"], result["floor"]
+    solver = protocol["solver"].split("; converged: ")[0]
+    rounded = protocol.get("arithmetic", "fp32")
+    weights = "EMA weights" + ("" if rounded == "fp32" else f" in {rounded}")
+    if "student_solver" in protocol:
+        solver = f"teacher {solver}, student {protocol['student_solver']}"
+    table, more = distances(result), qualities(result)
+    parts = [
+        _lines(table.head, table.rows),
+        f"{protocol['distance']} distance, {protocol['samples']} samples against "
+        f"{protocol['real_samples']} real ones, {weights}, {solver}; real against real, "
+        f"{floor['samples']} each: {floor['distance']:.3g}. Straightness, normalised (0 is straight): "
+        f"teacher {teacher['normalised']:.3g}, student {student['normalised']:.3g}.",
+    ]
+    if "one_step" in student:
+        parts.append(ONE_STEP)
+    if more is not None:
+        parts.append(_lines(more.head, [*more.rows, more.floor]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _lines(head: list[str], rows: list[list[Cell]]) -> str:
+    texts = [[cell if isinstance(cell, str) else " / ".join(cell) for cell in row] for row in rows]
+    lines = [f"| {' | '.join(cells)} |" for cells in chain([head], texts)]
+    return "\n".join([lines[0], f"|{'---|' * len(head)}", *lines[1:]])
+
+
+def evaluations(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> str:
+    """Write the evaluations of a row; of both models if they differ."""
+    a, b = teacher["evaluations"], student["evaluations"]
+    return f"{a}" if a == b else f"{a} / {b}"
+
+
+def steps_name(steps: int | None) -> str:
+    """Write a number of steps; None is converged."""
+    if steps is None:
+        return "converged"
+    return f"{steps} step" if steps == 1 else f"{steps} steps"
+
+
+def finding(result: Mapping[str, Any]) -> str:
+    """Write a headline: how many evaluations of the teacher the student beats with its fewest.
+
+    Args:
+        result: The content of metrics.json.
+    """
+    first, beaten = result["student"]["rows"][0], 0
+    for row in result["teacher"]["rows"]:
+        if row["steps"] is None or row["distance"] <= first["distance"]:
+            break
+        beaten = row["evaluations"]
+    few, plural = first["evaluations"], "s" if first["evaluations"] > 1 else ""
+    if beaten <= few:
+        return "Distance to real data against network evaluations"
+    return f"{few} evaluation{plural} of the student beat{'' if plural else 's'} {beaten} of the teacher"
+
+
+def _pairs(result: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    return list(zip(result["teacher"]["rows"], result["student"]["rows"], strict=True))
+
+
+def _quality(name: str, measured: Mapping[str, float]) -> str:
+    return f"{measured[name]:{QUALITIES[name][1]}}"
