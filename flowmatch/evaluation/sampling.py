@@ -16,7 +16,7 @@ from torch import Tensor
 from flowmatch.config import UserError
 from flowmatch.data.dataset import Data
 from flowmatch.evaluation import metrics
-from flowmatch.flow import grids, noise, samplers, solvers
+from flowmatch.flow import noise, samplers, solvers
 from flowmatch.flow.config import SamplerConfig, SolverConfig
 from flowmatch.flow.solvers import VelocityField
 from flowmatch.models import teachers
@@ -100,37 +100,34 @@ class Sampler:
         """Sample with every number of steps, then converged."""
         found = []
         for number in steps:
-            row = functools.partial(self.row, solver=solver, steps=number)
-            x, evaluations = self.sample(row)
+            x, evaluations = self.sample(functools.partial(self.row, solver=solver, steps=number))
             found.append(SampledRow(number, evaluations, x))
-        x, evaluations = self.sample(lambda v, x0, span, ids: solvers.solve(v, x0, converged, span))
+        x, evaluations = self.sample(
+            lambda x0, cond, ids: self.velocity.carry(
+                x0, lambda v, x, span: solvers.solve(v, x, converged, span), cond
+            )
+        )
         return [*found, SampledRow(None, evaluations, x)]
 
     def row(
         self,
-        v: VelocityField,
         x0: Tensor,
-        span: Span,
+        cond: dict[str, Tensor] | None,
         ids: np.ndarray,
         *,
         solver: SamplerConfig,
         steps: int,
     ) -> Tensor:
-        """Carry the noise of some samples to data in a number of steps.
-
-        A two-time network is not integrated by Euler: it says where each step ends.
-        """
-        if self.model.two_times and solver.name == "euler":
-            return solvers.jumps(v, x0, grids.make(solver, steps))
-        return samplers.sample(v, x0, solver, steps, span, seed=self.seed, ids=ids)
+        """Carry the noise of some samples to data in a number of steps."""
+        return self.velocity.sample(x0, solver, steps, cond, seed=self.seed, ids=ids)
 
     @torch.inference_mode()
     def sample(  # collective: every rank
-        self, solve: Callable[..., Tensor]
+        self, carry: Callable[..., Tensor]
     ) -> tuple[Tensor, int]:
         """Carry the noise of all samples; (x [samples, ...] on rank 0, evaluations a sample).
 
-        solve(v, x0, span, ids=...) carries a batch.
+        carry(x0, cond, ids) carries a batch.
 
         The evaluations are counted; where they differ between batches, their mean is rounded.
         """
@@ -143,7 +140,7 @@ class Sampler:
             x0, cond = self.noise(ids)
             before = self.velocity.evaluations
             with self.arithmetic():
-                parts.append(self.velocity.carry(x0, functools.partial(solve, ids=ids), cond))
+                parts.append(carry(x0, cond, ids))
             counts.append(self.velocity.evaluations - before)
         gathered = self.accelerator.gather(torch.stack(parts))  # [world * rounds, batch, ...]
         ordered = gathered.unflatten(0, (world, rounds)).transpose(0, 1).flatten(0, 2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowmatch.data.dataset import Data
-from flowmatch.flow import grids, noise, solvers
+from flowmatch.flow import noise
 from flowmatch.flow.config import SolverConfig
 from flowmatch.models.config import Precision
 from flowmatch.models.precision import arithmetic
@@ -60,7 +60,6 @@ class PairGenerator:
             velocity.net.compile(fullgraph=True, dynamic=False)
         self.layout, self.velocity, self.device, self.data = layout, velocity, device, data
         self.seed, self.compute_batch, self.solver, self.look = seed, compute_batch, solver, look
-        self.jumps = velocity.second is not None and solver.name == "euler" and data is None
         self.environment: dict[str, Any] = {
             "torch": torch.__version__,
             "numpy": np.__version__,
@@ -78,29 +77,23 @@ class PairGenerator:
         Nothing here waits for a GPU: it integrates while the noise of the next batch is drawn.
         """
         size, step, backward = self.layout.shard_size, self.compute_batch, self.data is not None
-        carry = self.velocity.invert if backward else self.velocity.carry
         for start in range(0, size, step):
             x, label = self._given(k * size + start + np.arange(step))
             cond = None if label is None else {"label": self._to_device(label)}
             before = self.velocity.evaluations
             with arithmetic(self.precision, self.device):
-                found = carry(self._to_device(x.astype(np.float32)), self._solve, cond)
+                found = self.velocity.integrate(
+                    self._to_device(x.astype(np.float32)),
+                    self.solver,
+                    cond,
+                    backward=backward,
+                    before=self.look,
+                )
             keep = min(step, size - start)
             ends: list[Array] = [lambda kept=x[:keep]: kept, to_host(found[:keep])]  # type: ignore[misc]
             x0, x1 = reversed(ends) if backward else ends
             evaluations = self.velocity.evaluations - before
             yield Made(x0, x1, None if label is None else label[:keep], evaluations)
-
-    def _solve(self, v: solvers.VelocityField, x: Tensor, span: tuple[float, float]) -> Tensor:
-        """Integrate a batch; by Euler a two-time network says where each step ends, as in evaluate."""
-
-        def field(x: Tensor, *times: Any) -> Tensor:
-            self.look()
-            return v(x, *times)
-
-        if self.jumps:
-            return solvers.jumps(field, x, grids.make(self.solver, self.solver.steps))
-        return solvers.solve(field, x, self.solver, span, backward=self.data is not None)
 
     def _given(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Draw noise and labels, or read data; the data begins anew where padding goes past its end."""
