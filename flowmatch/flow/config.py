@@ -87,7 +87,7 @@ class LossConfig(Config):
         field, chosen = str(info.field_name), info.data.get("name")
         usual = {key: cls.model_fields[key].default for key in ("c", "eps")}
         if field == "power" and not value and chosen == "normalised":
-            raise ValueError("name=normalised needs more than 0; use 1")
+            raise ValueError("name=normalised needs one above 0; use 1")
         if field == "power" and value and info.data.get("c", usual["c"]) != usual["c"]:
             raise ValueError(
                 f"with a power more than 0, c has no effect; leave c={info.data['c']} out"
