@@ -94,7 +94,7 @@ class LossConfig(Config):
             )
         bare = (chosen, info.data.get("power")) == ("feature", 0)
         if field == "eps" and bare and value != usual["eps"]:
-            raise ValueError("with power=0, eps has no effect; leave it out")
+            raise ValueError("with power=0 there is no use for eps; leave it out")
         name = "pseudo_huber" if field == "c" else "normalised"
         return used(cls, value, info, "name", name, "feature")
 

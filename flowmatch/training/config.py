@@ -70,5 +70,8 @@ class FitConfig(Config):
     def _one_kind(cls, value: list[float], info: pydantic.ValidationInfo) -> list[float]:
         decay = info.data.get("ema_decay")
         if value and decay not in (None, cls.model_fields["ema_decay"].default):
-            raise ValueError(f"ema replaces ema_decay={decay}; leave one of them out")
+            raise ValueError(
+                f"ema_decay={decay} is that of the exponential average, which ema replaces; leave one "
+                "of them out"
+            )
         return value

@@ -6,7 +6,6 @@ is dropped) is a function of (seed, step, position in the global batch), and dep
 number of processes nor on restarts.
 """
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -24,8 +23,9 @@ from flowmatch.flow.coupling import Coupling
 from flowmatch.models import precision
 from flowmatch.models.velocity import Velocity, classes_of
 from flowmatch.runs.folder import RunFolder
-from flowmatch.runs.process import bar_options, leads, start_accelerator
+from flowmatch.runs.process import leads, start_accelerator
 from flowmatch.training import compilation, ema
+from flowmatch.training.bar import Bar
 from flowmatch.training.config import FitConfig
 from flowmatch.training.draw import Ahead, Drawn, Stream, draw, mask_seed
 from flowmatch.training.state import State
@@ -312,34 +312,3 @@ def _warm_up(
         # make all of their updates with the same layout.
         accelerator.backward(errors(v, batch, 0).mean())
         state.optimizer.zero_grad(set_to_none=True)
-
-
-class Bar:
-    """A progress bar on rank 0, with the loss and images per second."""
-
-    def __init__(self, config: FitConfig, start: int):
-        from tqdm import tqdm
-
-        self.batch_size, self.began, self.seen = config.batch_size, time.perf_counter(), 0
-        self.bar = tqdm(total=config.steps, initial=start, unit="step", **bar_options())
-
-    def __enter__(self) -> "Bar":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.bar.close()
-
-    def advance(self) -> None:
-        """Count one update."""
-        self.seen += self.batch_size
-        self.bar.update()
-
-    def rate(self) -> float:
-        """Return the images per second since the last call."""
-        now = time.perf_counter()
-        rate, self.began, self.seen = self.seen / (now - self.began), now, 0
-        return round(rate, 1)
-
-    def show(self, loss: float, rate: float) -> None:
-        """Show loss and images per second beside the bar."""
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
