@@ -274,7 +274,7 @@ def test_meanflow_takes_its_exact_slope_on_the_gpu(tmp_path):
         x0, x1 = IMAGES[:8].to(device), IMAGES[8:16].to(device)
         t, w = (torch.linspace(0.1, 0.8, 8, device=device) for _ in range(2))
         v = Velocity(network.to(device))
-        found[device] = objective(v, v, x0, x1, t, w, None).detach().cpu()
+        found[device] = objective(v, v, x0, x1, t, w, None, 0).detach().cpu()
     torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-3, atol=1e-4)
 
 

@@ -18,9 +18,8 @@ from tqdm import tqdm
 from flowmatch.config import UserError
 from flowmatch.data.dataset import Data
 from flowmatch.evaluation import metrics, tables
-from flowmatch.flow import grids, noise, samplers, solvers
+from flowmatch.flow import noise, samplers
 from flowmatch.flow.config import SamplerConfig, SolverConfig
-from flowmatch.flow.solvers import VelocityField
 from flowmatch.models import teachers
 from flowmatch.models.config import Precision
 from flowmatch.models.precision import arithmetic
@@ -125,11 +124,11 @@ class Sampler:
         with self._bar(steps, solver, converged) as bar:
             rows = []
             for number in steps:
-                solve = functools.partial(self.row, solver=solver, steps=number)
-                rows.append(self._sampled(number, solve, bar))
+                carry = functools.partial(self.row, solver=solver, steps=number)
+                rows.append(self._sampled(number, carry, bar))
             rows.append(
                 self._sampled(
-                    None, lambda v, x0, span, ids: solvers.solve(v, x0, converged, span), bar
+                    None, lambda x0, cond, ids: self.velocity.integrate(x0, converged, cond), bar
                 )
             )
         return rows
@@ -145,16 +144,15 @@ class Sampler:
         with tqdm(total=total, unit="evaluation", unit_scale=True, **bar_options()) as bar:
             yield bar
 
-    def _sampled(self, steps: int | None, solve: Callable[..., Tensor], bar: tqdm) -> SampledRow:
+    def _sampled(self, steps: int | None, carry: Callable[..., Tensor], bar: tqdm) -> SampledRow:
         bar.set_description(f"{self.name}, {tables.steps_name(steps)}".removeprefix(", "))
-        x, evaluations = self.sample(solve, bar)
+        x, evaluations = self.sample(carry, bar)
         return SampledRow(steps, evaluations, x)
 
     def row(
         self,
-        v: VelocityField,
         x0: Tensor,
-        span: Span,
+        cond: dict[str, Tensor] | None,
         ids: np.ndarray,
         *,
         solver: SamplerConfig,
@@ -162,12 +160,9 @@ class Sampler:
     ) -> Tensor:
         """Integrate the noise of some samples to data in a number of steps.
 
-        With euler, a two-time network steps by its average velocity instead.
-
         Args:
-            v: Velocity field.
             x0: Noise [B, ...].
-            span: Times of noise and data.
+            cond: The conditions of the network.
             ids: Numbers of the samples, int64 [B].
             solver: The sampler.
             steps: Number of steps.
@@ -175,16 +170,14 @@ class Sampler:
         Returns:
             [B, ...].
         """
-        if self.model.two_times and solver.name == "euler":
-            return solvers.jumps(v, x0, grids.make(solver, steps))
-        return samplers.sample(v, x0, solver, steps, span, seed=self.seed, ids=ids)
+        return self.velocity.sample(x0, solver, steps, cond, seed=self.seed, ids=ids)
 
     @torch.inference_mode()
-    def sample(self, solve: Callable[..., Tensor], bar: tqdm) -> tuple[Tensor, int]:
+    def sample(self, carry: Callable[..., Tensor], bar: tqdm) -> tuple[Tensor, int]:
         """Integrate the noise of all samples. Collective: every rank.
 
         Args:
-            solve: solve(v, x0, span, ids=...) integrates a batch.
+            carry: carry(x0, cond, ids) integrates a batch.
             bar: Progress bar over the network evaluations of all samples and ranks.
 
         Returns:
@@ -199,14 +192,11 @@ class Sampler:
             ids = np.arange(first, first + batch)
             x0, cond = self.noise(ids)
             before = self.velocity.evaluations
-            wanted = min(
-                batch * world, self.samples - number * batch * world
-            )  # the rest is padding
-            progress = _Progress(bar, self.velocity, wanted)
+            # the rest of the last batches is padding
+            wanted = min(batch * world, self.samples - number * batch * world)
             with self.arithmetic():
-                solve_batch = progress.follow(functools.partial(solve, ids=ids))
-                parts.append(self.velocity.carry(x0, solve_batch, cond))
-            progress.update()
+                parts.append(carry(x0, cond, ids))
+            bar.update((self.velocity.evaluations - before) * wanted)
             counts.append(self.velocity.evaluations - before)
         gathered = self.accelerator.gather(torch.stack(parts))  # [world * rounds, batch, ...]
         ordered = gathered.unflatten(0, (world, rounds)).transpose(0, 1).flatten(0, 2)
@@ -265,29 +255,3 @@ class Sampler:
                 followed, x0, steps=STRAIGHT_STEPS, batch=STRAIGHT, span=self.velocity.span
             )
         return straight, times, torch.stack([*states, last.cpu()])
-
-
-class _Progress:
-    """Advance a bar by the evaluations that a velocity counts."""
-
-    def __init__(self, bar: tqdm, velocity: Any, samples: int):
-        self.bar, self.velocity, self.samples = bar, velocity, samples
-        self.seen = velocity.evaluations
-
-    def update(self) -> None:
-        new = self.velocity.evaluations - self.seen
-        self.seen += new
-        self.bar.update(new * self.samples)
-
-    def follow(self, solve: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Wrap solve(v, x, span) to advance the bar after every evaluation of v."""
-
-        def solved(v: Callable[..., Tensor], x: Tensor, span: Span) -> Tensor:
-            def evaluated(*given: Any) -> Tensor:
-                velocity = v(*given)
-                self.update()
-                return velocity
-
-            return solve(evaluated, x, span)
-
-        return solved

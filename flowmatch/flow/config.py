@@ -10,17 +10,17 @@ from flowmatch.config import Config, UserError, option, used
 
 
 class CouplingConfig(Config):
-    """How noise and data are paired in stage one."""
+    """How stage 1 pairs noise with data."""
 
     name: Literal["independent", "optimal_transport"] = option(
         "independent",
-        "independent: fresh noise for each sample; optimal_transport: within blocks of the batch, "
-        "the noises are dealt out so that the sum of |x1 - x0|^2 is least",
+        "independent: fresh noise for each sample; optimal_transport: the noises of a block of the "
+        "batch are permuted to the smallest sum of |x1 - x0|^2",
     )
     block: int = option(
         64,
         "optimal_transport: consecutive positions of the global batch that are matched together; "
-        "the micro-batch of a process must be a multiple of it",
+        "the micro-batch of a process must be a multiple",
         ge=2,
     )
 
@@ -31,15 +31,17 @@ class CouplingConfig(Config):
 
 
 class TimesConfig(Config):
-    """Which times a training stage sees."""
+    """The density of the times of a training stage."""
 
     name: Literal["uniform", "logit_normal", "u_shape", "noise_heavy"] = option(
         "uniform", "density of t in [0, 1]"
     )
     mean: float = option(0.0, "logit_normal: mean of logit(t)")
     std: float = option(1.0, "logit_normal: standard deviation of logit(t)", gt=0)
-    a: float = option(4.0, "u_shape: steepness; 0 is uniform, 4 is 2-rectified flow++'s", gt=0)
-    zero: float = option(0.0, "share of times set to exactly t = 0", ge=0, le=1)
+    a: float = option(
+        4.0, "u_shape: steepness; towards 0 it is uniform, 4 is that of 2-rectified flow++", gt=0
+    )
+    zero: float = option(0.0, "share of times that are exactly 0", ge=0, le=1)
 
     @pydantic.field_validator("mean", "std", "a")
     @classmethod
@@ -49,35 +51,35 @@ class TimesConfig(Config):
 
 
 class LossConfig(Config):
-    """How the error of a velocity is weighed."""
+    """The loss on the velocity."""
 
     name: Literal["mse", "pseudo_huber", "normalised", "feature"] = option(
         "mse",
-        "loss on the velocity, per sample; feature: of the data that it leads to, as a classifier "
-        "sees it (reflow only)",
+        "loss on the velocity of a sample; feature: pseudo-Huber on classifier features of the "
+        "predicted data (reflow only)",
     )
     c: float = option(
         0.5,
-        "pseudo_huber, feature (power=0): where it turns from quadratic to linear, in units of |v|",
+        "pseudo_huber, feature with power=0: where it turns from quadratic to linear, in units of |v|",
         gt=0,
     )
     features: str | None = option(
         None,
-        "feature: sealed folder of train_classifier, another one than scores the student; or a module's "
-        "file NAME.pt2, by torch.export.save, such as LPIPS's network with your weights (a file you "
-        "trust: torch reads it with pickle)",
+        "feature: sealed folder of train_classifier, not the one that scores the student; or a file "
+        "NAME.pt2 from torch.export.save, such as the network of LPIPS with your weights (torch reads "
+        "it with pickle: use only a file that you trust)",
         run=True,
         validate_default=True,
     )
     power: float = option(
         0.0,
-        "normalised, feature: an error's gradient is divided by (|e|^2 + eps)^p; 1 makes each sample "
-        "weigh the same, 0 is for feature alone, and pseudo-Huber",
+        "normalised, feature: p; the gradient of an error is divided by (|e|^2 + eps)^p; with 1 each "
+        "sample has the same weight; 0, for feature alone, is pseudo-Huber",
         ge=0,
         le=1,
         validate_default=True,
     )
-    eps: float = option(1e-3, "normalised, feature (power>0): eps, in units of |v|^2", gt=0)
+    eps: float = option(1e-3, "normalised, feature with power>0: eps, in units of |v|^2", gt=0)
 
     @pydantic.field_validator("c", "power", "eps")
     @classmethod
@@ -85,12 +87,14 @@ class LossConfig(Config):
         field, chosen = str(info.field_name), info.data.get("name")
         usual = {key: cls.model_fields[key].default for key in ("c", "eps")}
         if field == "power" and not value and chosen == "normalised":
-            raise ValueError("name=normalised needs one above 0, such as 1")
+            raise ValueError("name=normalised needs one above 0; use 1")
         if field == "power" and value and info.data.get("c", usual["c"]) != usual["c"]:
-            raise ValueError(f"with a power there is no c to set; leave c={info.data['c']} out")
+            raise ValueError(
+                f"with a power more than 0, c has no effect; leave c={info.data['c']} out"
+            )
         bare = (chosen, info.data.get("power")) == ("feature", 0)
         if field == "eps" and bare and value != usual["eps"]:
-            raise ValueError("with power=0 there is no eps to set; leave it out")
+            raise ValueError("with power=0 there is no use for eps; leave it out")
         name = "pseudo_huber" if field == "c" else "normalised"
         return used(cls, value, info, "name", name, "feature")
 
@@ -100,30 +104,32 @@ class LossConfig(Config):
         name = info.data.get("name")
         if name == "feature" and value is None:
             raise ValueError(
-                "name=feature needs the sealed folder of a train_classifier stage, or a .pt2"
+                "name=feature needs the sealed folder of a train_classifier stage, or a .pt2 file"
             )
         return used(cls, value, info, "name", "feature")
 
 
 class ObjectiveConfig(Config):
-    """What is learnt."""
+    """What a training stage learns."""
 
     name: Literal["velocity", "meanflow"] = option(
         "velocity",
-        "velocity; or meanflow, the average velocity u(x, t, r) from t to r, by a second time in the "
+        "velocity; or meanflow, the average velocity u(x, t, r) from t to r, with a second time in the "
         "network: one step is x1 = x0 + u(x0, 0, 1)",
     )
-    equal: float = option(0.25, "meanflow: share of samples with r = t, the velocity", ge=0, le=1)
+    equal: float = option(
+        0.25, "meanflow: share of samples with r = t, the velocity itself", ge=0, le=1
+    )
     end: float = option(
         0.5,
-        "meanflow: share of samples with r = 1; the rest lies between t and 1, uniform",
+        "meanflow: share of samples with r = 1; the others have a uniform r between t and 1",
         ge=0,
         le=1,
     )
     step: float = option(
         0.05,
         "meanflow: the slope of u along a line is its difference between t - step and t + step; 0 is "
-        "the exact derivative, which is large in a network of sinusoids of 1000 t, and did not train",
+        "the exact derivative, with which networks of sinusoids of 1000 t did not train",
         ge=0,
         le=0.5,
     )
@@ -135,22 +141,26 @@ class ObjectiveConfig(Config):
 
 
 class GridConfig(Config):
-    """Where the points of a time grid lie."""
+    """The spacing of a time grid."""
 
     grid: Literal["uniform", "shift", "sigmoid", "edm", "list"] = option(
         "uniform",
-        "spacing of the times from 0 to 1; shift: short steps at the noise, as diffusers' flow "
-        "schedulers shift them; sigmoid: short steps at both ends; edm: even in sigma^(1/rho), "
-        "sigma = (1 - t) / t; list: the times in points",
+        "spacing of the times from 0 to 1; shift: short steps at the noise, as in diffusers' flow "
+        "schedulers; sigmoid: short steps at both ends; edm: uniform in sigma^(1/rho), sigma = "
+        "(1 - t) / t; list: the times in points",
     )
     shift: float = option(
-        3.0, "grid=shift: 1 is uniform; larger puts more steps at the noise", gt=0
+        3.0, "grid=shift: 1 is uniform; larger values put more steps at the noise", gt=0
     )
     kappa: float = option(10.0, "grid=sigmoid: steepness; towards 0 it is uniform", gt=0, le=100)
-    rho: float = option(7.0, "grid=edm: larger puts more steps at the data end", gt=0)
-    sigma_min: float = option(0.002, "grid=edm: sigma of the last point before t = 1", gt=0)
-    sigma_max: float = option(80.0, "grid=edm: sigma from which points are laid", gt=0)
-    points: list[float] = option([], "grid=list: its N + 1 times", validate_default=True)
+    rho: float = option(7.0, "grid=edm: larger values put more steps at the data", gt=0)
+    sigma_min: float = option(0.002, "grid=edm: sigma of the last time before 1", gt=0)
+    sigma_max: float = option(
+        80.0, "grid=edm: sigma of the first time in EDM, which is moved to 0", gt=0
+    )
+    points: list[float] = option(
+        [], "grid=list: the N + 1 times, from 0 to 1", validate_default=True
+    )
 
     @pydantic.field_validator("shift", "kappa", "rho", "sigma_min", "sigma_max")
     @classmethod
@@ -177,7 +187,11 @@ class GridConfig(Config):
 
 
 def check_times(points: Sequence[float]) -> None:
-    """Raise UserError unless times are two or more, strictly monotone, in [0, 1]."""
+    """Check that times are two or more, strictly monotone, and in [0, 1].
+
+    Raises:
+        UserError: They are not.
+    """
     steps = [after - before for before, after in pairwise(points)]
     if not steps or not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):
         raise UserError(f"grid={list(points)}: expected at least two strictly monotone times")
@@ -185,30 +199,26 @@ def check_times(points: Sequence[float]) -> None:
         raise UserError(f"grid={list(points)}: expected times in [0, 1]")
 
 
-EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 1}  # of v, a step
-
-
+EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 1}  # of v, in one step
 Fixed = Literal["euler", "midpoint", "heun", "rk4", "ab2"]  # solvers that take the steps of a grid
-
-
 FIXED = get_args(Fixed)
 
 
 class SolverConfig(GridConfig):
-    """How an ODE is solved, from noise to data."""
+    """The solver of the ODE from noise to data."""
 
     name: Literal[Fixed, "dopri5"] = option(
-        "heun", "ODE solver; dopri5 chooses its own steps, by rtol and atol"
+        "heun", "ODE solver; dopri5 chooses its own steps from rtol and atol"
     )
     steps: int = option(
         32,
-        "steps from noise to data, all but dopri5; evaluations a step: euler, ab2 1, midpoint, "
-        "heun 2, rk4 4",
+        "all but dopri5: steps from noise to data; evaluations in a step: 1 of euler and ab2, 2 of "
+        "midpoint and heun, 4 of rk4",
         validate_default=True,
         ge=1,
     )
-    rtol: float = option(1e-5, "dopri5: error a step, relative to the state", gt=0, lt=1)
-    atol: float = option(1e-5, "dopri5: error a step, absolute", gt=0, lt=1)
+    rtol: float = option(1e-5, "dopri5: allowed error of a step, relative to the state", gt=0, lt=1)
+    atol: float = option(1e-5, "dopri5: allowed error of a step, absolute", gt=0, lt=1)
     state: Literal["float32", "float64"] = option(
         "float32", "dtype of the state that is integrated"
     )
@@ -217,7 +227,7 @@ class SolverConfig(GridConfig):
     @classmethod
     def _own_steps(cls, value: str, info: pydantic.ValidationInfo) -> str:
         if value == "dopri5" and info.data.get("grid", "uniform") != "uniform":
-            raise ValueError(f"it chooses its own steps; leave out grid={info.data['grid']}")
+            raise ValueError(f"dopri5 chooses its own steps; leave out grid={info.data['grid']}")
         return value
 
     @pydantic.field_validator("rtol", "atol")
@@ -231,7 +241,7 @@ class SolverConfig(GridConfig):
         listed = len(info.data.get("points", [])) - 1
         if info.data.get("grid") == "list" and listed > 0 and value != listed:
             raise ValueError(
-                f"points lists {listed + 1} times, which make {listed} steps; set that"
+                f"points has {listed + 1} times, which make {listed} steps; use steps={listed}"
             )
         return value
 
@@ -242,17 +252,17 @@ class SolverConfig(GridConfig):
 
 
 class SamplerConfig(GridConfig):
-    """How samples are drawn in a given number of steps."""
+    """The sampler for a given number of steps."""
 
-    name: Literal[Fixed, "sde", "ddim", "ddpm", "renoise", "anchored"] = option(
+    name: Literal[Fixed, "sde", "ddim", "ddpm", "anchored"] = option(
         "euler",
-        "an ODE solver, or a sampler that adds noise (sde, ddim, ddpm: before reflow), or anchored "
-        "(after reflow)",
+        "an ODE solver; or, before reflow, a sampler that adds noise (sde, ddim, ddpm); or, after "
+        "reflow, anchored",
     )
-    c: float = option(1.0, "sde: diffusion w^2 = 2 c (1 - t); 0 is Euler", ge=0, le=2)
+    c: float = option(1.0, "sde: c of the diffusion w^2 = 2 c (1 - t); 0 is Euler", ge=0, le=2)
     eta: float = option(
         0.0,
-        "ddim: share of noise that is fresh; 0 is Euler, 1 ddpm",
+        "ddim: share of the noise that is fresh; 0 is Euler, 1 is ddpm",
         ge=0,
         le=1,
         validate_default=True,

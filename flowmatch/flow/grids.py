@@ -8,27 +8,45 @@ from flowmatch.flow.config import GridConfig, check_times
 
 
 def uniform_grid(steps: int) -> Tensor:
-    """Space N steps evenly from noise to data: [0, 1/N, ..., 1], float64 [N + 1]."""
+    """Return the times of N equal steps from noise to data: [0, 1/N, ..., 1], float64 [N + 1].
+
+    Raises:
+        UserError: `steps` is less than 1.
+    """
     if steps < 1:
         raise UserError(f"steps={steps}: a sampler needs at least 1 step")
     return torch.arange(steps + 1, dtype=torch.float64) / steps
 
 
 def shift_grid(steps: int, shift: float) -> Tensor:
-    """Space N steps evenly, then shift them towards noise (shift > 1) or data; float64 [N + 1].
+    """Return the times of N steps that are shifted towards the noise, or the data for shift < 1.
 
     sigma' = shift sigma / (1 + (shift - 1) sigma), sigma = 1 - t (Esser et al. 2024, arXiv 2403.03206,
-    eq. 23), as FlowMatchEulerDiscreteScheduler(shift=shift) does.
+    eq. 23), as in FlowMatchEulerDiscreteScheduler(shift=shift).
+
+    Args:
+        steps: N.
+        shift: 1 is uniform; more than 0.
+
+    Returns:
+        Times from 0 to 1, float64 [N + 1].
     """
     t = uniform_grid(steps)
     return t / (shift - (shift - 1) * t)
 
 
 def sigmoid_grid(steps: int, kappa: float) -> Tensor:
-    """Space N steps by a sigmoid of steepness kappa > 0, short at both ends; float64 [N + 1].
+    """Return the times of N steps that are short at both ends.
 
-    t_i = (S(kappa (i/N - 1/2)) - S(-kappa/2)) / (S(kappa/2) - S(-kappa/2)) (Simple ReFlow, arXiv
-    2410.07815).
+    t_i = (S(kappa (i/N - 1/2)) - S(-kappa/2)) / (S(kappa/2) - S(-kappa/2)), S the sigmoid (Simple
+    ReFlow, arXiv 2410.07815).
+
+    Args:
+        steps: N.
+        kappa: Steepness; more than 0.
+
+    Returns:
+        Times from 0 to 1, float64 [N + 1].
     """
     s = torch.sigmoid(kappa * (uniform_grid(steps) - 0.5))
     grid = (s - s[0]) / (s[-1] - s[0])
@@ -39,10 +57,19 @@ def sigmoid_grid(steps: int, kappa: float) -> Tensor:
 def edm_grid(
     steps: int, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0
 ) -> Tensor:
-    """Space N steps as EDM does (arXiv 2206.00364, eq. 5), in t = 1 / (1 + sigma); float64 [N + 1].
+    """Return the times of N steps of EDM (arXiv 2206.00364, eq. 5), t = 1 / (1 + sigma).
 
     sigma_i = (sigma_max^(1/rho) + i / (N - 1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, i < N, then
-    0. The first point is moved to t = 0, where our noise lies; all others are EDM's.
+    0. The first time is moved to 0, where our noise is; all others are EDM's.
+
+    Args:
+        steps: N.
+        rho: Larger values put more steps at the data.
+        sigma_min: Noise level of the last time before 1.
+        sigma_max: Noise level of the first time in EDM.
+
+    Returns:
+        Times from 0 to 1, float64 [N + 1].
     """
     ramp = uniform_grid(steps - 1) if steps > 1 else torch.zeros(steps, dtype=torch.float64)
     if steps < 1:
@@ -55,9 +82,17 @@ def edm_grid(
 
 
 def make(config: GridConfig, steps: int) -> Tensor:
-    """Lay out a grid of N steps from noise to data as a config says: float64 [N + 1].
+    """Return the times of N steps with the spacing of a config.
 
-    Raises UserError where a listed grid has another number of steps, or points fall together.
+    Args:
+        config: The spacing.
+        steps: N.
+
+    Returns:
+        Times from 0 to 1, float64 [N + 1].
+
+    Raises:
+        UserError: A listed grid has another number of steps, or two times are equal.
     """
     if config.grid == "list":
         if steps != len(config.points) - 1:
@@ -79,5 +114,5 @@ def make(config: GridConfig, steps: int) -> Tensor:
 
 
 def squeeze(grid: Tensor, span: tuple[float, float]) -> Tensor:
-    """Squeeze a grid from 0 to 1 into the times of a span. [N + 1] -> [N + 1]; (0, 1) changes no bit."""
+    """Map a grid [N + 1] from [0, 1] to the times of a span; the span (0, 1) changes no bit."""
     return span[0] + (span[1] - span[0]) * grid

@@ -1,8 +1,8 @@
 """Random numbers that depend on (seed, i, stream) alone: numpy's Philox, drawn on the CPU.
 
-Sample i is the same whatever the batch, the rank, the order of work or the machine. torch.randn
-cannot promise that: its CPU seed is cut to 32 bits and its values differ between instruction sets.
-The streams of one (seed, i) never overlap: they are 2**192 blocks apart in Philox's counter.
+Sample i does not depend on batch, rank, order of work or machine. torch.randn cannot promise that: its
+CPU seed has 32 bits, and its values differ between instruction sets. The streams of one (seed, i) never
+overlap: they are 2**192 blocks apart in Philox's counter.
 """
 
 from collections.abc import Iterable
@@ -22,10 +22,20 @@ GROUP = 9  # order within a group of shards
 
 
 def generator(seed: int, i: int, stream: int) -> np.random.Generator:
-    """Build the generator of sample i; seed, i, stream: integers in [0, 2**64).
+    """Build the random generator of a sample.
 
     Philox4x64-10 of Salmon et al. 2011 (Parallel random numbers: as easy as 1, 2, 3), 128-bit key.
-    Raises OverflowError outside that range.
+
+    Args:
+        seed: In [0, 2**64).
+        i: Number of the sample, in [0, 2**64).
+        stream: What the numbers are for, such as PAIR_NOISE.
+
+    Returns:
+        The generator.
+
+    Raises:
+        OverflowError: A number is out of range.
     """
     key = np.array([seed, i], dtype=np.uint64)
     counter = np.array([0, 0, 0, stream], dtype=np.uint64)
@@ -33,7 +43,17 @@ def generator(seed: int, i: int, stream: int) -> np.random.Generator:
 
 
 def normal(seed: int, ids: Iterable[int], shape: tuple[int, ...], stream: int) -> np.ndarray:
-    """Draw standard normal noise for the samples ids; float32 [len(ids), *shape]."""
+    """Draw standard normal noise.
+
+    Args:
+        seed: In [0, 2**64).
+        ids: Numbers of the samples.
+        shape: Shape of one sample.
+        stream: What the noise is for, such as PAIR_NOISE.
+
+    Returns:
+        float32 [len(ids), *shape].
+    """
     ids = list(ids)
     noise = np.empty((len(ids), *shape), dtype=np.float32)
     for row, i in zip(noise, ids, strict=True):
@@ -42,28 +62,34 @@ def normal(seed: int, ids: Iterable[int], shape: tuple[int, ...], stream: int) -
 
 
 def labels(seed: int, ids: Iterable[int], classes: int, stream: int = PAIR_LABEL) -> np.ndarray:
-    """Draw a label for the samples ids, uniform over range(classes); int64 [len(ids)]."""
+    """Draw a label for each of some samples, uniform over range(classes); int64 [len(ids)]."""
     draws = [generator(seed, i, stream).integers(classes) for i in ids]
     return np.array(draws, dtype=np.int64)
 
 
 class Order:
-    """Walk samples in an endless shuffled order: sample counter -> id.
+    """An endless shuffled order of samples: sample counter -> id.
 
-    ids: a number n for 0 to n - 1, or an array of n. Epoch e = counter // n is their permutation by
-    Philox key (seed, e): a function of (seed, ids, counter) alone, so any counter can come first, and
-    every n of them in a row from a multiple of n hold each id once.
+    Epoch e = counter // n is the permutation of Philox key (seed, e): a function of (seed, ids, counter)
+    alone, so that any counter may come first. Each epoch has each id once.
+
+    Args:
+        ids: A number n, for the ids 0 to n - 1, or an array of n ids.
+        seed: Seed of the order.
+
+    Raises:
+        ValueError: There are no ids.
     """
 
     def __init__(self, ids: int | np.ndarray, seed: int):
         self.n = ids if isinstance(ids, int) else len(ids)
         if self.n < 1:
-            raise ValueError(f"n={self.n}: there is nothing to put in order")
+            raise ValueError(f"n={self.n}: expected 1 or more samples")
         self.ids, self.seed = ids, seed
-        self._epochs: dict[int, np.ndarray] = {}  # at most two: a batch may straddle an end
+        self._epochs: dict[int, np.ndarray] = {}  # at most two: a batch may span an end
 
     def __call__(self, counters: np.ndarray) -> np.ndarray:
-        """Give the ids at some counters: int64 [B] -> int64 [B]."""
+        """Return the ids at some counters: int64 [B] -> int64 [B]."""
         epochs, places = np.divmod(counters, self.n)
         ids = np.empty(len(counters), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
@@ -79,11 +105,20 @@ class Order:
 
 
 class GroupedOrder:
-    """Walk the pairs of shards so that an epoch touches each shard once: sample counter -> id.
+    """An endless order of pairs in which an epoch reads each shard once: sample counter -> id.
 
-    Epoch e = counter // n permutes the shards by Philox key (seed, e), and cuts them into groups of
-    `group` shards (the last may be smaller), whose pairs are shuffled together. Pair i of shard k has
-    id k * size + i. Like `Order`, a function of its settings and the counter alone.
+    Epoch e = counter // n permutes the shards with Philox key (seed, e) and splits them into groups (the
+    last may be smaller), whose pairs are shuffled together. Pair i of shard k has id k * size + i. Like
+    `Order`, it is a function of its arguments and the counter alone.
+
+    Args:
+        shards: Number of shards.
+        size: Pairs in a shard.
+        group: Shards in a group.
+        seed: Seed of the order.
+
+    Raises:
+        ValueError: One of the numbers is less than 1.
     """
 
     def __init__(self, shards: int, size: int, group: int, seed: int):
@@ -96,7 +131,7 @@ class GroupedOrder:
         self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, counters: np.ndarray) -> np.ndarray:
-        """Give the ids at some counters: int64 [B] -> int64 [B]."""
+        """Return the ids at some counters: int64 [B] -> int64 [B]."""
         numbers, places = self._find(counters)
         ids = np.empty(len(counters), dtype=np.int64)
         for number in np.unique(numbers).tolist():
@@ -110,12 +145,12 @@ class GroupedOrder:
         return ids
 
     def span(self, counters: np.ndarray) -> range:
-        """Give the groups, numbered through all epochs, from the first to the last of some counters."""
+        """Return the groups from the first to the last of some counters, numbered through all epochs."""
         ends, _ = self._find(np.array([counters.min(), counters.max()]))
         return range(int(ends[0]), int(ends[1]) + 1)
 
     def members(self, number: int) -> np.ndarray:
-        """Give the shards of a group, numbered through all epochs; int64."""
+        """Return the shards of a group, which is numbered through all epochs; int64."""
         epoch, group = divmod(number, self.groups)
         if epoch not in self._epochs:
             order = generator(self.seed, epoch, ORDER).permutation(self.shards)
@@ -123,14 +158,14 @@ class GroupedOrder:
         return self._epochs[epoch][group * self.group : (group + 1) * self.group]
 
     def _find(self, counters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Find the groups of some counters, and their places there."""
+        """Return the groups of some counters, and their places in them."""
         epochs, places = np.divmod(counters, self.n)
         groups, places = np.divmod(places, self.group * self.size)
         return epochs * self.groups + groups, places
 
 
 def _remember(last: dict[int, np.ndarray], key: int, value: np.ndarray) -> None:
-    """Keep two at most: a batch may straddle an end."""
+    """Store a value; two at most: a batch may span the end of an epoch or group."""
     while len(last) > 1:
         del last[min(last)]
     last[key] = value

@@ -1,13 +1,13 @@
-"""What the loop asks of a network: the velocity of a line, or its average up to a later time (MeanFlow).
+"""What a training step compares: the velocity of a line, or its average up to a later time (MeanFlow).
 
 u(x, t, r) = 1/(r - t) int_t^r v(x_s, s) ds is the velocity that leads from x_t to x_r in one step. It
 solves u = v + (r - t) (d_t u + J_x u v) (Geng et al. 2025, arXiv 2505.13447, eq. 6, with noise at
-t = 0), so the right side, held constant, is its target: v from the pair, the slope along its line by a
-difference, or exactly by forward-mode differentiation.
+t = 0). The right side, held constant, is its target: v from the pair, and the slope of u along the line
+of the pair from a difference, or exactly from forward-mode differentiation.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +17,87 @@ from flowmatch.flow import losses, path
 from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
 
 Field = Callable[..., Tensor]  # (x, t, cond, r) -> velocity
-Cond = dict[str, Tensor] | None
-# (v, the same past the wrappers of the loop, x0, x1, t, w uniform in [0, 1), cond) -> [B]
-Objective = Callable[[Field, Field, Tensor, Tensor, Tensor, Tensor, Cond], Tensor]
+Condition = dict[str, Tensor] | None
 
 
-def later(t: Tensor, w: Tensor, c: ObjectiveConfig) -> Tensor:
-    """Turn uniform numbers into second times r, from t to 1. t, w: [B] -> [B]."""
-    rest = max(1 - c.equal - c.end, 1e-12)
-    between = t + (1 - t) * ((w - c.equal - c.end) / rest).clamp(0, 1)
-    r = torch.where(w < c.equal + c.end, torch.ones_like(t), between)
-    return torch.where(w < c.equal, t, r)
+class Objective(Protocol):
+    """The errors of a micro-batch, one for each sample."""
+
+    def __call__(
+        self,
+        v: Field,
+        plain: Field,
+        x0: Tensor,
+        x1: Tensor,
+        t: Tensor,
+        u: Tensor,
+        cond: Condition,
+        mask_seed: int,
+    ) -> Tensor:
+        """Compute the errors.
+
+        Args:
+            v: The velocity field that is trained.
+            plain: The same field without the loop's wrappers, for what needs no gradient.
+            x0: Noise, [B, ...].
+            x1: Data, [B, ...].
+            t: Times in [0, 1], [B].
+            u: Uniform numbers in [0, 1), [B].
+            cond: Conditions of the network, or None.
+            mask_seed: Seed of the dropout masks. The caller has seeded torch's generators with it, and
+                restores their states.
+
+        Returns:
+            Errors, [B].
+        """
+
+
+class FitOptions(Protocol):
+    """What `check` reads of the training loop's config."""
+
+    @property
+    def precision(self) -> str: ...
+    @property
+    def shard(self) -> bool: ...
+    @property
+    def compile(self) -> bool: ...
+    @property
+    def channels_last(self) -> bool: ...
+
+
+def later(t: Tensor, u: Tensor, equal: float, end: float) -> Tensor:
+    """Turn uniform numbers into second times r, from t to 1.
+
+    Args:
+        t: First times in [0, 1], [B].
+        u: Uniform numbers in [0, 1), [B].
+        equal: Share of r = t.
+        end: Share of r = 1; the others are uniform between t and 1.
+
+    Returns:
+        r, [B].
+    """
+    rest = max(1 - equal - end, 1e-12)
+    between = t + (1 - t) * ((u - equal - end) / rest).clamp(0, 1)
+    r = torch.where(u < equal + end, torch.ones_like(t), between)
+    return torch.where(u < equal, t, r)
 
 
 @torch.no_grad()
 def average_target(u: Field, x: Tensor, t: Tensor, r: Tensor, v: Tensor, step: float) -> Tensor:
-    """Give v + (r - t) (d_t u + J_x u v), without gradient. u(x, t, r); x, v: [B, ...]; t, r: [B].
+    """Return v + (r - t) (d_t u + J_x u v), without gradient.
 
-    step: how far the difference that stands for the derivative reaches to either side of t, within
-    [0, r]; 0 is the derivative itself.
+    Args:
+        u: Average velocity u(x, t, r).
+        x: x_t, [B, ...].
+        t: First times, [B].
+        r: Second times in [t, 1], [B].
+        v: Velocity of the line at x, [B, ...].
+        step: How far the difference that replaces the derivative reaches to either side of t, within
+            [0, r]; 0 is the derivative itself.
+
+    Returns:
+        The target of u(x, t, r), [B, ...].
     """
     if step == 0:
         along = (v, torch.ones_like(t), torch.zeros_like(r))
@@ -43,73 +105,103 @@ def average_target(u: Field, x: Tensor, t: Tensor, r: Tensor, v: Tensor, step: f
     back, on = t.clamp(max=step), (r - t).clamp(max=step)
     before = u(x - path.expand(back, x) * v, t - back, r)
     after = u(x + path.expand(on, x) * v, t + on, r)
-    width = (back + on).clamp(min=torch.finfo(t.dtype).tiny)  # 0 at t = r = 0, where v is all
+    width = (back + on).clamp(min=torch.finfo(t.dtype).tiny)  # 0 at t = r = 0: the target is v
     return v + path.expand((r - t) / width, x) * (after - before)
 
 
 def build(config: ObjectiveConfig, loss: LossConfig, module: nn.Module | None = None) -> Objective:
-    """Make the objective; module: of the feature loss."""
+    """Build the objective of a config.
+
+    Args:
+        config: Velocity, or the average velocity and its constants.
+        loss: How its error is measured.
+        module: Of the feature loss: frozen, in eval mode, on the device of the data.
+
+    Returns:
+        The objective.
+    """
     if config.name == "velocity":
         measure = losses.build(loss, module)
 
         def velocity(
-            v: Field, plain: Field, x0: Tensor, x1: Tensor, t: Tensor, w: Tensor, cond: Cond
+            v: Field,
+            plain: Field,
+            x0: Tensor,
+            x1: Tensor,
+            t: Tensor,
+            u: Tensor,
+            cond: Condition,
+            mask_seed: int,
         ) -> Tensor:
             x = path.interpolate(x0, x1, t)
             return measure(v(x, t, cond), x, x0, x1, t)
 
         return velocity
-    distance = losses.LOSSES[loss.name]
+    distance = losses.distance(loss)
 
     def average(
-        v: Field, plain: Field, x0: Tensor, x1: Tensor, t: Tensor, w: Tensor, cond: Cond
+        v: Field,
+        plain: Field,
+        x0: Tensor,
+        x1: Tensor,
+        t: Tensor,
+        u: Tensor,
+        cond: Condition,
+        mask_seed: int,
     ) -> Tensor:
-        x, r = path.interpolate(x0, x1, t), later(t, w, config)
-        masks = torch.initial_seed()
+        x, r = path.interpolate(x0, x1, t), later(t, u, config.equal, config.end)
 
-        def u(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            torch.manual_seed(masks)  # both ends of the difference through one dropout mask
+        def masked(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            torch.manual_seed(mask_seed)  # one dropout mask at both ends of the difference
             return plain(x, t, cond, r)
 
-        # the derivative is no part of the gradient, so it may pass DDP's hooks by
-        target = average_target(u, x, t, r, path.velocity(x0, x1), config.step)
-        return distance(v(x, t, cond, r), target, loss)
+        # DDP's hooks need not see these calls: the target has no gradient
+        target = average_target(masked, x, t, r, path.velocity(x0, x1), config.step)
+        return distance(v(x, t, cond, r), target)
 
     return average
 
 
-def check(config: ObjectiveConfig, loss: LossConfig, t: TimesConfig, fit: Any) -> None:
-    """Raise UserError for what does not go with the objective, before any work. fit: a FitConfig."""
+def check(config: ObjectiveConfig, loss: LossConfig, t: TimesConfig, fit: FitOptions) -> None:
+    """Check that an objective can be trained with a loss, times and a training loop.
+
+    Raises:
+        UserError: They contradict each other.
+    """
     if config.name != "meanflow":
         return
     faults = []
     if config.equal + config.end > 1:
         faults.append(
-            f"objective.equal={config.equal} and objective.end={config.end} are shares; they exceed 1; "
-            "lower one"
+            f"objective.equal={config.equal} and objective.end={config.end} are shares with a sum of "
+            "more than 1; lower one of them"
         )
     if t.zero == 1:
         faults.append(
-            "times.zero=1: objective.name=meanflow needs the slope in t, and at t = 0 alone nothing "
-            "trains it; use a share below 1, or objective.name=velocity to distil to one step"
+            "times.zero=1: objective.name=meanflow needs the slope in t, which times of 0 alone do not "
+            "train; use a share below 1, or objective.name=velocity to distil to one step"
         )
     if fit.precision != "fp32":
         faults.append(
-            f"fit.precision={fit.precision!r}: objective.name=meanflow takes a slope of the network, "
-            "which that rounds away; use fp32"
+            f"fit.precision={fit.precision!r}: objective.name=meanflow needs differences of the network "
+            "that this precision rounds away; use fp32"
         )
     if fit.shard:
         faults.append(
-            "fit.shard=true: objective.name=meanflow asks the network for its slope beside the training "
-            "step, which needs whole weights; leave it out"
+            "fit.shard=true: objective.name=meanflow calls the network outside of the training step, "
+            "which needs whole weights; leave it out"
         )
     if config.step == 0:
-        why = "objective.step=0 differentiates the network forward, which"
+        why = "objective.step=0 uses forward-mode differentiation,"
         if fit.compile:
-            faults.append(f"fit.compile=true: {why} needs it as it is; use objective.step=0.05")
+            faults.append(
+                f"fit.compile=true: {why} which does not work through a compiled network; use "
+                "objective.step=0.05"
+            )
         if fit.channels_last:
             faults.append(
-                f"fit.channels_last=true: {why} its norms refuse; use objective.step=0.05"
+                f"fit.channels_last=true: {why} which the norms refuse in this format; use "
+                "objective.step=0.05"
             )
     if loss.name == "feature":
         faults.append(

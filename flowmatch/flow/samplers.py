@@ -1,17 +1,17 @@
-"""Stochastic and few-step samplers over a velocity: noise to data, with fresh noise on the way.
+"""Stochastic and few-step samplers of a velocity: noise to data, with fresh noise on the way.
 
-Two families, both with the marginals of the flow as their steps become short:
+Two families have the marginals of the flow in the limit of short steps:
 
 - the SDE dx = [v + w^2 s / 2] dt + w dW for any w_t >= 0, s the score (stochastic interpolants, Albergo
   et al. 2023, arXiv 2303.08797), by Euler-Maruyama;
 - the generalised step t -> t': x' = t' D + (1 - t') [rho N + sqrt(1 - rho^2) z], D and N the data and
   noise predictions: DDIM with eta (Song et al. 2020, arXiv 2010.02502, eq. 12 and 16), DDPM's ancestral
-  steps (rho = r = t (1 - t') / (t' (1 - t))), re-noising (rho = 0), and the anchored rule, which takes
-  the initial noise for N (2-rectified flow++, arXiv 2405.20320).
+  steps (rho = r = t (1 - t') / (t' (1 - t))), and two rules without that limit: re-noising (rho = 0),
+  and the anchored rule, which uses the initial noise as N (2-rectified flow++, arXiv 2405.20320).
 
-Fresh noise belongs to a sample: the k-th draw of sample i is a function of (seed, i, k), so that a
-sample does not depend on its batch. All but the anchored rule read a score off the velocity, which is
-there for an independent coupling only, before reflow (`check`).
+The k-th draw of fresh noise for sample i is a function of (seed, i, k), so that a sample does not depend
+on its batch. All but the anchored rule need the score, which follows from the velocity only where noise
+and data are independent, before reflow (`check`).
 """
 
 import math
@@ -29,14 +29,21 @@ from flowmatch.flow.solvers import VelocityField
 
 Draw = Callable[[Tensor], Tensor]  # x: [B, ...] -> fresh standard normal noise like x
 
-STOCHASTIC = ("sde", "ddim", "ddpm", "renoise")
+STOCHASTIC = ("sde", "ddim", "ddpm")
 
 
 class FreshNoise:
     """Standard normal noise whose k-th draw for sample i is a function of (seed, i, k) alone.
 
-    ids: a number for each sample of the batch. Calling it with x [B, ...] gives noise like x, drawn on
-    the CPU in float32. One object serves one integration. Raises UserError for another batch size.
+    Use one object for one integration; called with x [B, ...], it returns noise like x, drawn on the CPU
+    in float32.
+
+    Args:
+        seed: Seed of the noise.
+        ids: A number for each sample of the batch, [B].
+
+    Raises:
+        UserError: x has another batch size.
     """
 
     def __init__(self, seed: int, ids: Sequence[int] | np.ndarray):
@@ -51,7 +58,7 @@ class FreshNoise:
 
 
 def sqrt_diffusion(c: float = 1.0) -> Callable[[float], float]:
-    """w^2 = 2 c (1 - t), the default: drift (1 + c t) v - c x, with no singularity at either end."""
+    """Return w^2(t) = 2 c (1 - t): its drift (1 + c t) v - c x has no singularity at either end."""
     return lambda t: 2 * c * (1 - t)
 
 
@@ -62,13 +69,24 @@ def sde(
     draw: Draw,
     w2: Callable[[float], float] | None = None,
 ) -> Tensor:
-    """Follow dx = [v + w^2 (t v - x) / (2 (1 - t))] dt + w dW by Euler-Maruyama.
+    """Follow dx = [v + w^2 (t v - x) / (2 (1 - t))] dt + w dW with Euler-Maruyama.
 
-    x: [B, ...] at grid[0]; grid: [N + 1], rising, in [0, 1]. w2(t): the square of w, >= 0; None is
-    2 (1 - t). The last step takes w = 0: noise that is not added must not be taken out by the drift
-    either, or the samples come out too narrow. Raises UserError where w^2 is not finite (2 (1 - t) / t,
-    DDPM's reverse SDE, at t = 0) and where a step is too long for it: the score term multiplies the
-    noise in x by 1 - w^2 h / (2 (1 - t)^2), so beyond 2 it would blow up (constant w close to t = 1).
+    The last step has w = 0: the drift must not remove noise that is not added, or the samples are too
+    narrow. The score term multiplies the noise in x by 1 - w^2 h / (2 (1 - t)^2), which diverges where
+    the quotient exceeds 2, as with a constant w close to t = 1.
+
+    Args:
+        v: Velocity field v(x, t).
+        x: State at grid[0], [B, ...].
+        grid: Rising times in [0, 1], [N + 1].
+        draw: Returns fresh standard normal noise like its argument.
+        w2: w^2(t) >= 0; None is 2 (1 - t).
+
+    Returns:
+        State at grid[-1], [B, ...].
+
+    Raises:
+        UserError: w^2 is not finite, such as DDPM's 2 (1 - t) / t at t = 0, or a step is too long.
     """
     w2 = w2 or sqrt_diffusion()
     v, points = _begin(v, x, grid)
@@ -94,25 +112,47 @@ def sde(
 def step(x: Tensor, v: Tensor, t: float, s: float, rho: float, fresh: Tensor | None) -> Tensor:
     """Take the generalised step: x' = s D + (1 - s) [rho N + sqrt(1 - rho^2) z].
 
-    x, v: [B, ...] at time t < s; rho in [0, 1]; fresh: z, or None where it has no weight. It is written
-    as an Euler step and what the noise changes, so that rho = 1 is Euler to the last bit.
+    It is computed as an Euler step plus the change of the noise, so that rho = 1 is Euler to the last
+    bit.
+
+    Args:
+        x: State at t, [B, ...].
+        v: Velocity at x and t, [B, ...].
+        t: Time of x.
+        s: Time to go to, more than t.
+        rho: Share of the predicted noise that stays, in [0, 1].
+        fresh: z, [B, ...], or None where it has no weight.
+
+    Returns:
+        State at s, [B, ...].
     """
     euler = x + (s - t) * v
     if fresh is None or rho == 1 or s == 1:
         return euler
-    kept = path.noise_prediction(x, v, t)
-    return euler + (1 - s) * ((rho - 1) * kept + math.sqrt(1 - rho**2) * fresh)
+    predicted = path.noise_prediction(x, v, t)
+    return euler + (1 - s) * ((rho - 1) * predicted + math.sqrt(1 - rho**2) * fresh)
 
 
 def ancestral(t: float, s: float) -> float:
-    """The rho of DDPM's ancestral sampling: r = t (1 - s) / (s (1 - t)), for t < s."""
+    """Return the rho of DDPM's ancestral sampling, r = t (1 - s) / (s (1 - t)), for t < s."""
     return t * (1 - s) / (s * (1 - t))
 
 
 def ddim(v: VelocityField, x: Tensor, grid: Tensor, draw: Draw, eta: float = 0.0) -> Tensor:
-    """Sample by DDIM: rho = sqrt(1 - eta^2 (1 - r^2)); eta = 0 is Euler, eta = 1 is DDPM.
+    """Sample with DDIM: rho = sqrt(1 - eta^2 (1 - r^2)); eta = 0 is Euler, eta = 1 is DDPM.
 
-    x: [B, ...] noise at grid[0]; grid: [N + 1], rising, in [0, 1]; eta in [0, 1]. Raises UserError.
+    Args:
+        v: Velocity field v(x, t).
+        x: Noise at grid[0], [B, ...].
+        grid: Rising times in [0, 1], [N + 1].
+        draw: Returns fresh standard normal noise like its argument.
+        eta: Share of noise that is fresh, in [0, 1].
+
+    Returns:
+        State at grid[-1], [B, ...].
+
+    Raises:
+        UserError: eta or the grid is not in its range.
     """
     if not 0 <= eta <= 1:
         raise UserError(f"eta={eta}: expected a number in [0, 1]")
@@ -122,29 +162,42 @@ def ddim(v: VelocityField, x: Tensor, grid: Tensor, draw: Draw, eta: float = 0.0
 
 
 def ddpm(v: VelocityField, x: Tensor, grid: Tensor, draw: Draw) -> Tensor:
-    """Sample by DDPM's ancestral steps (Ho et al. 2020, arXiv 2006.11239): rho = r. As `ddim`."""
+    """Sample with DDPM's ancestral steps (Ho et al. 2020, arXiv 2006.11239): rho = r; see `ddim`."""
     return _generalised(v, x, grid, draw, ancestral)
 
 
 def renoise(v: VelocityField, x: Tensor, grid: Tensor, draw: Draw) -> Tensor:
-    """Predict the data, add fresh noise, again: rho = 0, multistep consistency sampling. As `ddim`.
+    """Predict the data, add fresh noise, and repeat: rho = 0; see `ddim`.
 
-    (Song et al. 2023, arXiv 2303.01469, algorithm 1.) It is right where D is a consistency map. On a
-    plain velocity field it does NOT converge as the steps become short.
+    This is multistep consistency sampling (Song et al. 2023, arXiv 2303.01469, algorithm 1), for a D
+    that is a consistency map. On a velocity field it does NOT converge as the steps become short, and no
+    config offers it.
     """
     return _generalised(v, x, grid, draw, lambda t, s: 0.0)
 
 
 def anchored(v: VelocityField, x0: Tensor, grid: Tensor) -> Tensor:
-    """Take few steps, each from the line between the initial noise and the newest prediction.
+    """Step along the line from the initial noise to the newest data prediction: x' = s D + (1 - s) x0.
 
-    x' = s D + (1 - s) x0 (2-rectified flow++, arXiv 2405.20320). It helps flows that are nearly
-    straight, and is not a convergent solver on a curved one. x0: [B, ...] noise; grid: [N + 1] from
-    0, rising.
+    It helps where a flow is nearly straight, and does not converge on a curved one (2-rectified flow++,
+    arXiv 2405.20320).
+
+    Args:
+        v: Velocity field v(x, t).
+        x0: Noise, [B, ...].
+        grid: Rising times from 0, [N + 1].
+
+    Returns:
+        State at grid[-1], [B, ...].
+
+    Raises:
+        UserError: The grid does not begin at 0, or is not in its range.
     """
     v, points = _begin(v, x0, grid)
     if points[0] != 0:
-        raise UserError(f"grid={points}: the anchored rule starts from the noise, at t = 0")
+        raise UserError(
+            f"grid={points}: the anchored rule starts from the noise; expected a grid from 0"
+        )
     x = x0
     for t, s in pairwise(points):
         x = path.interpolate(x0, path.data_prediction(x, v(x, t), t), s)
@@ -162,30 +215,32 @@ def _generalised(
 
 
 def _begin(v: VelocityField, x: Tensor, grid: Tensor) -> tuple[VelocityField, list[float]]:
-    """Check state and grid; give v with its shape checked, and the points."""
+    """Check state and grid; return v with its shape checked, and the points."""
     solvers.check_state(x)
     points = grid.tolist()
     check_times(points)
     if points[0] > points[1]:
-        raise UserError(f"grid={points}: samplers go from noise to data, a rising grid")
+        raise UserError(f"grid={points}: samplers go from noise to data; expected a rising grid")
     return solvers.checked(v), points
 
 
 def check(name: str, reflow_round: int, key: str) -> None:
-    """Raise UserError, naming `key`, where a sampler is not valid for a model.
+    """Check that a sampler is valid for a model.
 
-    reflow_round: 0 after training on an independent coupling, k after k reflows (`round` of a manifest).
+    Args:
+        name: Name of a solver or sampler.
+        reflow_round: 0 after training on an independent coupling, k after k reflows (`round` of a
+            manifest).
+        key: Name of the config's key, for the message.
+
+    Raises:
+        UserError: It is not.
     """
-    if name == "renoise":
-        raise UserError(
-            f"{key}=renoise: adding fresh noise to a data prediction converges for consistency maps "
-            "only, and this model is a velocity field; use ddpm or sde before reflow, anchored after it"
-        )
     if name in STOCHASTIC and reflow_round > 0:
         raise UserError(
             f"{key}={name}: the model is of reflow round {reflow_round}; after reflow, noise and data "
-            "are no longer independent, so its velocity gives no score, which this sampler needs; use "
-            "an ODE solver or anchored"
+            "are not independent, and the score that this sampler needs does not follow from the "
+            "velocity; use an ODE solver or anchored"
         )
     if name == "anchored" and reflow_round == 0:
         raise UserError(
@@ -195,7 +250,7 @@ def check(name: str, reflow_round: int, key: str) -> None:
 
 
 def describe(config: SamplerConfig) -> str:
-    """Say in words how a config samples, such as `euler, uniform steps`."""
+    """Describe the sampler of a config in words, such as `euler, uniform steps`."""
     value = {"sde": f" (c = {config.c:g})", "ddim": f" (eta = {config.eta:g})"}.get(config.name, "")
     spacing = {
         "shift": f"steps shifted by {config.shift:g}",
@@ -207,7 +262,7 @@ def describe(config: SamplerConfig) -> str:
 
 
 def evaluations(name: str) -> int:
-    """Count the evaluations of the velocity that a sampler makes a step."""
+    """Return the number of evaluations of the velocity in one step of a sampler."""
     return EVALUATIONS.get(name, 1)
 
 
@@ -221,11 +276,24 @@ def sample(
     seed: int,
     ids: Sequence[int] | np.ndarray,
 ) -> Tensor:
-    """Carry noise to data in some steps as a config says.
+    """Carry noise to data in a number of steps with the sampler of a config.
 
-    x0: [B, ...] noise at t = 0; span: the times of noise and data, into which the grid is squeezed;
-    seed, ids: what fresh noise is drawn from (`FreshNoise`). Does not know the model: `check` first.
-    Raises UserError.
+    It does not check that the sampler is valid for the model: see `check`.
+
+    Args:
+        v: Velocity field v(x, t).
+        x0: Noise, [B, ...].
+        config: The sampler and its grid.
+        steps: Number of steps.
+        span: The times of noise and data, into which the grid is squeezed.
+        seed: Seed of fresh noise (`FreshNoise`).
+        ids: A number for each sample, [B].
+
+    Returns:
+        Data, [B, ...].
+
+    Raises:
+        UserError: The grid has another number of steps, or v another shape than x.
     """
     grid = grids.squeeze(grids.make(config, steps), span)
     draw = FreshNoise(seed, ids)
@@ -235,8 +303,6 @@ def sample(
         return ddim(v, x0, grid, draw, config.eta)
     if config.name == "ddpm":
         return ddpm(v, x0, grid, draw)
-    if config.name == "renoise":
-        return renoise(v, x0, grid, draw)
     if config.name == "anchored":
         return anchored(v, x0, grid)
     return solvers.integrate(v, x0, grid, config.name)

@@ -1,9 +1,9 @@
 """ODE solvers for dx/dt = v(x, t): plain functions over a velocity and a time grid.
 
-The state is never half precision: it keeps the dtype of x (float32, or float64 on request); what
-autocast does stays inside v. A grid of N steps has N + 1 points, so N = 1 does one step. A falling
-grid integrates backward, data to noise. Hairer, Norsett, Wanner, Solving Ordinary Differential
-Equations I: II.1 (Runge-Kutta), III.5 (Adams with variable steps), II.5 (Dormand-Prince).
+The state is never in half precision: it keeps the dtype of x (float32 or float64); autocast stays inside
+v. A grid of N steps has N + 1 points. A falling grid integrates backward, from data to noise. Hairer,
+Norsett, Wanner, Solving Ordinary Differential Equations I: II.1 (Runge-Kutta), III.5 (Adams with
+variable steps), II.5 (Dormand-Prince).
 """
 
 from collections.abc import Callable
@@ -22,24 +22,24 @@ Step = Callable[[VelocityField, Tensor, float, float], Tensor]  # one step of x 
 
 
 def euler(v: VelocityField, x: Tensor, t: float, s: float) -> Tensor:
-    """First order, one evaluation: x + (s - t) v(x, t)."""
+    """Take a step of first order, one evaluation: x + (s - t) v(x, t)."""
     return x + (s - t) * v(x, t)
 
 
 def midpoint(v: VelocityField, x: Tensor, t: float, s: float) -> Tensor:
-    """Second order, two evaluations: the slope half way, where half an Euler step leads."""
+    """Take a step of second order, two evaluations: the slope where half an Euler step ends."""
     middle = x + 0.5 * (s - t) * v(x, t)
     return x + (s - t) * v(middle, 0.5 * (t + s))
 
 
 def heun(v: VelocityField, x: Tensor, t: float, s: float) -> Tensor:
-    """Second order, two evaluations: the mean of the slopes at both ends of an Euler step."""
+    """Take a step of second order, two evaluations: the mean slope of both ends of an Euler step."""
     slope = v(x, t)
     return x + 0.5 * (s - t) * (slope + v(x + (s - t) * slope, s))
 
 
 def rk4(v: VelocityField, x: Tensor, t: float, s: float) -> Tensor:
-    """Fourth order, four evaluations: the classical Runge-Kutta method."""
+    """Take a step of fourth order, four evaluations: the classical Runge-Kutta method."""
     h, middle = s - t, 0.5 * (t + s)
     k1 = v(x, t)
     k2 = v(x + 0.5 * h * k1, middle)
@@ -49,18 +49,18 @@ def rk4(v: VelocityField, x: Tensor, t: float, s: float) -> Tensor:
 
 
 class AB2:
-    """Adams-Bashforth 2: second order, one evaluation, for it looks back at the step before.
+    """Adams-Bashforth 2: steps of second order, one evaluation each, with the slope of the last step.
 
-    It follows the line through the last two slopes, for steps of any lengths h (now) and g (before):
-    x + h [(1 + h / 2g) v_n - (h / 2g) v_(n-1)]. The first step is Euler's, whose one error of order
-    h^2 leaves the order at 2. A fresh object for each integration.
+    It extrapolates the last two slopes, for steps of any lengths h (now) and g (before):
+    x + h [(1 + h / 2g) v_n - (h / 2g) v_(n-1)]. The first step is Euler's, whose single error of order
+    h^2 keeps the order at 2. Use one object for one integration.
     """
 
     def __init__(self) -> None:
         self.before: tuple[Tensor, float] | None = None  # slope and length of the last step
 
     def __call__(self, v: VelocityField, x: Tensor, t: float, s: float) -> Tensor:
-        """Step x from t to s; the step before must have ended at (x, t)."""
+        """Take a step of x from t to s; the last step must have ended at (x, t)."""
         slope, h = v(x, t), s - t
         last, self.before = self.before, (slope, h)
         if last is None:
@@ -70,17 +70,21 @@ class AB2:
 
 
 SOLVERS: dict[str, Step] = {"euler": euler, "midpoint": midpoint, "heun": heun, "rk4": rk4}
-MULTISTEP: dict[str, Callable[[], Step]] = {"ab2": AB2}  # each call makes one without history
+MULTISTEP: dict[str, Callable[[], Step]] = {"ab2": AB2}  # a new one for each integration
 
 
 def check_state(x: Tensor) -> None:
-    """Raise UserError for a state in half precision, or in integers."""
+    """Check that a state is in float32 or float64.
+
+    Raises:
+        UserError: It is not.
+    """
     if x.dtype not in (torch.float32, torch.float64):
         raise UserError(f"the state is {x.dtype}; solvers keep it in float32 or float64")
 
 
 def checked(v: VelocityField) -> VelocityField:
-    """Wrap v to raise UserError where its shape is not that of x, which would else broadcast."""
+    """Wrap v to raise UserError where its shape differs from x, which would broadcast silently."""
 
     def same_shape(x: Tensor, t: float) -> Tensor:
         slope = v(x, t)
@@ -94,10 +98,19 @@ def checked(v: VelocityField) -> VelocityField:
 
 
 def integrate(v: VelocityField, x: Tensor, grid: Tensor, solver: str = "euler") -> Tensor:
-    """Carry x along v through the points of a grid.
+    """Carry x along v through the times of a grid.
 
-    v(x, t): velocity at x [B, ...] and time t (a float). grid: [N + 1], strictly monotone in [0, 1];
-    a falling one integrates backward. solver: one of FIXED. Returns x at grid[-1]. Raises UserError.
+    Args:
+        v: Velocity v(x, t) at x [B, ...] and a time t, a float.
+        x: State at grid[0], [B, ...], float32 or float64.
+        grid: Strictly monotone times in [0, 1], [N + 1]; a falling grid integrates backward.
+        solver: "euler", "midpoint", "heun", "rk4" or "ab2".
+
+    Returns:
+        State at grid[-1], [B, ...].
+
+    Raises:
+        UserError: Solver, grid or dtype is not one of these, or v has another shape than x.
     """
     if solver not in FIXED:
         raise UserError(f"solver={solver!r}: expected one of {', '.join(FIXED)}")
@@ -112,9 +125,20 @@ def integrate(v: VelocityField, x: Tensor, grid: Tensor, solver: str = "euler") 
 
 
 def jumps(u: Callable[..., Tensor], x: Tensor, grid: Tensor) -> Tensor:
-    """Carry x through the points of a grid by average velocities: x_s = x_t + (s - t) u(x_t, t, s).
+    """Carry x through the times of a grid with average velocities: x_s = x_t + (s - t) u(x_t, t, s).
 
-    u(x, t, s): the average velocity [B, ...] from t to s, floats. (MeanFlow, arXiv 2505.13447, eq. 12.)
+    This is how a MeanFlow network is sampled (arXiv 2505.13447, eq. 12).
+
+    Args:
+        u: Average velocity u(x, t, s) from t to s, floats, [B, ...].
+        x: State at grid[0], [B, ...], float32 or float64.
+        grid: Times in [0, 1], [N + 1].
+
+    Returns:
+        State at grid[-1], [B, ...].
+
+    Raises:
+        UserError: The state has another dtype.
     """
     check_state(x)
     for t, s in pairwise(grid.tolist()):
@@ -131,12 +155,25 @@ def dopri5(
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> Tensor:
-    """Carry x along v from start to end by Dormand-Prince 5(4), whose steps follow its error.
+    """Carry x along v from start to end with Dormand-Prince 5(4), which chooses its own steps.
 
-    The root mean square of the error over the whole batch x [B, ...] decides, so that a sample
-    depends on its batch. v is called at times between start and end only; start > end integrates
-    backward. rtol, atol: error allowed a step; in float32 below about 1e-6 is out of reach. Raises
-    UserError for states or velocities that are not finite, and for a step that shrinks to nothing.
+    The steps follow the root mean square error of the whole batch, so that a sample depends on its
+    batch. v is called at times between start and end only.
+
+    Args:
+        v: Velocity v(x, t) at x [B, ...] and a time t, a float.
+        x: State at start, [B, ...], float32 or float64.
+        start: First time, in [0, 1].
+        end: Last time, in [0, 1]; less than start to integrate backward.
+        rtol: Allowed error of a step, relative to the state; float32 does not reach less than about
+            1e-6.
+        atol: Allowed error of a step.
+
+    Returns:
+        State at end, [B, ...].
+
+    Raises:
+        UserError: A state or velocity is not finite, or a step shrinks to nothing.
     """
     from torchdiffeq import odeint
 
@@ -151,8 +188,8 @@ def dopri5(
         if not (out.isfinite().all() and y.isfinite().all()):
             what = "velocity" if y.isfinite().all() else "state"
             raise UserError(
-                f"dopri5: the {what} is not finite at t = {time:g}; look at the model there, or use a "
-                "fixed-step solver"
+                f"dopri5: the {what} is not finite at t = {time:g}; check the model at that time, or "
+                "use a fixed-step solver"
             )
         return out
 
@@ -177,10 +214,20 @@ def solve(
     *,
     backward: bool = False,
 ) -> Tensor:
-    """Carry x from noise to data, or backward from data to noise, as a config says.
+    """Carry x from noise to data, or from data to noise, with the solver of a config.
 
-    x: [B, ...], taken to the state's dtype; the answer keeps it. span: the times of noise and data,
-    into which the config's grid is squeezed. Raises UserError like `integrate`.
+    Args:
+        v: Velocity v(x, t) at x [B, ...] and a time t, a float.
+        x: State, [B, ...]; it is converted to the config's dtype.
+        config: The solver and its steps.
+        span: The times of noise and data, into which the grid is squeezed.
+        backward: From data to noise.
+
+    Returns:
+        State at the other end, [B, ...], in the config's dtype.
+
+    Raises:
+        UserError: As in `integrate` and `dopri5`.
     """
     x, (start, end) = x.to(getattr(torch, config.state)), span
     if config.name == "dopri5":

@@ -1,14 +1,12 @@
-"""Densities of training times: each maps one uniform number to a time, by its inverse CDF.
+"""Densities of training times; each maps one uniform number to a time through its inverse CDF.
 
-A time is thus a function of the same random number whatever the batch, rank or device. `density` is
-the closed form that the tests hold the samples against. Which one to use: logit-normal for stage 1
-(SD3, arXiv 2403.03206, sec. 3.1); for reflow half of them at exactly t = 0, where a one-step sampler
-evaluates the network, the rest noise-heavy, or for eight steps and more of a U shape (2-rectified
-flow++, arXiv 2405.20320, sec. 4.1): docs/experiments.md.
+A time is therefore a function of the same random number, independent of batch, rank and device. Which
+density to use: logit-normal for stage 1 (SD3, arXiv 2403.03206, sec. 3.1); for reflow half of the times
+at exactly t = 0, where a one-step sampler evaluates the network, and the rest noise-heavy, or U-shaped
+for eight steps and more (2-rectified flow++, arXiv 2405.20320, sec. 4.1): docs/experiments.md.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,50 +14,77 @@ from torch import Tensor
 from flowmatch.flow.config import TimesConfig
 
 
-def uniform(u: Tensor, c: TimesConfig) -> Tensor:
-    """p(t) = 1."""
-    return u
+def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Return t = sigmoid(N(mean, std)) from uniform numbers. u: [B] in [0, 1) -> [B]."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(u))
 
 
-def logit_normal(u: Tensor, c: TimesConfig) -> Tensor:
-    """t = sigmoid(N(mean, std))."""
-    return torch.sigmoid(c.mean + c.std * torch.special.ndtri(u))
+def logit_normal_density(t: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """Return p(t) = N(logit(t); mean, std) / (t (1 - t)). t: [B] in (0, 1) -> [B]."""
+    z = (torch.logit(t) - mean) / std
+    return torch.exp(-0.5 * z**2) / (std * math.sqrt(2 * math.pi) * t * (1 - t))
 
 
-def u_shape(u: Tensor, c: TimesConfig) -> Tensor:
-    """p(t) = a cosh(a (t - 1/2)) / (2 sinh(a/2)), heavy at both ends."""
-    return 0.5 + torch.asinh((2 * u - 1) * math.sinh(c.a / 2)) / c.a
+def u_shape(u: Tensor, a: float = 4.0) -> Tensor:
+    """Return times that are frequent at both ends from uniform numbers. u: [B] in [0, 1) -> [B]."""
+    return 0.5 + torch.asinh((2 * u - 1) * math.sinh(a / 2)) / a
 
 
-def noise_heavy(u: Tensor, c: TimesConfig) -> Tensor:
-    """p(t) = ln(10)/9 10^(1 - t), heavy at the noise end (Simple ReFlow, arXiv 2410.07815)."""
+def u_shape_density(t: Tensor, a: float = 4.0) -> Tensor:
+    """Return p(t) = a cosh(a (t - 1/2)) / (2 sinh(a/2)). t: [B] in [0, 1] -> [B]."""
+    return a * torch.cosh(a * (t - 0.5)) / (2 * math.sinh(a / 2))
+
+
+def noise_heavy(u: Tensor) -> Tensor:
+    """Return times that are frequent at the noise from uniform numbers. u: [B] in [0, 1) -> [B]."""
     return 1 - torch.log10(1 + 9 * u)
 
 
-TIMES: dict[str, Callable[[Tensor, TimesConfig], Tensor]] = {
-    "uniform": uniform,
-    "logit_normal": logit_normal,
-    "u_shape": u_shape,
-    "noise_heavy": noise_heavy,
-}
+def noise_heavy_density(t: Tensor) -> Tensor:
+    """Return p(t) = ln(10)/9 10^(1 - t) (Simple ReFlow, arXiv 2410.07815). t: [B] in [0, 1] -> [B]."""
+    return math.log(10) / 9 * 10 ** (1 - t)
 
 
-def sample(u: Tensor, c: TimesConfig) -> Tensor:
-    """Turn uniform numbers into times. u: [B] float64 in [0, 1) -> t: [B] float32 in [0, 1]."""
-    rest = ((u - c.zero) / (1 - c.zero) if c.zero < 1 else u).clamp(0, 1)
-    t = TIMES[c.name](rest, c).clamp(0, 1)
-    return torch.where(u < c.zero, torch.zeros_like(t), t).float()
+def sample(u: Tensor, config: TimesConfig) -> Tensor:
+    """Turn uniform numbers into the times of a config.
 
+    Args:
+        u: Uniform numbers in [0, 1), float64, [B].
+        config: A density, and the share `zero` of times that are set to exactly 0.
 
-def density(t: Tensor, c: TimesConfig) -> Tensor:
-    """Evaluate p(t), the point mass at 0 left out: it integrates to 1 - zero. t: [B] in (0, 1)."""
-    if c.name == "uniform":
-        p = torch.ones_like(t)
-    elif c.name == "logit_normal":
-        z = (torch.logit(t) - c.mean) / c.std
-        p = torch.exp(-0.5 * z**2) / (c.std * math.sqrt(2 * math.pi) * t * (1 - t))
-    elif c.name == "u_shape":
-        p = c.a * torch.cosh(c.a * (t - 0.5)) / (2 * math.sinh(c.a / 2))
+    Returns:
+        Times in [0, 1], float32, [B].
+    """
+    zero = config.zero
+    rest = ((u - zero) / (1 - zero) if zero < 1 else u).clamp(0, 1)
+    if config.name == "logit_normal":
+        t = logit_normal(rest, config.mean, config.std)
+    elif config.name == "u_shape":
+        t = u_shape(rest, config.a)
+    elif config.name == "noise_heavy":
+        t = noise_heavy(rest)
     else:
-        p = math.log(10) / 9 * 10 ** (1 - t)
-    return (1 - c.zero) * p
+        t = rest
+    t = t.clamp(0, 1)
+    return torch.where(u < zero, torch.zeros_like(t), t).float()
+
+
+def density(t: Tensor, config: TimesConfig) -> Tensor:
+    """Evaluate the density of the times of a config, without the point mass at 0.
+
+    Args:
+        t: Times in (0, 1), [B].
+        config: As in `sample`.
+
+    Returns:
+        p(t), [B]; its integral is 1 - zero.
+    """
+    if config.name == "logit_normal":
+        p = logit_normal_density(t, config.mean, config.std)
+    elif config.name == "u_shape":
+        p = u_shape_density(t, config.a)
+    elif config.name == "noise_heavy":
+        p = noise_heavy_density(t)
+    else:
+        p = torch.ones_like(t)
+    return (1 - config.zero) * p

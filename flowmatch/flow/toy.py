@@ -1,8 +1,8 @@
-"""Targets whose flow is known in closed form: the truth that solvers, samplers and training are held to.
+"""Targets whose flow is known in closed form, against which solvers, samplers and training are tested.
 
 For independent noise x0 ~ N(0, I) and a target x1 that is a mixture of Gaussians, every marginal of
 x_t = (1 - t) x0 + t x1 is a mixture again, so the marginal velocity E[x1 - x0 | x_t], the score and
-the data prediction are sums that hold no division by t or 1 - t: exact at both ends. (Flow straight
+the data prediction are sums without a division by t or 1 - t: exact at both ends. (Flow straight
 and fast, Liu et al. 2022, arXiv 2209.03003; stochastic interpolants, Albergo et al. 2023, arXiv
 2303.08797, appendix A.)
 """
@@ -24,10 +24,16 @@ RING_MODES, RING_RADIUS, RING_STD = 8, 2.5, 0.3
 class GaussianMixture:
     """A mixture of K Gaussians in D dimensions, sum_k weights_k N(means_k, covariances_k).
 
-    weights: [K], positive (they are normalised); means: [K, D]; covariances: [K, D, D], symmetric
-    with positive eigenvalues. Kept in float64; each answer has the dtype and device of its x. An
-    instance is a velocity field: mixture(x, t) is the marginal velocity. Raises UserError for shapes
-    that do not match and for weights or covariances that are not positive.
+    An instance is a velocity field: mixture(x, t) is the marginal velocity. It computes in the dtype and
+    on the device of x.
+
+    Args:
+        weights: [K], positive; they are normalised.
+        means: [K, D].
+        covariances: [K, D, D], symmetric with positive eigenvalues.
+
+    Raises:
+        UserError: The shapes do not match, or weights or covariances are not positive.
     """
 
     def __init__(self, weights: Any, means: Any, covariances: Any):
@@ -50,7 +56,7 @@ class GaussianMixture:
         self.weights = self.weights / self.weights.sum()
 
     def _posterior(self, x: Tensor, t: Tensor | float) -> tuple[Tensor, ...]:
-        """Give gamma [B, K, 1], y in the axes of S_k [B, K, D], t [., 1, 1], variances, axes, means.
+        """Return gamma [B, K, 1], y in the axes of S_k [B, K, D], t [., 1, 1], variances, axes, means.
 
         C_k = t^2 S_k + (1 - t)^2 I, y_k = C_k^-1 (x - t mu_k), gamma_k ~ pi_k N(x; t mu_k, C_k).
         """
@@ -70,9 +76,17 @@ class GaussianMixture:
         return logit.softmax(1)[..., None], y, t, variances, axes, means
 
     def velocity(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """E[x1 - x0 | x_t] = sum gamma_k [mu_k + (t S_k - (1 - t) I) y_k].
+        """Return E[x1 - x0 | x_t] = sum gamma_k [mu_k + (t S_k - (1 - t) I) y_k].
 
-        x: [B, D]; t: [B] or a float, in [0, 1] -> [B, D]. Raises UserError for other shapes or times.
+        Args:
+            x: [B, D].
+            t: [B] or a float, in [0, 1].
+
+        Returns:
+            [B, D].
+
+        Raises:
+            UserError: x has another shape, or t another range.
         """
         gamma, y, t, variances, axes, means = self._posterior(x, t)
         parts = means + torch.einsum("kde,bke->bkd", axes, (t * variances - (1 - t)) * y)
@@ -81,23 +95,23 @@ class GaussianMixture:
     __call__ = velocity
 
     def score(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """grad log p_t(x) = -sum gamma_k y_k. x: [B, D]; t: [B] or a float, in [0, 1] -> [B, D]."""
+        """Return grad log p_t(x) = -sum gamma_k y_k. x: [B, D]; t: [B] or a float."""
         gamma, y, _, _, axes, _ = self._posterior(x, t)
         return -(gamma * torch.einsum("kde,bke->bkd", axes, y)).sum(1)
 
     def data_prediction(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """E[x1 | x_t] = sum gamma_k [mu_k + t S_k y_k]. x: [B, D]; t: [B] or a float -> [B, D]."""
+        """Return E[x1 | x_t] = sum gamma_k [mu_k + t S_k y_k]. x: [B, D]; t: [B] or a float."""
         gamma, y, t, variances, axes, means = self._posterior(x, t)
         parts = means + torch.einsum("kde,bke->bkd", axes, t * variances * y)
         return (gamma * parts).sum(1)
 
     def noise_prediction(self, x: Tensor, t: Tensor | float) -> Tensor:
-        """E[x0 | x_t] = (1 - t) sum gamma_k y_k. x: [B, D]; t: [B] or a float -> [B, D]."""
+        """Return E[x0 | x_t] = (1 - t) sum gamma_k y_k. x: [B, D]; t: [B] or a float."""
         one = 1 - torch.as_tensor(t, dtype=x.dtype, device=x.device).reshape(-1, 1)
         return -one * self.score(x, t)
 
     def responsibilities(self, x: Tensor) -> Tensor:
-        """Give the probability of each component given data x at t = 1. [B, D] -> [B, K]."""
+        """Return the probability of each component, given data x at t = 1. [B, D] -> [B, K]."""
         return self._posterior(x, 1.0)[0][..., 0]
 
     def samples(self, n: int, seed: int) -> Tensor:
@@ -141,7 +155,14 @@ class Gaussian(GaussianMixture):
     def flow(self, x0: Tensor, t: float = 1.0) -> Tensor:
         """Carry noise along the flow: x_t = t mu + (t^2 S + (1 - t)^2 I)^(1/2) x0.
 
-        At t = 1 it is mu + S^(1/2) x0, which is also the optimal transport map. x0: [B, D]; t in [0, 1].
+        At t = 1 it is mu + S^(1/2) x0, which is also the optimal transport map.
+
+        Args:
+            x0: [B, D].
+            t: In [0, 1].
+
+        Returns:
+            x_t, [B, D].
         """
         axes = self.axes[0].to(x0)
         scale = (t**2 * self.variances[0] + (1 - t) ** 2).sqrt().to(x0)
@@ -159,7 +180,7 @@ class Gaussian(GaussianMixture):
 
 
 def ring_mixture() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Give the ring in closed form: weights [8], means [8, 2], covariances [8, 2, 2]; float64."""
+    """Return the weights [8], means [8, 2] and covariances [8, 2, 2] of the ring; float64."""
     angles = 2 * math.pi * np.arange(RING_MODES) / RING_MODES
     means = RING_RADIUS * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     covariances = np.tile(RING_STD**2 * np.eye(2), (RING_MODES, 1, 1))
@@ -167,5 +188,5 @@ def ring_mixture() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def ring() -> GaussianMixture:
-    """Build the mixture that `data.source: ring` draws from: 8 Gaussians of std .3, radius 2.5."""
+    """Build the mixture that `data.source: ring` draws from: 8 Gaussians of std 0.3, radius 2.5."""
     return GaussianMixture(*ring_mixture())

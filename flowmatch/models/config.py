@@ -1,4 +1,4 @@
-"""The config of a network, and of its arithmetic."""
+"""The config of a network, and the precisions of its products."""
 
 from typing import Literal
 
@@ -10,8 +10,8 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 
 class NetConfig(Config):
-    """The network: a diffusers class, and its own keyword arguments beside the name."""
+    """The network: a class of diffusers, and its keyword arguments beside the name."""
 
     model_config = pydantic.ConfigDict(extra="allow")
 
-    name: str = required("class of the network; its keyword arguments stand beside it as net.KEY")
+    name: str = required("class of the network; its keyword arguments are net.KEY")

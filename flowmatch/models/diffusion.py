@@ -1,7 +1,7 @@
-"""Teachers that are no flow models: a diffusers pipeline whose network predicts noise, data or v.
+"""Diffusion models as teachers: a diffusers pipeline whose network predicts noise, data or v.
 
-Its scheduler's config tells what the network was trained on; `conversions.Foreign` turns the
-prediction into the velocity of our path, within the noise levels that the network knows.
+The scheduler's config describes what the network was trained on; `conversions.Foreign` turns the
+prediction into the velocity of our path, within the noise levels of that training.
 """
 
 import json
@@ -21,20 +21,23 @@ from flowmatch.config import NotReady, UserError
 from flowmatch.flow.conversions import Foreign
 from flowmatch.flow.path import expand
 from flowmatch.models import networks
-from flowmatch.models.velocity import Velocity, classes_of
+from flowmatch.models.network import Network
+from flowmatch.models.velocity import Condition, Solve, Velocity, classes_of
 
-NETWORKS = ("unet", "transformer")  # the network of a pipeline, by the name of its component
-OTHERS = {"scheduler", "vae"}  # what a pipeline may hold beside it; text encoders are beyond us
+NETWORKS = ("unet", "transformer")  # names that diffusers gives to the network of a pipeline
+OTHERS = {"scheduler", "vae"}  # other components that are accepted; text encoders are not
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 @dataclass(frozen=True)
 class Diffusion:
-    """What a network was trained to predict, at which noise levels sigma of x1 + sigma x0.
+    """What a network was trained to predict, and at which noise levels sigma of x1 + sigma x0.
 
-    prediction: "epsilon" (noise), "sample" (data) or "v_prediction". sigmas: the level of timestep 0, 1,
-    ..., rising, of a variance-preserving schedule; or, with data_std, the least and the greatest
-    level of an EDM network, which is preconditioned for data of that standard deviation.
+    Attributes:
+        prediction: "epsilon" (noise), "sample" (data) or "v_prediction".
+        sigmas: Rising noise levels: of timesteps 0, 1, ... of a variance-preserving schedule; or, with
+            `data_std`, the smallest and the largest level of an EDM network.
+        data_std: Standard deviation of the data for which an EDM network is preconditioned, or None.
     """
 
     prediction: str
@@ -43,7 +46,7 @@ class Diffusion:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a manifest holds of it: all that the velocity hangs on beside the network."""
+        """What a manifest holds: all that the velocity depends on beside the network."""
         return asdict(self) | {"sigmas": [self.sigmas[0], self.sigmas[-1], len(self.sigmas)]}
 
     @cached_property
@@ -52,10 +55,16 @@ class Diffusion:
         return np.log(np.array(self.sigmas))
 
     def inputs(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the factor of y = x1 + sigma x0 and the timestep that the network sees. sigma: [B].
+        """Return the factor of y = x1 + sigma x0, and the timestep, in the network's input.
 
-        Between two timesteps of a training schedule it is linear in log sigma. EDM: arXiv 2206.00364,
-        table 1.
+        Between two timesteps of a training schedule the timestep is linear in log sigma. EDM: arXiv
+        2206.00364, table 1.
+
+        Args:
+            sigma: Noise levels, [B].
+
+        Returns:
+            The factor and the timestep, [B] each.
         """
         if self.data_std is not None:
             return (sigma**2 + self.data_std**2).rsqrt(), sigma.log() / 4
@@ -65,7 +74,16 @@ class Diffusion:
         return (sigma**2 + 1).rsqrt(), torch.from_numpy(steps).to(sigma)
 
     def data(self, y: Tensor, out: Tensor, sigma: Tensor) -> Tensor:
-        """Turn the network's output at y = x1 + sigma x0 into a data prediction. y, out: [B, ...]."""
+        """Turn the network's output at y = x1 + sigma x0 into a data prediction.
+
+        Args:
+            y: Noisy data, [B, ...].
+            out: The output, [B, ...].
+            sigma: Noise levels, [B].
+
+        Returns:
+            E[x1 | y], [B, ...].
+        """
         sigma = expand(sigma, y)
         std = 1.0 if self.data_std is None else self.data_std
         root = (sigma**2 + std**2).sqrt()
@@ -81,15 +99,23 @@ class Diffusion:
 class DiffusionVelocity(Velocity):
     """The velocity of a network that predicts noise or data.
 
-    Valid on `span`, the times of the noise levels it knows, and raises UserError outside; `carry` goes
-    from noise to data by one evaluation more, the last step, by its data prediction. Guidance is
-    linear in the prediction, and so the same as in the velocity. Of a network that gives a variance
-    as well (twice the channels) the first half is taken.
+    It is valid on `span`, the times of the noise levels of its training; outside it raises UserError.
+    `carry` needs one more evaluation: the last step is the data prediction. Guidance is linear in the
+    prediction, and therefore the same as in the velocity. A network with twice the channels also
+    predicts a variance, which is left out.
+
+    Args:
+        net: A diffusers model.
+        diffusion: What it was trained on.
+        guidance: As in `Velocity`.
+
+    Raises:
+        UserError: Guidance is asked of a network without a null class.
     """
 
     extra = 1
 
-    def __init__(self, net: Any, diffusion: Diffusion, guidance: float = 1.0):
+    def __init__(self, net: Network, diffusion: Diffusion, guidance: float = 1.0):
         super().__init__(net, guidance)
         self.diffusion, self.classes = diffusion, own_classes(net)
         if has_no_null(net):
@@ -100,7 +126,7 @@ class DiffusionVelocity(Velocity):
                 )
         self.span = (self._field(None).t_min, self._field(None).t_max)
 
-    def _field(self, cond: dict[str, Tensor] | None) -> Foreign:
+    def _field(self, cond: Condition | None) -> Foreign:
         noise = self.diffusion.prediction == "epsilon" and self.diffusion.data_std is None
         return Foreign(
             partial(self._prediction, cond=cond, noise=noise),
@@ -110,7 +136,7 @@ class DiffusionVelocity(Velocity):
         )
 
     def _prediction(
-        self, y: Tensor, sigma: Tensor, *, cond: dict[str, Tensor] | None, noise: bool
+        self, y: Tensor, sigma: Tensor, *, cond: Condition | None, noise: bool
     ) -> Tensor:
         scale, timestep = self.diffusion.inputs(sigma)
         out = self.predict(expand(scale, y) * y, timestep.float(), cond)[:, : y.shape[1]]
@@ -120,51 +146,56 @@ class DiffusionVelocity(Velocity):
         self,
         x: Tensor,
         t: Tensor | float,
-        cond: dict[str, Tensor] | None = None,
+        cond: Condition | None = None,
         r: Tensor | float | None = None,
     ) -> Tensor:
-        """Evaluate the velocity. x: [B, ...]; t: [B] or a float, in span -> v: [B, ...]."""
+        """Evaluate the velocity at x [B, ...], t ([B] or a float) in `span`; return v [B, ...]."""
         if r is not None:
             raise UserError("r is given, but this network takes a single time")
         return self._field(cond)(x, t)
 
-    def carry(
-        self, x0: Tensor, solve: Callable[..., Tensor], cond: dict[str, Tensor] | None = None
-    ) -> Tensor:
+    def carry(self, x0: Tensor, solve: Solve, cond: Condition | None = None) -> Tensor:
         """Carry noise to data: (1 - t_min) x0, solve(v, x, span), then the data prediction."""
         field = self._field(cond)
         return field.finish(solve(field, field.start(x0), self.span))
 
-    def invert(
-        self, x1: Tensor, solve: Callable[..., Tensor], cond: dict[str, Tensor] | None = None
-    ) -> Tensor:
-        """Carry data to noise: t_max x1, solve(v, x, span) back to t_min, over 1 - t_min.
+    def invert(self, x1: Tensor, solve: Solve, cond: Condition | None = None) -> Tensor:
+        """Carry data to noise: t_max x1, solve(v, x, span) back to t_min, divided by 1 - t_min.
 
-        The start leaves out the noise that x has at t_max: (1 - t_max) of its standard deviation.
+        The start leaves out the noise of standard deviation 1 - t_max that x has at t_max.
         """
         field, (low, high) = self._field(cond), self.span
         return solve(field, high * x1, self.span) / (1 - low)
 
 
-def has_no_null(net: Any) -> bool:
-    """Tell whether all class rows of a foreign network are classes: UNet2DModel keeps no null row."""
+def has_no_null(net: Network) -> bool:
+    """Return whether a foreign network has no null class, as a UNet2DModel has none of its own."""
     return net.config.get("num_class_embeds") is not None
 
 
-def own_classes(net: Any) -> int | None:
-    """Read the number of classes of a foreign network from its own config."""
+def own_classes(net: Network) -> int | None:
+    """Return the number of classes of a foreign network from its config, or None."""
     return net.config.num_class_embeds if has_no_null(net) else classes_of(net)
 
 
-def can_be_velocity(net: Any) -> bool:
-    """Tell whether a foreign network has the shape of a flow model, and so can be trained as one."""
+def can_be_velocity(net: Network) -> bool:
+    """Return whether a foreign network has the shape of a flow model and can be trained as one."""
     return net.config.out_channels == net.config.in_channels and not has_no_null(net)
 
 
 def read_index(path: str | os.PathLike[str], key: str) -> dict[str, Any]:
-    """Read the model_index.json of a diffusers pipeline (folder or hub name).
+    """Read the model_index.json of a diffusers pipeline.
 
-    Raises UserError naming `key`; NotReady where none is found.
+    Args:
+        path: A folder, or a name on the hub.
+        key: Name of the config's key, for the messages.
+
+    Returns:
+        Its content.
+
+    Raises:
+        UserError: The folder holds no pipeline.
+        NotReady: There is no such folder, or no such name on the hub.
     """
     import diffusers
 
@@ -179,25 +210,34 @@ def read_index(path: str | os.PathLike[str], key: str) -> dict[str, Any]:
 def read_pipeline(
     path: str | os.PathLike[str], key: str, index: dict[str, Any]
 ) -> tuple[Any, Diffusion | None]:
-    """Read network and training schedule of a diffusers pipeline; index: its model_index.json.
+    """Read the network and the training schedule of a diffusers pipeline.
 
-    Returns None for the schedule of a flow model. Raises UserError, naming `key`, for a pipeline that
-    needs text, or whose scheduler does not tell what its network predicts.
+    Args:
+        path: A folder, or a name on the hub.
+        key: Name of the config's key, for the messages.
+        index: Its model_index.json.
+
+    Returns:
+        The network, and its diffusion, which is None for a flow model.
+
+    Raises:
+        UserError: The pipeline has other components, such as a text encoder, or its scheduler does not
+            describe the prediction of the network.
     """
     import diffusers
 
     parts = {name for name, value in index.items() if isinstance(value, list) and value[0]}
-    found = [name for name in NETWORKS if name in parts]
-    if len(found) != 1 or "scheduler" not in parts or parts - OTHERS - set(found):
+    nets = [name for name in NETWORKS if name in parts]
+    if len(nets) != 1 or "scheduler" not in parts or parts - OTHERS - set(nets):
         raise UserError(
             f"{key}={path} is a pipeline of {', '.join(sorted(parts))}; expected one network (unet or "
-            "transformer), a scheduler, and perhaps a vae"
+            "transformer), a scheduler, and optionally a vae"
         )
     name = str(index["scheduler"][1])
     scheduler = getattr(diffusers, name, None)
     if scheduler is None:
-        raise UserError(f"{key}={path}: its scheduler {name} is no class of diffusers")
-    net = _part(found[0], lambda **where: networks.load(path, key, **where))
+        raise UserError(f"{key}={path}: its scheduler {name} is not a class of diffusers")
+    net = _part(nets[0], lambda **where: networks.load(path, key, **where))
     try:
         loaded = _part("scheduler", lambda **where: scheduler.from_pretrained(path, **where))
     except OSError as error:
@@ -207,10 +247,10 @@ def read_pipeline(
 
 
 def _part(name: str, load: Callable[..., Any]) -> Any:
-    """Load a part of a pipeline from its subfolder; where it has none, from the root.
+    """Load a part of a pipeline from its subfolder, or else from the root of the pipeline.
 
-    So old pipelines lie on the hub, such as google/ddpm-cifar10-32; of a local folder diffusers' own
-    loading does the same.
+    Old pipelines on the hub, such as google/ddpm-cifar10-32, have no subfolders; diffusers itself falls
+    back to the root of a local folder.
     """
     try:
         return load(subfolder=name)
@@ -218,10 +258,18 @@ def _part(name: str, load: Callable[..., Any]) -> Any:
         return load()
 
 
-def diffusion_of(scheduler: Any, given: str) -> Diffusion | None:
-    """Read off a diffusers scheduler what its network was trained on; None for a flow model.
+def diffusion_of(scheduler: Any, origin: str) -> Diffusion | None:
+    """Read from a diffusers scheduler what its network was trained on.
 
-    Raises UserError, beginning with `given`, where it does not tell.
+    Args:
+        scheduler: The scheduler.
+        origin: What the messages begin with, such as `teacher=PATH`.
+
+    Returns:
+        The diffusion, or None for a flow model.
+
+    Raises:
+        UserError: The scheduler does not describe it.
     """
     name, config = type(scheduler).__name__, scheduler.config
     prediction = config.get("prediction_type", "epsilon")
@@ -229,20 +277,20 @@ def diffusion_of(scheduler: Any, given: str) -> Diffusion | None:
         return None
     if prediction not in PREDICTIONS:
         raise UserError(
-            f"{given}: its network predicts {prediction!r}; expected {', '.join(PREDICTIONS)}"
+            f"{origin}: its network predicts {prediction!r}; expected {', '.join(PREDICTIONS)}"
         )
     if name.startswith("EDM"):
         levels = (float(config.sigma_min), float(config.sigma_max))
         return Diffusion(prediction, levels, float(config.sigma_data))
-    kept = getattr(scheduler, "alphas_cumprod", None)
-    if kept is None:
+    products = getattr(scheduler, "alphas_cumprod", None)
+    if products is None:
         raise UserError(
-            f"{given}: {name} does not tell the noise levels that the network was trained on; expected "
-            "a flow-matching, an EDM, or a DDPM-like scheduler (with alphas_cumprod)"
+            f"{origin}: {name} does not describe the noise levels that the network was trained on; "
+            "expected a flow-matching, an EDM, or a DDPM-like scheduler (with alphas_cumprod)"
         )
-    kept = torch.as_tensor(kept, dtype=torch.float64)
-    kept = kept[kept > 0]  # a schedule rescaled to zero signal at its end knows no sigma there
-    sigmas = ((1 - kept) / kept).sqrt()
+    alphas = torch.as_tensor(products, dtype=torch.float64)
+    alphas = alphas[alphas > 0]  # a schedule with zero signal at its end has no sigma there
+    sigmas = ((1 - alphas) / alphas).sqrt()
     if not bool((sigmas.diff() > 0).all()) or not math.isfinite(sigmas[-1]) or sigmas[0] <= 0:
-        raise UserError(f"{given}: the noise levels of {name} do not rise with the timestep")
+        raise UserError(f"{origin}: the noise levels of {name} do not rise with the timestep")
     return Diffusion(prediction, tuple(sigmas.tolist()))

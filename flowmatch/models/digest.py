@@ -1,4 +1,4 @@
-"""Digests of modules and networks: sha256 over weights and config."""
+"""Digests of modules and networks: sha256 of weights and config."""
 
 import hashlib
 import json
@@ -9,7 +9,11 @@ from torch import nn
 
 
 def module_digest(module: nn.Module) -> str:
-    """Hash a module's state: name, dtype, shape and bytes in name order; hexadecimal sha256."""
+    """Hash the state of a module: name, dtype, shape and bytes of each tensor, in order of the names.
+
+    Returns:
+        Hexadecimal sha256.
+    """
     sha = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         tensor = tensor.detach().cpu().contiguous()
@@ -19,9 +23,10 @@ def module_digest(module: nn.Module) -> str:
 
 
 def network_digest(net: Any) -> str:
-    """Hash a network: name, dtype, shape and bytes of its state in name order, and its config.
+    """Hash the state of a network (`module_digest`) and its config, without keys that begin with `_`.
 
-    Keys of the config that start with `_` (paths, versions) are left out.
+    Returns:
+        Hexadecimal sha256.
     """
     config = {key: value for key, value in dict(net.config).items() if not key.startswith("_")}
     text = module_digest(net) + json.dumps(config, sort_keys=True, default=str)

@@ -1,9 +1,8 @@
 """VelocityMLP: a small network for points in D dimensions, in diffusers' terms.
 
-It takes what UNet2DModel takes (sample, timestep in 0..1000, class_labels) and predicts
-noise - data, so that every stage and sampler treats points as it treats images.
-
-This file needs torch and diffusers alone, so that it can be copied beside exported weights.
+It has the arguments of UNet2DModel (sample, timestep in 0..1000, class_labels) and predicts noise -
+data, so that stages and samplers treat points like images. This file imports torch and diffusers alone:
+it is copied beside exported weights.
 """
 
 import math
@@ -26,14 +25,20 @@ class VelocityMLPOutput(BaseOutput):
 class VelocityMLP(ModelMixin, ConfigMixin):
     """Predict noise - data at points [B, D] and a time.
 
-    in_channels: D. hidden: width of each of `layers` SiLU layers. time_frequencies: number of pairs
-    cos(pi k sigma), sin(pi k sigma), k = 1, 2, ..., seen beside sigma = timestep / 1000 itself: few
-    and low, because the velocity is smooth in time.
-    num_class_embeds: number of labels, the null class included; None takes no labels. second_time:
-    whether it takes a second timestep, as networks of an average velocity do.
+    Args:
+        in_channels: D.
+        hidden: Width of the layers.
+        layers: Number of SiLU layers.
+        time_frequencies: Number of pairs cos(pi k sigma), sin(pi k sigma), k = 1, 2, ..., beside sigma =
+            timestep / 1000 itself: few and low ones, because the velocity is smooth in time.
+        num_class_embeds: Number of labels, the null class included; None for a network without labels.
+        second_time: Whether it takes a second timestep, as a network of an average velocity does.
+
+    Raises:
+        ValueError: A number is too small.
     """
 
-    if __name__.startswith("flowmatch."):  # not as remote code, where there is no such package
+    if __name__.startswith("flowmatch."):  # as remote code it is in another package
         __module__ = "flowmatch"  # what model_index.json records and later looks up
 
     @register_to_config
@@ -58,7 +63,7 @@ class VelocityMLP(ModelMixin, ConfigMixin):
         if num_class_embeds is not None and num_class_embeds < 1:
             raise ValueError(f"num_class_embeds={num_class_embeds}: expected None or at least 1")
         self.first = nn.Linear(in_channels + 1 + 2 * time_frequencies, hidden)
-        # added to the first layer's sum, which is what one-hot labels beside the point would do
+        # added to the sum of the first layer, as the weights of one-hot labels would be
         self.label = nn.Embedding(num_class_embeds, hidden) if num_class_embeds else None
         times = 1 + 2 * time_frequencies
         self.target = nn.Linear(times, hidden, bias=False) if second_time else None
@@ -73,11 +78,20 @@ class VelocityMLP(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         target_timestep: Tensor | None = None,
     ) -> VelocityMLPOutput | tuple[Tensor]:
-        """Evaluate the network. sample: [B, D]; timestep: 0-dim or [B], 0 to 1000 -> [B, D].
+        """Evaluate the network.
 
-        class_labels: int64 [B], if and only if the network takes labels; target_timestep: like
-        timestep, if and only if it takes a second one. Raises ValueError for another shape, and for
-        labels or a timestep that is missing or unexpected.
+        Args:
+            sample: Points, [B, D].
+            timestep: From 0 to 1000, a scalar or [B].
+            class_labels: int64 [B], if and only if the network takes labels.
+            return_dict: Return an object with `.sample`, or else a tuple.
+            target_timestep: The second timestep, if and only if the network takes one.
+
+        Returns:
+            noise - data, [B, D].
+
+        Raises:
+            ValueError: The shape is wrong, or labels or second timestep are missing or unexpected.
         """
         channels = self.config["in_channels"]
         if sample.ndim != 2 or sample.shape[1] != channels:
@@ -105,8 +119,8 @@ class VelocityMLP(ModelMixin, ConfigMixin):
         return VelocityMLPOutput(sample=x) if return_dict else (x,)
 
     def embed(self, timestep: Tensor | float | None, sample: Tensor) -> Tensor:
-        """Give what the network sees of a timestep, [B, 1 + 2 time_frequencies]."""
-        # the angles in float32 at least, whatever the dtype of the network
+        """Return the features of a timestep, [B, 1 + 2 time_frequencies]."""
+        # the angles need float32, also where the network is in half precision
         wide = torch.promote_types(sample.dtype, torch.float32)
         sigma = torch.as_tensor(timestep, dtype=wide, device=sample.device) / 1000
         sigma = sigma.expand(sample.shape[0])[:, None]

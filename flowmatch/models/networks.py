@@ -1,8 +1,7 @@
-"""Networks: any diffusers model by name, and the one bridge between its terms and the math's.
+"""Build, save and load networks: any diffusers model by name.
 
-A network speaks diffusers natively (timestep = 1000 (1 - t), output = noise - data), so that export is
-`save_pretrained` and a pretrained flow model is a teacher as it is. `Velocity` is where that turns
-into v(x, t); nothing else converts.
+A network that is trained here has the terms of diffusers' flow models (timestep = 1000 (1 - t), output =
+noise - data), so that its export is `save_pretrained`. `Velocity` turns them into v(x, t).
 """
 
 import inspect
@@ -14,15 +13,20 @@ from typing import Any
 import torch
 
 from flowmatch.config import NotReady, UserError
-from flowmatch.models import two_time
+from flowmatch.models import precision, two_time
 from flowmatch.models.config import NetConfig
+from flowmatch.models.network import Network
 from flowmatch.models.velocity import Velocity
 
 LABEL_KEYS = {"num_class_embeds", "num_embeds_ada_norm"}  # how diffusers' models count classes
 
 
 def network_class(name: str) -> Any:
-    """Look a network up by name: VelocityMLP, or any model class of diffusers."""
+    """Return the class of a network by name: VelocityMLP, or any model class of diffusers.
+
+    Raises:
+        UserError: There is no such class.
+    """
     import diffusers
 
     from flowmatch.models.mlp import VelocityMLP
@@ -37,24 +41,37 @@ def network_class(name: str) -> Any:
 
 
 def build(config: NetConfig, shape: tuple[int, ...], classes: int | None, seed: int) -> Any:
-    """Make an untrained network that fits the data; its weights are a function of the seed.
+    """Build an untrained network that fits the data.
 
-    shape: of one sample, [C, H, W] or [D]. classes: number of labels, or None. The sizes that the data
-    decides are filled in where the config leaves them out, and must agree where it does not.
-    Raises UserError for an unknown class or key, or a network whose output has another shape.
+    Sizes that follow from the data are filled in where the config leaves them out, and must agree with
+    the data where it does not. The caller's random state does not change.
+
+    Args:
+        config: Class and keyword arguments of the network.
+        shape: Shape of one sample, [C, H, W] or [D].
+        classes: Number of labels, or None.
+        seed: The weights are a function of it.
+
+    Returns:
+        The network, on the CPU, in train mode.
+
+    Raises:
+        UserError: The class or a key is unknown, or the network's output has another shape.
     """
     model = network_class(config.name)
-    given = dict(config.model_extra or {})
-    # the second time is given by reflow, and `class_embed_type` is where it goes
+    arguments = dict(config.model_extra or {})
+    # reflow adds the second time, at `class_embed_type` in a UNet2DModel
     known = set(inspect.signature(model.__init__).parameters) - {"self", *two_time.KEYS}
     faults = [
         f"net.{key}: unknown key; {config.name} takes {', '.join(sorted(known))}"
-        for key in sorted(given.keys() - known)
+        for key in sorted(arguments.keys() - known)
     ]
     facts = {key: value for key, value in _facts(shape, classes).items() if key in known}
     for key, value in facts.items():
-        if key in given and given[key] != value:
-            faults.append(f"net.{key}={given[key]!r}: the data asks for {value!r}; leave it out")
+        if key in arguments and arguments[key] != value:
+            faults.append(
+                f"net.{key}={arguments[key]!r}: the data needs {value!r}; leave the key out"
+            )
     if ("sample_size" in known) != (len(shape) == 3):
         faults.append(f"net.name={config.name} does not take samples of shape {list(shape)}")
     if classes is not None and known.isdisjoint(LABEL_KEYS):
@@ -63,9 +80,9 @@ def build(config: NetConfig, shape: tuple[int, ...], classes: int | None, seed: 
         faults.append(f"net.name={config.name} needs labels; set data.labels=true")
     if faults:
         raise UserError(faults)
-    torch.manual_seed(seed)
     try:
-        net = model(**(given | facts))
+        with precision.seeded(seed):
+            net = model(**(arguments | facts))
     except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:
         raise UserError(f"net: {config.name} refuses these arguments: {error}") from None
     silence_label_drop(net)
@@ -74,20 +91,29 @@ def build(config: NetConfig, shape: tuple[int, ...], classes: int | None, seed: 
 
 
 def _facts(shape: tuple[int, ...], classes: int | None) -> dict[str, Any]:
-    """What the data decides of a network, under every name that diffusers' models have for it."""
+    """Return the arguments that follow from the data, under all names that diffusers has for them."""
     facts: dict[str, Any] = {"in_channels": shape[0], "out_channels": shape[0]}
     if len(shape) == 3:
         if shape[1] != shape[2]:
-            raise UserError(f"the data is {list(shape)}: networks here take square images")
+            raise UserError(f"the data has shape {list(shape)}; expected square images")
         facts["sample_size"] = shape[1]
     if classes is None:
         return facts | {"num_class_embeds": None}
-    # the null class is K: DiT makes its row itself, elsewhere it is one class more
+    # the null class is K: DiT adds a row for it, other networks count it as a class
     return facts | {"num_class_embeds": classes + 1, "num_embeds_ada_norm": classes}
 
 
-def check_output(net: Any, shape: tuple[int, ...], classes: int | None) -> None:
-    """Run the network once on zeros; raise UserError where its output has another shape."""
+def check_output(net: Network, shape: tuple[int, ...], classes: int | None) -> None:
+    """Run a network once on zeros and check the shape of its output.
+
+    Args:
+        net: The network; its mode does not change.
+        shape: Shape of one sample, [C, H, W] or [D].
+        classes: Number of labels, or None.
+
+    Raises:
+        UserError: The network fails, or its output has another shape.
+    """
     was_training = net.training
     net.eval()
     x = torch.zeros(2, *shape, device=net.device, dtype=net.dtype)
@@ -108,21 +134,28 @@ def check_output(net: Any, shape: tuple[int, ...], classes: int | None) -> None:
         )
 
 
-def silence_label_drop(net: Any) -> None:
+def silence_label_drop(net: Network) -> None:
     """Turn off the label drop inside DiT's blocks.
 
-    Each block of diffusers' DiT drops labels by its own coin in train mode, so the label leaks in
-    nearly every sample; the loop drops them once a sample, before the network.
+    In train mode each block of diffusers' DiT drops labels independently, so that the label reaches
+    nearly every sample; the loop drops it once for each sample, before the network.
     """
+    from diffusers.models.embeddings import LabelEmbedding
+
     for module in net.modules():
-        if type(module).__name__ == "LabelEmbedding":
+        if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0
 
 
 def save(net: Any, folder: str | os.PathLike[str]) -> list[str]:
-    """Write a network as diffusers does (config.json and safetensors); return the file names.
+    """Write a network as diffusers does: config.json and safetensors.
 
-    The config is stripped of the path that the network was loaded from.
+    Args:
+        net: A diffusers model; the path that it was loaded from is removed from its config.
+        folder: Where to write.
+
+    Returns:
+        The names of the files in the folder, sorted.
     """
     net.register_to_config(_name_or_path="")
     net.save_pretrained(folder, safe_serialization=True)
@@ -130,9 +163,19 @@ def save(net: Any, folder: str | os.PathLike[str]) -> list[str]:
 
 
 def load(folder: str | os.PathLike[str], key: str, subfolder: str = "") -> Any:
-    """Load a network in float32 and eval mode from a diffusers model folder or a hub name.
+    """Load a network from a diffusers model folder or a hub name.
 
-    The class stands in the folder's config.json. Raises UserError naming `key`.
+    Args:
+        folder: A folder, or a name on the hub; its config.json names the class.
+        key: Name of the config's key, for the messages.
+        subfolder: A folder inside.
+
+    Returns:
+        The network, in float32 and eval mode.
+
+    Raises:
+        UserError: The folder is not a diffusers model.
+        NotReady: There is no such folder, or no such name on the hub.
     """
     from flowmatch.models.mlp import VelocityMLP
 

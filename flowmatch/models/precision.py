@@ -1,4 +1,4 @@
-"""What networks multiply in where they are sampled; weights and the solver's state stay float32."""
+"""Torch's global state: the precision of float32 products, cuDNN's flags and seeds, always restored."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,31 +10,78 @@ from flowmatch.models.config import Precision
 
 
 def check(key: str, precision: str, device: str) -> None:
-    """Raise UserError for a precision that the device does not have."""
+    """Check that a device has a precision.
+
+    Args:
+        key: Name of the config's key, for the message.
+        precision: "fp32", "tf32", "bf16" or "fp16".
+        device: "cpu" or "cuda".
+
+    Raises:
+        UserError: The device does not have it.
+    """
     if precision == "tf32" and device == "cpu":
-        raise UserError(f"{key}='tf32' needs a GPU, and this runs on a CPU; use fp32")
+        raise UserError(f"{key}='tf32' needs a GPU, and this is a CPU; use fp32")
     wanting = device != "cpu" and precision in ("tf32", "bf16")
     if wanting and torch.cuda.get_device_capability() < (8, 0):
         raise UserError(
-            f"{key}={precision!r} needs a GPU since Ampere, {torch.cuda.get_device_name()} is older; "
-            "use fp32, or in training fp16"
+            f"{key}={precision!r} needs an Ampere GPU or a newer one, and "
+            f"{torch.cuda.get_device_name()} is older; use fp32, or fp16 in training"
         )
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Let matrices and convolutions be multiplied in TF32, or in all bits of float32."""
+    """Let matrix products and convolutions use TF32, or all bits of float32, inside `restored`."""
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextmanager
-def arithmetic(precision: Precision, device: str | torch.device) -> Iterator[None]:
-    """Let networks multiply in fp32 (all of its bits), tf32, or bf16 (autocast's), for a while."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    allow_tf32(precision == "tf32")
+def restored() -> Iterator[None]:
+    """Restore torch's TF32 and cuDNN flags at the end of the block."""
+    cudnn = torch.backends.cudnn
+    matmul, tf32 = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
     try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        cudnn.allow_tf32 = tf32
+        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Let cuDNN use deterministic algorithms alone, inside the block."""
+    with restored():
+        torch.backends.cudnn.deterministic = True
+        yield
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: str | torch.device) -> Iterator[None]:
+    """Let networks multiply in a precision, inside the block; weights and states stay float32.
+
+    Args:
+        precision: "fp32" (all of its bits), "tf32", or "bf16" (by autocast).
+        device: Where the network is.
+    """
+    with restored():
+        allow_tf32(precision == "tf32")
         with torch.autocast(torch.device(device).type, torch.bfloat16, precision == "bf16"):
             yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generator of the CPU inside the block; restore its state at the end."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def forked(device: torch.device) -> Iterator[None]:
+    """Restore the states of torch's generators, of the CPU and of a device, at the end of the block."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

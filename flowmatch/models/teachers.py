@@ -1,4 +1,4 @@
-"""Teachers: where the velocity of stage 2, and the start of stage 3, comes from."""
+"""Teachers: the networks that generate pairs, and from whose weights reflow starts."""
 
 import os
 import re
@@ -20,19 +20,28 @@ from flowmatch.models.velocity import Velocity, classes_of, sample_shape
 from flowmatch.runs import manifest
 
 TRAINED = ("train_flow", "reflow")
-NETS = ("net", "net_2")  # folders of a training stage: the EMA weights, and those of a second width
+NETS = ("net", "net_2")  # folders of a training stage: EMA weights, and those of a second width
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network with what is known of it."""
+    """A network and its facts.
 
-    net: Any  # a diffusers model, float32, eval mode
-    digest: str  # of weights and config, and of the diffusion that they were trained on
-    round: int  # 0 after independent coupling, k after k reflows
-    diffusion: Diffusion | None = None  # None: a flow model, of diffusers' convention
-    one_step: bool = False  # trained at t = 0 alone: what it says at other times means nothing
-    features: tuple[str, ...] = ()  # sha256 of each classifier through which a loss of it looked
+    Attributes:
+        net: A diffusers model, float32, in eval mode.
+        digest: Hash of weights and config, and of the diffusion of its training.
+        round: 0 after an independent coupling, k after k reflows.
+        diffusion: None for a flow model in diffusers' convention.
+        one_step: Trained at t = 0 alone; its output at other times means nothing.
+        features: sha256 of each classifier that a loss of its training used.
+    """
+
+    net: Any
+    digest: str
+    round: int
+    diffusion: Diffusion | None = None
+    one_step: bool = False
+    features: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,7 +55,7 @@ class Teacher:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the manifest of its pairs says of a teacher that is no plain flow model."""
+        """What the manifest of its pairs holds, beyond what it holds for a plain flow model."""
         facts: dict[str, Any] = {"features": sorted(self.features)} if self.features else {}
         if self.diffusion is not None:
             facts |= {"diffusion": self.diffusion.facts, "span": list(self.velocity().span)}
@@ -54,26 +63,34 @@ class Teacher:
 
     @property
     def two_times(self) -> bool:
-        """Tell whether it gives average velocities, from one time to another (MeanFlow)."""
+        """Whether it predicts average velocities, from one time to another (MeanFlow)."""
         return self.diffusion is None and two_time.argument(self.net) is not None
 
     def check_teaches(self, key: str) -> None:
-        """Raise UserError where it has no flow to follow."""
+        """Check that it has a flow to follow.
+
+        Raises:
+            UserError: It was trained at t = 0 alone; the message begins with `key`.
+        """
         if self.one_step:
             raise UserError(
                 f"{key}= is for one step only: it was trained at t = 0 alone (times.zero=1) and has no "
-                "flow to follow; name the reflow that it started from"
+                "flow to follow; use the reflow that it started from"
             )
 
     def velocity(self, guidance: float = 1.0) -> Velocity:
-        """Build its velocity field. Raises UserError where it cannot be guided."""
+        """Build its velocity field.
+
+        Raises:
+            UserError: It cannot be guided, and `guidance` is not 1.
+        """
         if self.diffusion is None:
             return Velocity(self.net, guidance)
         return DiffusionVelocity(self.net, self.diffusion, guidance)
 
 
 def run_of(folder: str | os.PathLike[str]) -> tuple[Path, str]:
-    """Give the run folder that a path names, itself or by one of its networks, and that network."""
+    """Split a path into a run folder and the name of a network in it; a run folder alone means `net`."""
     folder = Path(folder)
     if folder.name in NETS and manifest.sealed(folder.parent):
         return folder.parent, folder.name
@@ -81,13 +98,22 @@ def run_of(folder: str | os.PathLike[str]) -> tuple[Path, str]:
 
 
 def load(path: str | os.PathLike[str], key: str) -> Teacher:
-    """Load a teacher from the run folder of a training stage, or from what diffusers saved.
+    """Load a teacher.
 
-    A run folder must be sealed, and gives its EMA weights (`net/`), whose hashes are checked; where it
-    keeps a second width, its folder `net_2` is named itself. A diffusers pipeline (folder or hub name)
-    is a flow model or a diffusion model as its scheduler says; a lone diffusers model is taken as a
-    flow model of diffusers' convention: timestep 1000 sigma, output noise - data. Raises UserError
-    naming `key`; NotReady for a folder that is not there or not sealed.
+    Args:
+        path: A sealed run folder of a training stage, whose EMA weights (`net/`) are loaded and checked
+            against their hashes, or its folder `net_2`, the weights of a second width; a diffusers
+            pipeline, a flow model or a diffusion model according to its scheduler; or a diffusers
+            model, a flow model in diffusers' convention (timestep 1000 sigma, output noise - data).
+            Pipelines and models may be names on the hub.
+        key: Name of the config's key, for the messages.
+
+    Returns:
+        The teacher.
+
+    Raises:
+        UserError: It cannot be loaded, or cannot be a teacher.
+        NotReady: The folder does not exist or is not sealed.
     """
     folder = Path(path)
     if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):  # a hub name
@@ -123,7 +149,7 @@ def _pipeline(path: str | os.PathLike[str], key: str, index: dict[str, Any]) -> 
         return _flow(net)
     if net.config.out_channels not in (net.config.in_channels, 2 * net.config.in_channels):
         raise UserError(
-            f"{key}={path}: its network gives {net.config.out_channels} channels for "
+            f"{key}={path}: its network has {net.config.out_channels} output channels for "
             f"{net.config.in_channels}; expected as many, or twice as many (with a variance)"
         )
     facts = {"net": network_digest(net), "diffusion": diffusion.facts}

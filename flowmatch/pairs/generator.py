@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,26 +10,15 @@ import torch
 from torch import Tensor
 
 from flowmatch.data.dataset import Data
-from flowmatch.flow import grids, noise, solvers
+from flowmatch.flow import noise
 from flowmatch.flow.config import SolverConfig
 from flowmatch.models.config import Precision
-from flowmatch.models.precision import arithmetic
+from flowmatch.models.precision import arithmetic, deterministic
 from flowmatch.models.velocity import Velocity
 from flowmatch.pairs import shards
 from flowmatch.pairs.layout import Layout
 
 Array = Callable[[], np.ndarray]  # waits until the array is computed and copied, then returns it
-
-
-@contextmanager
-def deterministic() -> Iterator[None]:
-    """Let cuDNN choose deterministic algorithms only, and restore its setting at the end."""
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = before
 
 
 @dataclass(frozen=True)
@@ -88,7 +76,6 @@ class PairGenerator:
         self.layout, self.velocity, self.device, self.data = layout, velocity, device, data
         self.seed, self.compute_batch, self.solver = seed, compute_batch, solver
         self.before_evaluation = before_evaluation
-        self.jumps = velocity.second is not None and solver.name == "euler" and data is None
         self.environment: dict[str, Any] = {
             "torch": torch.__version__,
             "numpy": np.__version__,
@@ -105,32 +92,23 @@ class PairGenerator:
         This generator does not wait for a GPU, which integrates while the next noise is drawn.
         """
         size, step, backward = self.layout.shard_size, self.compute_batch, self.data is not None
-        carry = self.velocity.invert if backward else self.velocity.carry
         for begin in range(0, size, step):
             x, label = self._starts(k * size + begin + np.arange(step))
             cond = None if label is None else {"label": self._to_device(label)}
             before = self.velocity.evaluations
             with arithmetic(self.precision, self.device), deterministic():
-                carried = carry(self._to_device(x.astype(np.float32)), self._solve, cond)
+                carried = self.velocity.integrate(
+                    self._to_device(x.astype(np.float32)),
+                    self.solver,
+                    cond,
+                    backward=backward,
+                    before=self.before_evaluation,
+                )
             n = min(step, size - begin)
             start, end = on_host(x[:n]), to_host(carried[:n])
             x0, x1 = (end, start) if backward else (start, end)
             evaluations = self.velocity.evaluations - before
             yield Made(x0, x1, None if label is None else label[:n], evaluations)
-
-    def _solve(self, v: solvers.VelocityField, x: Tensor, span: tuple[float, float]) -> Tensor:
-        """Integrate a batch.
-
-        With Euler, a two-time network also receives the end of each step, as in evaluation.
-        """
-
-        def field(x: Tensor, *times: Any) -> Tensor:
-            self.before_evaluation()
-            return v(x, *times)
-
-        if self.jumps:
-            return solvers.jumps(field, x, grids.make(self.solver, self.solver.steps))
-        return solvers.solve(field, x, self.solver, span, backward=self.data is not None)
 
     def _starts(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Draw noise and labels, or read data; padding beyond the last item continues with the first."""

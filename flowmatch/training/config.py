@@ -5,58 +5,59 @@ from typing import Literal
 import pydantic
 
 from flowmatch.config import Config, option, required
+from flowmatch.training.learning_rate import Decay
 
 
 class FitConfig(Config):
     """The training loop."""
 
     steps: int = required("optimizer updates", ge=1)
-    batch_size: int = required("samples an update, over all processes (the global batch)", ge=1)
+    batch_size: int = required("samples in an update, over all processes (the global batch)", ge=1)
     micro_batch: int | None = option(
         None,
-        "most samples in one forward pass of one process; none: its whole share",
+        "largest number of samples in one forward pass of one process; null: its whole share",
         run=True,
         ge=1,
     )
     lr: float = option(1e-3, "peak learning rate of AdamW", gt=0)
     warmup: int = option(100, "updates over which the learning rate rises from 0", ge=0)
-    decay: Literal["constant", "linear", "cosine"] = option(
-        "cosine", "learning rate after the warm-up; the last two fall to 0 at the last update"
+    decay: Decay = option(
+        "cosine", "learning rate after the warm-up; linear and cosine fall to 0 at the last update"
     )
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay", ge=0)
-    beta1: float = option(0.9, "AdamW's averaging of the gradient", ge=0, lt=1)
-    beta2: float = option(0.99, "AdamW's averaging of its square", ge=0, lt=1)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", gt=0)
+    weight_decay: float = option(0.0, "AdamW: decoupled weight decay", ge=0)
+    beta1: float = option(0.9, "AdamW: decay of its average of the gradient", ge=0, lt=1)
+    beta2: float = option(0.99, "AdamW: decay of its average of the squared gradient", ge=0, lt=1)
+    max_grad_norm: float = option(1.0, "norm to which the gradient is clipped", gt=0)
     ema_decay: float = option(
-        0.999, "EMA of the weights after n updates: min(ema_decay, (1 + n) / (10 + n))", ge=0, lt=1
+        0.999, "decay of the EMA at update n: min(ema_decay, n / (9 + n))", ge=0, lt=1
     )
     ema: list[float] = option(
         [],
-        "widths of power-function EMAs instead (EDM2's sigma_rel, such as [0.05, 0.1]): the first is "
-        "saved as net, a second as net_2, to choose between by evaluation",
+        "widths of power-function EMAs, which replace it (sigma_rel of EDM2, such as [0.05, 0.1]): the "
+        "first is saved as net, a second as net_2; evaluate both to choose one",
         max_length=2,
     )
-    label_drop: float = option(0.1, "share of labels replaced by the null class", ge=0, le=1)
+    label_drop: float = option(0.1, "share of labels that become the null class", ge=0, le=1)
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = option(
         "fp32",
-        "the network's arithmetic (tf32: float32, multiplied in fewer bits); weights, EMA and loss "
-        "stay float32",
+        "precision of the network's products (tf32: float32 with fewer bits); weights, EMA and loss "
+        "stay in float32",
     )
     compile: bool = option(
-        False, "compile the network into one graph by torch.compile; alters rounding"
+        False, "compile the network into one graph with torch.compile; changes rounding"
     )
     channels_last: bool = option(
-        False, "store convolutions with the channels innermost; alters rounding"
+        False, "store convolutions with the channels innermost; changes rounding"
     )
     checkpointing: bool = option(
         False,
-        "compute activations again in the backward pass instead of keeping them: the same gradients "
-        "in less memory and more time",
+        "compute activations again in the backward pass and do not store them: the same gradients "
+        "with less memory and more time",
         run=True,
     )
     shard: bool = option(
         False,
-        "share out weights, optimizer and EMA over the processes (FSDP2), for what does not fit one",
+        "split weights, optimizer and EMA over the processes (FSDP2), where one GPU is too small",
         run=True,
     )
     log_every: int = option(50, "updates between two readings of the loss", run=True, ge=1)
@@ -69,5 +70,8 @@ class FitConfig(Config):
     def _one_kind(cls, value: list[float], info: pydantic.ValidationInfo) -> list[float]:
         decay = info.data.get("ema_decay")
         if value and decay not in (None, cls.model_fields["ema_decay"].default):
-            raise ValueError(f"ema_decay={decay} is that of another average; give one of them")
+            raise ValueError(
+                f"ema_decay={decay} is that of the exponential average, which ema replaces; leave one "
+                "of them out"
+            )
         return value

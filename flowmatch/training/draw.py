@@ -1,6 +1,8 @@
 """A micro-batch, a pure function of the seed and the global counters of its samples."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,23 +19,23 @@ Stream = Callable[[np.ndarray], Batch]  # global sample counters [B] -> {"x1": .
 
 @dataclass(frozen=True)
 class Drawn:
-    """A micro-batch, all that chance decides included. x0, x1: [B, ...]; t, w: [B]; label: [B]."""
+    """A micro-batch and all of its random numbers."""
 
-    x0: Tensor
-    x1: Tensor
-    t: Tensor
-    w: Tensor  # uniform in [0, 1), for the objective
-    label: Tensor | None
+    x0: Tensor  # noise, [B, ...]
+    x1: Tensor  # data, [B, ...]
+    t: Tensor  # times in [0, 1], [B]
+    u: Tensor  # uniform numbers in [0, 1) for the objective, [B]
+    label: Tensor | None  # int64 [B]
 
     def to(self, device: torch.device) -> "Drawn":
-        """Move to a device, through pinned memory where that is a GPU."""
+        """Copy to a device, through pinned memory where that is a GPU."""
 
         def move(x: Tensor | None) -> Any:
             if x is None or device.type == "cpu":
                 return x
             return x.pin_memory().to(device, non_blocking=True)
 
-        return Drawn(move(self.x0), move(self.x1), move(self.t), move(self.w), move(self.label))
+        return Drawn(move(self.x0), move(self.x1), move(self.t), move(self.u), move(self.label))
 
 
 def draw(
@@ -45,10 +47,22 @@ def draw(
     seed: int,
     counters: np.ndarray,
 ) -> Drawn:
-    """Make the samples of some global counters, step * batch_size + position: a pure function.
+    """Draw the samples of some global counters: a pure function.
 
-    Each sample has its own stream of random numbers: two uniforms (its time, its label drop), then
-    its noise, then a uniform for the objective. counters: int64 [B].
+    Each sample has its own random numbers: two uniforms (for its time and its label drop), its noise,
+    and a uniform for the objective.
+
+    Args:
+        stream: Returns the data of some counters.
+        coupling: Pairs noise with data.
+        t_config: Density of the times.
+        label_drop: Share of labels that become the null label.
+        null_label: The null label, or None for a network without labels.
+        seed: Seed of the run.
+        counters: step * batch_size + position in the global batch, int64 [B].
+
+    Returns:
+        The samples, on the CPU.
     """
     rngs = [noise.generator(seed, int(counter), noise.TRAINING) for counter in counters]
     u = torch.from_numpy(np.stack([rng.random(2) for rng in rngs]))  # [B, 2], float64
@@ -62,10 +76,49 @@ def draw(
     label = None
     if null_label is not None:
         label = torch.where(u[:, 1] < label_drop, null_label, batch["label"])
-    w = torch.tensor([rng.random(dtype=np.float32) for rng in rngs])
-    return Drawn(x0, x1, times.sample(u[:, 0], t_config), w, label)
+    last = torch.tensor([rng.random(dtype=np.float32) for rng in rngs])
+    return Drawn(x0, x1, times.sample(u[:, 0], t_config), last, label)
 
 
 def mask_seed(seed: int, step: int, micro: int) -> int:
-    """Seed the dropout masks of a micro-batch, so that no random state needs to be stored."""
+    """Return the seed of a micro-batch's dropout masks, so that no random state needs to be stored."""
     return int(np.random.SeedSequence([seed, step, micro]).generate_state(1)[0])
+
+
+class Ahead:
+    """The micro-batches of a run in order, each drawn by a thread while the one before it is used.
+
+    Args:
+        make: Returns a micro-batch by its number.
+        first: Number of the first micro-batch that is asked for.
+    """
+
+    def __init__(self, make: Callable[[int], Drawn], first: int):
+        self.make = make
+        self.pool = ThreadPoolExecutor(1, "batches")
+        self.waited = 0.0  # seconds that `take` and `peek` have waited
+        self.number = first
+        self.future: Future[Drawn] = self.pool.submit(make, first)
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def peek(self) -> Drawn:
+        """Return the next micro-batch, which `take` returns again."""
+        began = time.perf_counter()
+        drawn = self.future.result()
+        self.waited += time.perf_counter() - began
+        return drawn
+
+    def take(self) -> Drawn:
+        """Return the next micro-batch and begin to draw the one after it."""
+        drawn = self.peek()
+        self.go_to(self.number + 1)
+        return drawn
+
+    def go_to(self, number: int) -> None:
+        """Make a number the next one."""
+        self.number, self.future = number, self.pool.submit(self.make, number)

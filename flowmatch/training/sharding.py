@@ -1,44 +1,51 @@
-"""Parameters shared out over the processes (FSDP2), and tensors made whole again.
+"""Split parameters over the processes (FSDP2), and gather them again.
 
-The only place that knows of it: to the loop a sharded network is a network, and a checkpoint holds whole
-tensors either way, so a run may go on with another number of processes, sharded or not.
+Other modules treat a sharded network like any network. A checkpoint holds whole tensors in both cases:
+a run can go on with another number of processes, sharded or not.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowmatch.models.network import Network
 from flowmatch.runs.process import leads, world_size
 
 
-def shard(net: Any, device: torch.device) -> None:  # collective: every rank
-    """Give each process its share of a network's parameters, in place, on its device.
+def shard(net: Network, device: torch.device) -> None:  # collective: every rank
+    """Split a network's parameters over the processes, in place.
 
-    A unit is gathered whole for its forward and backward pass and freed after them. The float32
-    weights themselves are gathered, and autocast rounds them as it does without sharding: FSDP's own
-    mixed precision would round the timestep to bfloat16, too.
+    Each of its `units` is gathered for its forward and backward pass and freed after them. The float32
+    weights are gathered, and autocast rounds them as it does without sharding: FSDP's own mixed
+    precision would round the timestep to bfloat16, too.
+
+    Args:
+        net: A diffusers model.
+        device: The device of this process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (world_size(),))
+    assert isinstance(net, nn.Module)
     for unit in [*units(net), net]:
         fully_shard(unit, mesh=mesh)
 
 
 def units(net: nn.Module) -> Iterator[nn.Module]:
-    """List what is gathered as one: the blocks of a network, inner ones first.
+    """Return the modules that are gathered as one: the blocks of a network, inner ones first.
 
-    The output layer of diffusers' DiT calls the embedding inside its first block, which is therefore
-    a unit of its own.
+    The output layer of diffusers' DiT calls the embedding inside its first block, which is therefore a
+    unit of its own.
     """
+    from diffusers.models.normalization import AdaLayerNormZero
+
     for name, child in net.named_children():
-        if name == "transformer_blocks" and hasattr(child[0], "norm1"):  # type: ignore[index]
-            emb = getattr(child[0].norm1, "emb", None)  # type: ignore[index]
-            if emb is not None:
-                yield emb
+        if isinstance(child, nn.ModuleList) and len(child):
+            norm = getattr(child[0], "norm1", None)
+            if isinstance(norm, AdaLayerNormZero) and norm.emb is not None:
+                yield norm.emb
         if isinstance(child, nn.ModuleList):
             yield from child
         elif name == "mid_block" and child is not None:
@@ -46,17 +53,29 @@ def units(net: nn.Module) -> Iterator[nn.Module]:
 
 
 def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # collective: every rank
-    """Make tensors whole, one after another: on rank 0, sharded ones on its CPU; elsewhere none."""
-    found = {}
+    """Gather tensors, one after another.
+
+    Returns:
+        On rank 0 the whole tensors, sharded ones on the CPU; on other ranks an empty dict.
+    """
+    gathered = {}
     for name, tensor in tensors.items():
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if leads():
-            found[name] = tensor if whole is tensor else whole.cpu()
-    return found
+            gathered[name] = tensor if whole is tensor else whole.cpu()
+    return gathered
 
 
 def lay_out(whole: Tensor, like: Tensor) -> Tensor:  # collective where it is sharded
-    """Lay a whole tensor out like another one: its device, strides and share."""
+    """Copy a whole tensor to the layout of another one.
+
+    Args:
+        whole: The tensor.
+        like: A tensor of the same shape, whose device, strides and split over the processes it takes.
+
+    Returns:
+        The copy.
+    """
     if not hasattr(like, "full_tensor"):
         return torch.empty_like(like).copy_(whole)
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -1,6 +1,7 @@
-"""What training changes: weights, optimizer, EMA, the step, and what is known of the loss."""
+"""What training changes: weights, optimizer, averages, the step, and the sums of the loss."""
 
 import shutil
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,30 +14,65 @@ from flowmatch.runs.folder import RunFolder
 from flowmatch.runs.process import leads
 from flowmatch.training import compilation, ema, sharding
 from flowmatch.training.config import FitConfig
+from flowmatch.training.ema import Average
+from flowmatch.training.learning_rate import factor
 
-ADAMW = ("step", "exp_avg", "exp_avg_sq")  # what it keeps of a parameter
-SCALER = ("scale", "_growth_tracker")  # what fp16's scaler has learnt
-EMA = dict(zip(NETS, ("ema", "ema_2"), strict=True))  # what a checkpoint calls them
-MAX_SKIPPED = 40  # fp16 updates skipped in a row: the scale has fallen by 2^40, it is not the scale
+ADAMW = ("step", "exp_avg", "exp_avg_sq")  # its state of a parameter
+SCALER = ("scale", "_growth_tracker")  # what changes in the state of fp16's scaler
+EMA = dict(zip(NETS, ("ema", "ema_2"), strict=True))  # folder of an average -> its checkpoint file
+MAX_SKIPPED = 40  # fp16 updates in a row: the scale has fallen by 2^40 and is not the cause
 
 
 class State:
     """The state of a training run, restored from its newest checkpoint if there is one.
 
-    Loss and finiteness are kept on the device and read together, seldom: no update waits for them.
+    Sums of the loss and the first update that is not finite stay on the device; `read` reads both, so
+    that no update waits for them.
+
+    Args:
+        net: A diffusers model with its start weights. It is trained in place.
+        config: The training loop.
+        accelerator: Accelerate's Accelerator of this process.
+        run: The run folder, whose checkpoints are read and written.
     """
 
     def __init__(self, net: Any, config: FitConfig, accelerator: Any, run: RunFolder):
-        from diffusers.optimization import get_scheduler
-        from diffusers.training_utils import EMAModel
-
         self.net, self.config, self.accelerator, self.run = net, config, accelerator, run
-        self.names = [name for name, _ in net.named_parameters()]
-        device = accelerator.device
         self.step, saved = run.restore()  # every rank reads
         if saved:
             net.load_state_dict(saved["net"])
-        self.kind = type(net)  # to which sharding adds
+        self.kind = type(net)  # sharding changes it
+        self._place_network()
+        self.names = [name for name, _ in net.named_parameters()]
+        self.parameters = list(net.parameters())  # listing them takes time, at each step
+        self.adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            # the fused one can skip an update on the device; fp16's scaler needs the other
+            fused=config.precision != "fp16",
+        )
+        decays = [partial(ema.power_decay, exponent=ema.gamma(width)) for width in config.ema]
+        usual = partial(ema.exponential_decay, longest=config.ema_decay)
+        self.averages = {
+            folder: Average(self.parameters, decay)
+            for folder, decay in zip(NETS, decays or [usual], strict=False)
+        }
+        # sums of the losses and of the coupling's costs, and the number of updates
+        self.window = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        self.bad_step = torch.zeros((), device=accelerator.device)  # the first that is not finite
+        self.skipped = 0  # fp16 updates in a row
+        if saved:
+            self._restore(saved)
+        # a sharded network needs no wrapper: only its autocast is prepared
+        self.model = accelerator.prepare_model(net, evaluation_mode=config.shard)
+        # the optimizer's state is where AdamW reads it
+        self.optimizer = accelerator.prepare_optimizer(self.adamw, device_placement=False)
+
+    def _place_network(self) -> None:
+        """Bring the network to the device, in the form that is trained."""
+        net, config, device = self.net, self.config, self.accelerator.device
         if config.checkpointing:
             net.enable_gradient_checkpointing()
         if config.channels_last:
@@ -46,70 +82,52 @@ class State:
         net.to(device).train()
         if config.compile:
             compilation.compile_forward(net, device)
-        self.parameters = list(net.parameters())  # walking the modules each step is not free
-        self.adamw = torch.optim.AdamW(
-            net.parameters(),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            # the fused one can skip an update on the device; fp16's scaler needs the other
-            fused=config.precision != "fp16",
-        )
-        decay = "constant_with_warmup" if config.decay == "constant" else config.decay
-        self.factor = get_scheduler(
-            decay,
-            self.adamw,
-            num_warmup_steps=config.warmup,
-            num_training_steps=max(config.steps, config.warmup + 1),
-        ).lr_lambdas[0]
-        self.gammas = [ema.gamma(width) for width in config.ema]
-        self.emas = {
-            name: EMAModel(net.parameters(), decay=config.ema_decay, foreach=True)
-            for name in NETS[: max(1, len(self.gammas))]
-        }
-        for average in self.emas.values():
-            average.to(device=device, dtype=torch.float32)
-        # sums of losses and of the coupling's costs, updates
-        self.window = torch.zeros(3, dtype=torch.float64, device=device)
-        self.bad_step = torch.zeros((), device=device)  # the first update that was not finite
-        self.skipped = 0  # fp16 updates in a row
-        if saved:
-            # the fused AdamW counts on the device, the other one reads its count on the CPU
-            counter = "cpu" if config.precision == "fp16" else device
-            like = {"step": torch.zeros((), device=counter)}
-            for name, parameter in net.named_parameters():
-                if f"{name}/step" not in saved["optimizer"]:
-                    continue  # a frozen one, such as the frequencies of a Fourier embedding
-                old = {key: saved["optimizer"][f"{name}/{key}"] for key in ADAMW}
-                self.adamw.state[parameter] = {
-                    key: sharding.lay_out(old[key], like.get(key, parameter)) for key in ADAMW
-                }
-            for folder, average in self.emas.items():
-                average.shadow_params = [
-                    sharding.lay_out(saved[EMA[folder]][name], parameter)
-                    for name, parameter in zip(self.names, self.parameters, strict=True)
-                ]
-            self.window.copy_(saved["progress"]["window"])
-            if "scaler" in saved:
-                found = {key: saved["scaler"][key].item() for key in SCALER}
-                accelerator.scaler.load_state_dict(accelerator.scaler.state_dict() | found)
-        # sharded, a network needs no wrapper: no more than autocast is prepared
-        self.model = accelerator.prepare_model(net, evaluation_mode=config.shard)
-        # its state lies where AdamW reads it
-        self.optimizer = accelerator.prepare_optimizer(self.adamw, device_placement=False)
+
+    def _restore(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        """Restore all but the weights from the files of a checkpoint."""
+        # the fused AdamW counts updates on the device, the other one on the CPU
+        counter = "cpu" if self.config.precision == "fp16" else self.accelerator.device
+        like = {"step": torch.zeros((), device=counter)}
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if f"{name}/step" not in saved["optimizer"]:
+                continue  # a frozen one, such as the frequencies of a Fourier embedding
+            self.adamw.state[parameter] = {
+                key: sharding.lay_out(saved["optimizer"][f"{name}/{key}"], like.get(key, parameter))
+                for key in ADAMW
+            }
+        for folder, average in self.averages.items():
+            average.tensors = [
+                sharding.lay_out(saved[EMA[folder]][name], parameter)
+                for name, parameter in zip(self.names, self.parameters, strict=True)
+            ]
+        self.window.copy_(saved["progress"]["window"])
+        if "scaler" in saved:
+            scaler = self.accelerator.scaler
+            changed = {key: saved["scaler"][key].item() for key in SCALER}
+            scaler.load_state_dict(scaler.state_dict() | changed)
 
     @property
     def lr(self) -> float:
         """The learning rate of the next update: a function of the step alone."""
-        return self.config.lr * self.factor(self.step)
+        config = self.config
+        return config.lr * factor(self.step, config.steps, config.warmup, config.decay)
 
     def update(self, loss: Tensor, cost: Tensor) -> bool:
-        """Make one update from the gradients at hand; tell whether it counts.
+        """Make one update from the gradients of the parameters.
 
-        loss, cost (of the coupling, E|x1 - x0|^2): this process's means over its share of the global
-        batch, on the device. A loss or gradient that is not finite masks this update and all later ones
-        on the device, until `read` looks.
-        With fp16 an update that the scaler skips does not count: it is repeated at half the scale.
+        A loss or gradient that is not finite masks this update and all later ones on the device, until
+        `read` raises. With fp16 the scaler may skip an update, which does not count: the loop repeats it
+        at half the scale.
+
+        Args:
+            loss: Mean loss of this process's share of the global batch, on the device.
+            cost: Mean |x1 - x0|^2 of that share, likewise.
+
+        Returns:
+            Whether the update counts.
+
+        Raises:
+            UserError: fp16's scaler has skipped too many updates in a row.
         """
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         if self.config.shard:
@@ -131,16 +149,16 @@ class State:
         self.skipped = 0
         self.step += 1
         self.window += torch.stack([loss, cost, torch.ones_like(loss)])
-        for number, average in enumerate(self.emas.values()):
-            average.optimization_step = self.step - 1  # its decay is a function of the step, too
-            if self.gammas:
-                decay = ema.power_decay(self.step, self.gammas[number])
-                average.decay = average.min_decay = decay
-            average.step(self.parameters)
+        for average in self.averages.values():
+            average.update(self.parameters, self.step)
         return True
 
     def read(self) -> dict[str, float]:  # collective: every rank
-        """Read the window's mean loss and cost; raise UserError if an update was not finite."""
+        """Return the mean loss and cost since they were last set to 0.
+
+        Raises:
+            UserError: An update was not finite; the message names its step.
+        """
         mean = self.window[:2] / self.window[2].clamp(min=1)
         loss, cost = self.accelerator.reduce(mean, "mean").tolist()
         bad = self.accelerator.gather(self.bad_step.reshape(1))
@@ -151,16 +169,20 @@ class State:
     def _not_finite(self, step: int) -> str:
         return (
             f"loss or gradient is not finite at step {step}; the newest checkpoint is from before it. "
-            "Look at the data of that step, lower fit.lr, or use fit.precision=fp32"
+            "Check the data of that step, lower fit.lr, or use fit.precision=fp32"
         )
 
     def save(self) -> None:  # collective: every rank
-        """Write a checkpoint of this step, after the last look at the loss."""
+        """Write a checkpoint of this step.
+
+        Raises:
+            UserError: An update was not finite.
+        """
         self.read()
         window = self.accelerator.reduce(self.window, "mean")
         optimizer = {
             f"{name}/{key}": tensor
-            for name, parameter in self.net.named_parameters()
+            for name, parameter in zip(self.names, self.parameters, strict=True)
             for key, tensor in self.adamw.state[parameter].items()
         }
         tensors = {
@@ -168,7 +190,7 @@ class State:
             "optimizer": optimizer,
             "progress": {"window": window},
         }
-        for folder in self.emas:
+        for folder in self.averages:
             tensors[EMA[folder]] = self.averaged(folder)
         if self.config.precision == "fp16":
             scaler = self.accelerator.scaler.state_dict()
@@ -179,16 +201,17 @@ class State:
         self.accelerator.wait_for_everyone()
 
     def averaged(self, folder: str) -> dict[str, Tensor]:
-        """Give the averaged parameters that are saved in a folder."""
-        return dict(zip(self.names, self.emas[folder].shadow_params, strict=True))
+        """Return the averaged parameters that are saved in a folder, by name."""
+        return dict(zip(self.names, self.averages[folder].tensors, strict=True))
 
     def finish(self) -> list[str]:  # collective: every rank
-        """Write the EMA networks, to `net/` and perhaps `net_2/`.
+        """Write the networks of the averaged weights, to `net/` and, for a second width, `net_2/`.
 
-        Returns their files, relative to the run (rank 0).
+        Returns:
+            Their files, relative to the run folder (rank 0).
         """
         files = []
-        for folder in self.emas:
+        for folder in self.averages:
             whole = sharding.gather(self.net.state_dict() | self.averaged(folder))
             if not leads():
                 continue
@@ -202,10 +225,10 @@ class State:
         return files
 
     def close(self) -> None:
-        """Let go of what `prepare` wrapped, before the process group ends.
+        """Free what `prepare` wrapped, before the process group ends.
 
-        A DDP wrapper freed after its group joins the group's thread while it holds the GIL, for which
-        that thread may be waiting: one rank then hangs at its end.
+        A DDP wrapper that is freed after its group joins the group's thread while it holds the GIL, for
+        which that thread may be waiting: one rank then hangs at its end.
         """
         del self.model, self.optimizer
         self.accelerator.free_memory()

@@ -8,10 +8,8 @@ import os
 import resource
 import sys
 import time
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -26,7 +24,6 @@ from flowmatch.runs.config import StageConfig
 from flowmatch.runs.folder import RunFolder
 from flowmatch.training import loop
 from flowmatch.training.config import FitConfig
-from flowmatch.training.loop import Bar
 from scripts.bench.yardsticks import (
     BareLoop,
     Figure,
@@ -49,29 +46,18 @@ class Turns:
         self.ours: list[float] = []
         self.theirs: list[float] = []
         self.waits: list[float] = []
-        self.began, self.waited = time.perf_counter(), 0.0
+        self.began = time.perf_counter()
 
-    def turn(self) -> float:
+    def turn(self, step: int, values: dict[str, float]) -> None:
         """Close our segment, run a bare one on every process at once, open ours again."""
         self.ours.append(time.perf_counter() - self.began)
-        self.waits.append(self.waited)
+        self.waits.append(values["waited"])
         together()
         began = time.perf_counter()
         self.bare.steps(self.steps)
         self.theirs.append(time.perf_counter() - began)
         together()
-        self.began, self.waited = time.perf_counter(), 0.0
-        return 0.0  # images a second, of no interest here
-
-    def wait(self, future: "Future[Any]") -> Any:
-        """Give the batch that the loop asks for, and count the wait for it."""
-        began = time.perf_counter()
-        value = RESULT(future)
-        self.waited += time.perf_counter() - began
-        return value
-
-
-RESULT = Future.result
+        self.began = time.perf_counter()
 
 
 def together() -> None:
@@ -80,7 +66,14 @@ def together() -> None:
         torch.distributed.barrier()
 
 
-def fit(folder: Path, load: Load, net: Any, device: str, segments: int) -> None:
+def fit(
+    folder: Path,
+    load: Load,
+    net: Any,
+    device: str,
+    segments: int,
+    on_log: loop.OnLog | None = None,
+) -> None:
     """Train as stage three does, from the pairs in folder/set; nothing is saved before the end."""
     values: dict[str, Any] = {"compile": True} if load.compile else {}
     config = FitConfig(
@@ -98,18 +91,15 @@ def fit(folder: Path, load: Load, net: Any, device: str, segments: int) -> None:
     place = StageConfig(run_dir=str(folder / name))
     with RunFolder("reflow", place, {}) as opened:
         times, goal = TimesConfig(), objectives.build(ObjectiveConfig(), LossConfig())
-        loop.fit(net, stream, coupling.stored, opened, config, times, goal, seed=0, device=device)
+        words = (net, stream, coupling.stored, opened, config, times, goal)
+        loop.fit(*words, seed=0, device=device, on_log=on_log)
 
 
 def turns(folder: Path, load: Load, device: str) -> Turns:
     """Train by flowmatch and by the bare loop, a segment each in turn."""
     net = networks.build(NetConfig(**load.net), load.shape, None, 0)
     both = Turns(BareLoop(net, load, process.worker_device(device)), load.steps)
-    with (
-        patch.object(Bar, "rate", lambda progress: both.turn()),
-        patch.object(Future, "result", lambda future: both.wait(future)),
-    ):
-        fit(folder, load, net, device, load.rounds + 2)
+    fit(folder, load, net, device, load.rounds + 2, both.turn)
     for times in (both.ours, both.theirs, both.waits):
         del times[:2]  # they warm up, and compile
     return both

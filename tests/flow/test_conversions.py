@@ -85,13 +85,13 @@ def test_both_ends_are_closed_forms_where_there_is_one():
 def test_the_other_end_is_refused_with_the_reason(name, end):
     x, convert = points(3), getattr(conversions, name)
     for t in (end, torch.tensor([0.5, end, 0.2])):
-        with pytest.raises(UserError, match=f"t = {end:g}: .*does not tell"):
+        with pytest.raises(UserError, match=f"t = {end:g}: .*does not follow from"):
             convert(x, x, t)
     for t in (-0.1, 1.1, math.nan):
         with pytest.raises(UserError, match="expected times in"):
             convert(x, x, t)
     assert convert(x, x, 1 - end).isfinite().all()
-    with pytest.raises(UserError, match="does not tell the score"):
+    with pytest.raises(UserError, match="the score of the data does not follow"):
         conversions.score_from_noise(x, 1.0)
 
 

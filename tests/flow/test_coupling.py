@@ -87,11 +87,11 @@ def test_larger_blocks_cost_less():
 def test_a_micro_batch_that_is_not_made_of_blocks_is_refused():
     coupling.check(OT, 64)
     coupling.check(CouplingConfig(block=64), 100)
-    with pytest.raises(UserError, match="coupling.block=32: a process takes 48 .* use 24"):
+    with pytest.raises(UserError, match="block=32: the micro-batch of a process is 48 .* use 24"):
         coupling.check(OT, 48)
-    with pytest.raises(UserError, match="choose another fit.batch_size"):
+    with pytest.raises(UserError, match="use another fit.batch_size"):
         coupling.check(OT, 1)
-    with pytest.raises(UserError, match="a batch of 48 does not hold whole blocks of 32"):
+    with pytest.raises(UserError, match="a batch of 48 does not consist of whole blocks of 32"):
         drawn(OT, range(48))
 
 

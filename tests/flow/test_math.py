@@ -63,11 +63,11 @@ def test_a_share_of_one_is_distillation():
 def test_losses_are_per_sample():
     v, target = torch.randn(2, 7, 3, 4)
     square = (v - target).square()
-    mse = losses.mse(v, target, LossConfig())
+    mse = losses.mse(v, target)
     torch.testing.assert_close(mse, square.mean((1, 2)))
-    huber = losses.pseudo_huber(v, target, LossConfig(name="pseudo_huber", c=0.5))
+    huber = losses.pseudo_huber(v, target, 0.5)
     torch.testing.assert_close(huber, (square.sum((1, 2)) + 0.25).sqrt() - 0.5)
-    assert (losses.pseudo_huber(v, v, LossConfig()) == 0).all()
+    assert (losses.pseudo_huber(v, v, 0.5) == 0).all()
 
 
 @pytest.mark.parametrize("power", [0.3, 0.5, 1.0])
@@ -75,19 +75,17 @@ def test_the_normalised_loss_divides_the_gradient(power):
     v, target = torch.randn(2, 7, 3, 4, dtype=torch.float64)
     v = v * torch.logspace(-2, 2, 7, dtype=torch.float64)[:, None, None]
     v.requires_grad_()
-    config = LossConfig(name="normalised", power=power, eps=1e-3)
-    loss = losses.normalised(v, target, config)
+    constants = {"power": power, "eps": 1e-3}
+    loss = losses.normalised(v, target, **constants)
     square = (v - target).square().sum((1, 2))
     (slope,) = torch.autograd.grad(loss.sum(), v)
     (expected,) = torch.autograd.grad((square / (square.detach() + 1e-3) ** power).sum(), v)
     torch.testing.assert_close(slope, expected)
     if power == 0.5:
-        huber = LossConfig(name="pseudo_huber", c=1e-3**0.5)
-        torch.testing.assert_close(loss, 2 * losses.pseudo_huber(v, target, huber))
-    assert (losses.normalised(target, target, config) == 0).all()
-    assert (
-        losses.normalised(2 * v - target, target, config) > loss
-    ).all()  # it falls with the error
+        torch.testing.assert_close(loss, 2 * losses.pseudo_huber(v, target, 1e-3**0.5))
+    assert (losses.normalised(target, target, **constants) == 0).all()
+    # it falls with the error
+    assert (losses.normalised(2 * v - target, target, **constants) > loss).all()
 
 
 def test_a_power_without_its_loss_is_refused():
@@ -111,26 +109,27 @@ def features(dtype=torch.float64):
     return net.requires_grad_(False)
 
 
-SEEN = LossConfig(name="feature", features="runs/x/classifier", c=0.3)
+HUBER = 0.3
+SEEN = LossConfig(name="feature", features="runs/x/classifier", c=HUBER)
 
 
 def test_the_feature_loss_is_its_formula_and_finite_at_both_ends():
     x0, x1, v = torch.randn(3, 6, 1, 5, 5, dtype=torch.float64)
     t = torch.tensor([0, 0.2, 0.5, 0.9, 0.98, 1], dtype=torch.float64)
-    x, net, c = path.interpolate(x0, x1, t), features(), SEEN.c
-    loss = losses.feature_loss(v, x, x0, x1, t, net, SEEN)
+    x, net, c = path.interpolate(x0, x1, t), features(), HUBER
+    loss = losses.feature_loss(v, x, x0, x1, t, net, c=c)
     h = ((v - (x1 - x0)).square().sum((1, 2, 3)) + c**2).sqrt() - c
     end = x + (1 - t)[:, None, None, None] * v
     f = ((net(end) - net(x1)).square().sum((1, 2, 3)) + c**2).sqrt() - c
     torch.testing.assert_close(loss[:-1], (t * h + f / (1 - t))[:-1])
     torch.testing.assert_close(loss[-1], h[-1])  # at t = 1 the prediction is the data
     at_truth = (x1 - x0).requires_grad_()
-    loss = losses.feature_loss(at_truth, x, x0, x1, t, net, SEEN)
+    loss = losses.feature_loss(at_truth, x, x0, x1, t, net, c=c)
     assert loss.abs().max() < 1e-12
     (slope,) = torch.autograd.grad(loss.sum(), at_truth)
     assert slope.abs().max() < 1e-9
     v.requires_grad_()
-    (slope,) = torch.autograd.grad(losses.feature_loss(v, x, x0, x1, t, net, SEEN).sum(), v)
+    (slope,) = torch.autograd.grad(losses.feature_loss(v, x, x0, x1, t, net, c=c).sum(), v)
     assert slope.isfinite().all()
     assert (slope.flatten(1).norm(dim=1) > 1e-3).all()
 
@@ -143,8 +142,8 @@ def test_a_power_weighs_the_feature_loss_as_a_whole(power):
     end = x + (1 - t)[:, None, None, None] * v
     square = (net(end) - net(x1)).square().sum((1, 2, 3)) / (1 - t).clamp(min=1e-2) ** 2
     square = square + t * (v - (x1 - x0)).square().sum((1, 2, 3))
-    loss = losses.feature_loss(v, x, x0, x1, t, net, SEEN.model_copy(update={"power": power}))
-    eps = SEEN.eps
+    eps = 1e-3
+    loss = losses.feature_loss(v, x, x0, x1, t, net, power=power, eps=eps)
     whole = (1 + square / eps).log() if power == 1 else 2 * ((square + eps) ** 0.5 - eps**0.5)
     torch.testing.assert_close(loss, whole)
 
@@ -184,11 +183,11 @@ def test_the_feature_loss_refuses_what_does_not_fit():
     x, t = torch.randn(4, 1, 5, 5), torch.full((4,), 0.5)
     net = features(torch.float32)
     with pytest.raises(UserError, match="expected one shape"):
-        losses.feature_loss(x, x, x[:3], x, t, net, SEEN)
+        losses.feature_loss(x, x, x[:3], x, t, net)
     with pytest.raises(UserError, match="expected one shape"):
-        losses.feature_loss(x, x, x, x, t[:1], net, SEEN)
-    with pytest.raises(UserError, match=r"the feature module gives \[2, 50\]"):
-        losses.feature_loss(x, x, x, x, t, Halves(), SEEN)
+        losses.feature_loss(x, x, x, x, t[:1], net)
+    with pytest.raises(UserError, match=r"the feature module returns \[2, 50\]"):
+        losses.feature_loss(x, x, x, x, t, Halves())
 
 
 class Halves(torch.nn.Module):

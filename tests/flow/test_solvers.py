@@ -283,9 +283,12 @@ def test_what_the_adaptive_solver_cannot_integrate_is_named(v, message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"name": "dopri5", "grid": "edm"}, "it chooses its own steps; leave out grid=edm"),
+        ({"name": "dopri5", "grid": "edm"}, "dopri5 chooses its own steps; leave out grid=edm"),
         ({"grid": "list", "steps": 2}, "at least two strictly monotone"),
-        ({"grid": "list", "points": [0.0, 0.5, 1.0]}, "steps=32: points lists 3 times"),
+        (
+            {"grid": "list", "points": [0.0, 0.5, 1.0]},
+            "steps=32: points has 3 times, which make 2 steps; use steps=2",
+        ),
         ({"grid": "list", "points": [0.1, 0.5, 1.0], "steps": 2}, "expected times from 0 to 1"),
         ({"points": [0.0, 1.0]}, "points belongs to grid=list"),
         ({"grid": "edm", "sigma_min": 3.0, "sigma_max": 2.0}, "more than sigma_min=3.0"),

@@ -1,13 +1,14 @@
 """What the theory promises, measured with our own functions on closed forms (Liu et al. 2022)."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from flowmatch.evaluation import metrics
 from flowmatch.flow import grids, losses, path, solvers, times, toy
-from flowmatch.flow.config import FIXED, LossConfig, TimesConfig
+from flowmatch.flow.config import FIXED, TimesConfig
 from flowmatch.models import networks
 from flowmatch.models.config import NetConfig
 from flowmatch.models.velocity import Velocity
@@ -30,7 +31,7 @@ def matching_loss(v, x0, x1, t):
     return (path.velocity(x0, x1) - v(x, t)).square().sum(1).mean().item()
 
 
-def train(batch_at, steps, t_config, loss_config, lr=3e-3, hidden=128):
+def train(batch_at, steps, t_config, distance, lr=3e-3, hidden=128):
     """Train a 3-layer MLP by Adam with a cosine schedule: batch_at(rng) -> x0, x1."""
     net = networks.build(NetConfig(name="VelocityMLP", hidden=hidden, layers=3), (2,), None, 0)
     v, rng = Velocity(net), torch.Generator().manual_seed(0)
@@ -40,7 +41,7 @@ def train(batch_at, steps, t_config, loss_config, lr=3e-3, hidden=128):
         x0, x1 = batch_at(rng)
         t = times.sample(torch.rand(len(x0), dtype=torch.float64, generator=rng), t_config)
         guess = v(path.interpolate(x0, x1, t), t)
-        loss = losses.LOSSES[loss_config.name](guess, path.velocity(x0, x1), loss_config)
+        loss = distance(guess, path.velocity(x0, x1))
         adam.zero_grad()
         loss.mean().backward()
         adam.step()
@@ -64,7 +65,7 @@ def test_training_reaches_the_smallest_loss():
         rows = torch.randint(len(data), (1024,), generator=rng)
         return torch.randn(1024, 2, generator=rng), data[rows]
 
-    v = train(batch_at, 1000, TimesConfig(), LossConfig(), hidden=64)
+    v = train(batch_at, 1000, TimesConfig(), losses.mse, hidden=64)
     n = 400_000
     with torch.no_grad():
         x1 = GAUSSIAN.samples(n, 0).float()
@@ -146,7 +147,7 @@ def test_reflow_straightens_the_ring_a_thousandfold():
         batch_at,
         4000,
         TimesConfig(name="u_shape", a=4.0, zero=0.5),
-        LossConfig(name="pseudo_huber", c=0.1),
+        partial(losses.pseudo_huber, c=0.1),
     )
     fresh = normal(10_000, 2)
     teacher = metrics.straightness(RING, fresh, batch=10_000)["straightness"]

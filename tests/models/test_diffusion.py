@@ -119,7 +119,7 @@ def test_every_prediction_becomes_the_velocity_of_the_target(case):
     back = v.invert(truth, lambda f, x, s: solvers.solve(f, x, config, s, backward=True))
     assert (back - x).norm(dim=1).median() < 0.01  # what starting at t_max costs, too
     assert abs((back * x).sum() / (x * x).sum() - 1) < 1e-3  # and yet noise of the right scale
-    with pytest.raises(UserError, match=r"knows the noise levels of t in"):
+    with pytest.raises(UserError, match=r"trained on the noise levels of t in"):
         v(x, 0.0)
 
 
@@ -289,10 +289,10 @@ def test_a_name_on_the_hub_is_what_its_folder_is(tmp_path, layout):
 
 def test_what_cannot_be_a_teacher_is_refused_with_the_reason(tmp_path):
     odd = save(tmp_path / "odd", unet(channels=3, out=1), ddpm())
-    with pytest.raises(UserError, match="gives 1 channels for 3"):
+    with pytest.raises(UserError, match="has 1 output channels for 3"):
         teachers.load(odd, "teacher")
     ve = save(tmp_path / "ve", unet(), ScoreSdeVeScheduler())
-    with pytest.raises(UserError, match="ScoreSdeVeScheduler does not tell the noise levels"):
+    with pytest.raises(UserError, match="ScoreSdeVeScheduler does not describe the noise levels"):
         teachers.load(ve, "teacher")
     labels = teachers.load(save(tmp_path / "labels", unet(classes=3), ddpm()), "teacher")
     with pytest.raises(UserError, match="no null class"):

@@ -7,7 +7,7 @@ import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
 
 from flowmatch.config import UserError
-from flowmatch.models import networks
+from flowmatch.models import networks, two_time
 from flowmatch.models.config import NetConfig
 from flowmatch.models.digest import network_digest
 from flowmatch.models.velocity import Velocity, classes_of
@@ -96,6 +96,19 @@ def test_dit_does_not_drop_labels_by_its_own_coins():
     assert torch.equal(first, second)
 
 
+def test_the_modules_that_are_found_by_type_are_there():
+    """LabelEmbedding and Attention are classes of diffusers that have no public name."""
+    from diffusers.models.embeddings import LabelEmbedding
+
+    found = [m.dropout_prob for m in dit(5).modules() if isinstance(m, LabelEmbedding)]
+    assert found, "DiT's label embedding has another type; silence_label_drop misses it"
+    assert not any(found)
+    attentive = NetConfig(name="UNet2DModel", **UNET | {"add_attention": True})
+    net = networks.build(attentive, (1, 8, 8), None, 0)
+    assert two_time.has_attention(net), "UNet2DModel's attention has another type"
+    assert not two_time.has_attention(unet())
+
+
 def test_the_data_decides_sizes_and_contradictions_are_named():
     net = unet(3, (3, 16, 16))
     assert (net.config.in_channels, net.config.sample_size, net.config.num_class_embeds) == (
@@ -108,7 +121,7 @@ def test_the_data_decides_sizes_and_contradictions_are_named():
         networks.build(config, (1, 8, 8), None, 0)
     assert len(error.value.faults) == 2
     assert "net.layer_per_block: unknown key; UNet2DModel takes" in str(error.value)
-    assert "net.in_channels=7: the data asks for 1" in str(error.value)
+    assert "net.in_channels=7: the data needs 1" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ def test_a_compiled_network_in_channels_last_trains_alike(tmp_path, monkeypatch)
 def test_second_times_follow_their_shares():
     rng = np.random.default_rng(0)
     t, w = (torch.from_numpy(rng.random(200_000)) for _ in range(2))
-    r = objectives.later(t, w, SHARES)
+    r = objectives.later(t, w, 0.25, 0.5)
     assert ((r >= t) & (r <= 1)).all()
     assert (r == t).double().mean().item() == pytest.approx(0.25, abs=0.005)
     assert (r == 1).double().mean().item() == pytest.approx(0.5, abs=0.005)
@@ -273,8 +273,7 @@ def test_second_times_follow_their_shares():
     torch.testing.assert_close(
         quantiles, torch.tensor([0.25, 0.5, 0.75]).double(), atol=0.01, rtol=0
     )
-    only = ObjectiveConfig(name="meanflow", equal=0.0, end=1.0)
-    assert (objectives.later(t, w, only) == 1).all()
+    assert (objectives.later(t, w, 0.0, 1.0) == 1).all()
 
 
 def test_the_objective_is_the_loss_to_the_target_and_its_gradient_stops_there():
@@ -284,8 +283,8 @@ def test_the_objective_is_the_loss_to_the_target_and_its_gradient_stops_there():
     w = torch.linspace(0, 0.99, 6)
     loss = LossConfig(name="pseudo_huber", c=0.1)
     v = Velocity(net)
-    error = objectives.build(SHARES, loss)(v, v, x0, x1, t, w, None)
-    x, r = path.interpolate(x0, x1, t), objectives.later(t, w, SHARES)
+    error = objectives.build(SHARES, loss)(v, v, x0, x1, t, w, None, 0)
+    x, r = path.interpolate(x0, x1, t), objectives.later(t, w, SHARES.equal, SHARES.end)
     target = objectives.average_target(
         lambda x, t, r: v(x, t, None, r), x, t, r, x1 - x0, SHARES.step
     )
@@ -294,7 +293,7 @@ def test_the_objective_is_the_loss_to_the_target_and_its_gradient_stops_there():
     found = torch.autograd.grad(error.sum(), list(net.parameters()))
     torch.testing.assert_close(found, torch.autograd.grad(wanted.sum(), list(net.parameters())))
     equal = ObjectiveConfig(name="meanflow", equal=1.0, end=0.0)  # then it is flow matching
-    error = objectives.build(equal, loss)(v, v, x0, x1, t, w, None)
+    error = objectives.build(equal, loss)(v, v, x0, x1, t, w, None, 0)
     plain = ((v(x, t) - (x1 - x0)).square().sum(1) + 0.01).sqrt() - 0.1
     torch.testing.assert_close(error, plain)
 
@@ -310,9 +309,25 @@ def test_dropout_is_no_part_of_the_slope():
     def error(step):
         torch.manual_seed(0)
         config = SHARES.model_copy(update={"step": step})
-        return objectives.build(config, LossConfig())(v, v, x0, x1, t, w, None)
+        return objectives.build(config, LossConfig())(v, v, x0, x1, t, w, None, 7)
 
     torch.testing.assert_close(error(1e-5), error(0), rtol=0.01, atol=0)
+
+
+def test_the_masks_of_the_slope_are_those_of_the_seed_that_is_given():
+    net = shaken(
+        two_time.add(networks.build(NetConfig(**UNET, dropout=0.5), (1, 8, 8), None, 0), 0)
+    ).train()
+    x0, x1, t, _, _ = drawn((1, 8, 8), None)
+    still, u = Velocity(copy.deepcopy(net).eval()), torch.full((6,), 0.5)
+
+    def error(before, mask_seed):  # v itself drops nothing: what is left of chance is the target's
+        torch.manual_seed(before)
+        objective = objectives.build(SHARES, LossConfig())
+        return objective(still, Velocity(net), x0, x1, t, u, None, mask_seed)
+
+    assert torch.equal(error(1, 7), error(2, 7))
+    assert not torch.equal(error(1, 7), error(1, 8))
 
 
 def pairs_of(root, teacher):
@@ -385,7 +400,7 @@ def test_meanflow_goes_from_pairs_to_a_stock_export(tmp_path):
     for part in (
         "fit.precision='bf16'",
         "loss.name=feature compares data",
-        "they exceed 1",
+        "a sum of more than 1",
         "compile=",
         "channels_",
         "times.zero=1: objective.name=meanflow needs the slope in t",
