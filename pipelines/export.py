@@ -114,10 +114,10 @@ def run(plan: Plan) -> None:
 
     config: ExportConfig = plan.config
     student, kind = plan.student, plan.kind
-    with folder.RunFolder("export", config, plan.inputs) as opened:
+    with folder.RunFolder("export", config, plan.inputs) as opened, Fresh() as fresh:
         command.exit_on_sigterm()
         written = write(opened.folder, student, kind, config.steps)
-        differences = compare(opened.folder, student, kind, config.steps, config.seed)
+        differences = compare(opened.folder, student, kind, config.steps, config.seed, fresh)
         text = model_card.text(student, kind, plan.table, differences)
         write_atomic(opened.folder / "README.md", text)
         for steps, found in differences.items():
@@ -180,48 +180,79 @@ def write(folder: Path, student: "Teacher", kind: "Kind", steps: list[int]) -> l
     return sorted(set(names))
 
 
+class Fresh:
+    """A fresh process that cannot import flowmatch and samples the export.
+
+    It is started first and given its task last, so that it imports diffusers while the folder is
+    written. A context manager: it never outlives its block.
+    """
+
+    def __init__(self) -> None:
+        from flowmatch.export import model_card
+
+        self.scratch = tempfile.TemporaryDirectory()
+        program = Path(model_card.__file__).with_name("sample_fresh.py")
+        environment = {
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": f"{self.scratch.name}/modules",  # other folders ship a pipeline.py, too
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, str(program)],
+            cwd=self.scratch.name,
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> "Fresh":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+        self.scratch.cleanup()
+
+    def sample(self, task: dict[str, Any]) -> Any:
+        """Run a task; return its samples: steps -> name -> [samples, ...]. Raises UserError."""
+        import torch
+
+        _, err = self.process.communicate(json.dumps(task))
+        if self.process.returncode:
+            raise UserError(
+                f"run_dir={task['folder']}: a fresh process could not load or sample the export: "
+                f"{err.strip().splitlines()[-1]}"
+            )
+        return torch.load(Path(self.scratch.name) / "samples.pt", weights_only=True)
+
+
 def compare(
-    folder: Path, student: "Teacher", kind: "Kind", steps: list[int], seed: int
+    folder: Path, student: "Teacher", kind: "Kind", steps: list[int], seed: int, fresh: Fresh
 ) -> dict[int, dict[str, float]]:
     """Sample in a fresh process without flowmatch, and compare with our own solver.
 
     Returns the largest differences, in [0, 1] after the clamp for images: steps -> name -> difference.
     Raises UserError where the exact schedulers differ by more than TOLERANCE.
     """
-    import torch
-
     from flowmatch.export import model_card
 
-    fresh = Path(model_card.__file__).with_name("sample_fresh.py")
-    task = {
-        "folder": str(folder.resolve()),
-        "steps": steps,
-        "pipeline": kind.name,
-        "samples": SAMPLES,
-        "seed": seed,
-        "output_type": "latent" if model_card.latent(student) else "np",
-        "labels": None if student.classes is None else labels(student).tolist(),
-    }
-    with tempfile.TemporaryDirectory() as scratch:
-        done = subprocess.run(
-            [sys.executable, str(fresh), json.dumps(task)],
-            cwd=scratch,
-            env=os.environ
-            | {
-                "HF_HUB_OFFLINE": "1",
-                "HF_MODULES_CACHE": f"{scratch}/modules",  # other folders ship a pipeline.py, too
-                "CUDA_VISIBLE_DEVICES": "",
-                "OMP_NUM_THREADS": "1",
-            },
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise UserError(
-                f"run_dir={folder}: a fresh process could not load or sample the export: "
-                f"{done.stderr.strip().splitlines()[-1]}"
-            )
-        theirs = torch.load(Path(scratch) / "samples.pt", weights_only=True)
+    theirs = fresh.sample(
+        {
+            "folder": str(folder.resolve()),
+            "steps": steps,
+            "pipeline": kind.name,
+            "samples": SAMPLES,
+            "seed": seed,
+            "output_type": "latent" if model_card.latent(student) else "np",
+            "labels": None if student.classes is None else labels(student).tolist(),
+        }
+    )
     differences: dict[int, dict[str, float]] = {}
     for n in steps:
         mine = own_samples(student, n, seed)

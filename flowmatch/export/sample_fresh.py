@@ -1,7 +1,7 @@
 """Sample an exported folder in a process that cannot import flowmatch: `export` runs it as a check.
 
-usage: python sample_fresh.py TASK, where TASK is a JSON object with folder, pipeline (the class in its
-model_index.json), steps, samples, seed, output_type (np or latent), labels (or null). It writes
+usage: python sample_fresh.py, with a JSON object on the standard input: folder, pipeline (the class in
+its model_index.json), steps, samples, seed, output_type (np or latent), labels (or null). It writes
 samples.pt to the working directory: steps -> {"exact": ..., "folder": ...} -> [samples, ...],
 images in [0, 1].
 """
@@ -65,4 +65,4 @@ def main(task: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.load(sys.stdin))  # read after the imports, which run while the folder is written

@@ -17,6 +17,7 @@ import flowmatch
 from flowmatch import cli
 from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import manifest
+from tests import forked
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -28,10 +29,10 @@ SMALL = [
 ]
 
 
-def call(folder, *words, python=(sys.executable, "-m", "flowmatch"), **environment):
+def call(folder, *words, **environment):
     """Run the command from a folder outside the checkout."""
     known = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run([*python, *words], cwd=folder, env=known, capture_output=True, text=True)
+    return forked.run(["flowmatch", *words], cwd=folder, env=known)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,9 @@ def test_a_second_round_follows_the_student_of_the_first(two_rounds):
 def test_a_finished_chain_is_skipped_without_torch(two_rounds):
     folder, words, _ = two_rounds
     code = "import sys; from flowmatch import cli; cli.main(sys.argv[1:]); print('torch' in sys.modules)"
-    again = call(folder, *words, python=(sys.executable, "-c", code))
+    command = [sys.executable, "-c", code, *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    again = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count(" is finished\n") == 7
     assert "seconds" not in again.stdout

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,13 +10,8 @@ import numpy as np
 import pytest
 
 from flowmatch.runs import manifest
+from tests import forked
 
-ROOT = Path(__file__).parents[2]
-PLAIN = [sys.executable, "-m"]
-TWO = [
-    *(sys.executable, "-m", "accelerate.commands.launch"),
-    *("--config_file", "configs/accelerate/cpu_2.yaml", "-m"),
-]
 SMALL = {
     "train_flow": [
         *("configs/ring.yaml", "data.samples=500", "net.hidden=32", "fit.steps=300"),
@@ -54,14 +47,13 @@ def words(stage, root, *more):
     return [f"pipelines.{stage}", *SMALL[stage], place, "device=cpu", *inputs, *more]
 
 
-def call(stage, root, *more, launcher=PLAIN, **options):
-    return subprocess.run(
-        [*launcher, *words(stage, root, *more)], cwd=ROOT, capture_output=True, text=True, **options
-    )
+def call(stage, root, *more, processes=1):
+    """Run a stage in real processes; return the first one's result."""
+    return forked.run_ranks(processes, words(stage, root, *more))[0]
 
 
-def succeed(stage, root, *more, launcher=PLAIN):
-    done = call(stage, root, *more, launcher=launcher)
+def succeed(stage, root, *more, processes=1):
+    done = call(stage, root, *more, processes=processes)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -258,13 +250,10 @@ def test_dry_runs_plan_and_write_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-NO_STAGE = ("accelerate", "ablation")
-
-
 @pytest.mark.slow
 def test_two_processes_make_the_same_bytes_as_one(chain, tmp_path):
     (tmp_path / "flow").symlink_to(chain / "flow")
-    succeed("generate_pairs", tmp_path, launcher=TWO)
+    succeed("generate_pairs", tmp_path, processes=2)
     assert (tmp_path / "pairs/manifest.json").read_bytes() == (
         chain / "pairs/manifest.json"
     ).read_bytes()
@@ -274,7 +263,7 @@ def test_two_processes_make_the_same_bytes_as_one(chain, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_curve_as_one(chain, tmp_path):
-    succeed("train_flow", tmp_path, launcher=TWO)
+    succeed("train_flow", tmp_path, processes=2)
     curves = [
         [json.loads(x) for x in (root / "flow/metrics.jsonl").read_text().splitlines()]
         for root in (chain, tmp_path)
@@ -288,7 +277,7 @@ def test_two_processes_train_the_same_curve_as_one(chain, tmp_path):
 def test_two_processes_evaluate_the_same_as_one(chain, tmp_path):
     for name in ("flow", "reflow"):
         (tmp_path / name).symlink_to(chain / name)
-    succeed("evaluate", tmp_path, launcher=TWO)
+    succeed("evaluate", tmp_path, processes=2)
     assert (tmp_path / "evaluate/metrics.json").read_bytes() == (
         chain / "evaluate/metrics.json"
     ).read_bytes()
@@ -301,19 +290,13 @@ def test_a_stage_killed_anywhere_and_repeated_ends_with_the_same_manifest(chain,
         if folder != FOLDER[stage]:
             (tmp_path / folder).symlink_to(chain / folder)
     mine, kills = tmp_path / FOLDER[stage], 0
-    for delay in np.random.default_rng(list(SMALL).index(stage)).uniform(0, 3, 8):
-        process = subprocess.Popen(
-            [*PLAIN, *words(stage, tmp_path)],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+    for delay in np.random.default_rng(list(SMALL).index(stage)).uniform(0, 1.5, 8):
+        process = forked.Popen(words(stage, tmp_path), stdout=forked.DEVNULL, stderr=forked.DEVNULL)
         while process.poll() is None and not (mine / "config.yaml").exists():
             time.sleep(0.01)  # until the work begins
         time.sleep(delay)
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)  # it leads a session of its own
             kills += 1
         process.wait()
     assert kills >= 2
