@@ -249,3 +249,19 @@ def test_the_tolerance_of_the_reference_is_that_of_its_adaptive_solver():
         load(evaluate.EvaluateConfig, words)
     config, _ = load(evaluate.EvaluateConfig, [*words, "converged_solver=dopri5"])
     assert (config.converged.rtol, config.converged.atol) == (1e-4, 1e-4)
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    from flowmatch.data import dataset
+    from flowmatch.data.config import DataConfig
+
+    missing = {"sklearn": ("digits", "eval"), "datasets": ("images", "data")}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for library, (source, extra) in missing.items():
+        data = DataConfig(source=source, path="" if source == "digits" else "x")
+        with pytest.raises(UserError) as error:
+            dataset.load(data, "reference")
+        assert error.value.faults == [
+            f"reference.source={source} needs {library}, which is not installed: "
+            f"pip install 'flowmatch[{extra}]'"
+        ]

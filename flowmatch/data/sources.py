@@ -17,7 +17,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from flowmatch.config import UserError
+from flowmatch.config import UserError, require
 from flowmatch.data import hub, images
 from flowmatch.data.config import IDX_NAMES
 from flowmatch.flow import noise
@@ -70,6 +70,7 @@ def ring(config: "DataConfig", key: str) -> SourceData:
 
 def digits(config: "DataConfig", key: str) -> SourceData:
     """Load sklearn's handwritten digits: 1,797 of 8x8, with values 0 to 16 scaled to [-1, 1]."""
+    require("sklearn", "eval", f"{key}.source=digits")
     from sklearn.datasets import load_digits
 
     stored = load_digits()
@@ -300,6 +301,7 @@ def _digest(*arrays: np.ndarray) -> str:
 
 def hugging_face(config: "DataConfig", key: str) -> SourceData:
     """Read image folders, parquet files, webdataset tars and names on the hub with HF datasets."""
+    require("datasets", "data", f"{key}.source=images")
     import datasets
 
     rows, digest = hub.open_rows(config.path, config.split, config.subset, config.revision, key)
