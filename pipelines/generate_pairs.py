@@ -303,7 +303,7 @@ def refuse_fewer(store: storage.Store, number: int) -> None:
         there = max(there, sealed_number if isinstance(sealed_number, int) else 0)
     if there > number:
         raise UserError(
-            f"shards={number}: run_dir={store} has {there} already, and a set never shrinks; give "
+            f"shards={number}: run_dir={store} has {there} already, and a set never shrinks; set "
             f"shards={there} or more, or use another run_dir"
         )
 

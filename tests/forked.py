@@ -275,6 +275,8 @@ def serve(control):
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            # ignored where the tests run in the background of a shell
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             os.dup2(files[0], 1)
             os.dup2(files[1], 2)
             control.close()

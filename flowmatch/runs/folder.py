@@ -228,7 +228,7 @@ def compare(name: str, plan: Plan) -> tuple[bool, bool]:
     file has changed.
     """
     config, folder = plan.config, storage.at(plan.config.run_dir)
-    if storage.is_url(folder) and plan.reopen() is None:
+    if storage.is_url(folder) and type(plan).reopen is Plan.reopen:
         raise UserError(f"run_dir={folder}: only pairs go into a store; use a local folder")
     sealed = manifest.find(folder, "run_dir", (name,))
     if sealed is not None:

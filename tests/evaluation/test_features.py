@@ -225,7 +225,8 @@ def test_the_stage_refuses_what_it_would_not_do(tmp_path):
     assert faults(few, "data.flip=true", mirrored) == ["data.flip=true", "held_out.flip=true"]
     gone = f"held_out={{source: npz, labels: true, path: {tmp_path}/data.npz}}"  # its own key
     assert faults(f"data={{{source}/5.npz}}", gone) == [
-        f"held_out.path={tmp_path}/data.npz does not exist"
+        f"held_out.path={tmp_path}/data.npz does not exist; expected a folder, a file, a glob, or a "
+        "name on the hub"
     ]
     words = [f"data={{{source}/5.npz}}", "steps=2", "batch_size=2", f"run_dir={tmp_path}/five"]
     execute(train_classifier.STAGE, load(train_classifier.ClassifierConfig, words)[0], False)

@@ -317,5 +317,5 @@ def test_several_sets_of_pairs_mix_by_weight(tmp_path):
     assert set(seal["inputs"]) == {"start", "pairs.0", "pairs.1"}
     sets[1]["weight"] = 0.01
     words = [f"start={tmp_path}/flow", f"pairs={json.dumps(sets)}", *small]
-    with pytest.raises(UserError, match="no place in a batch of 10"):
+    with pytest.raises(UserError, match="less than one pair in a batch of 10"):
         run(reflow, f"run_dir={tmp_path}/no", *words)

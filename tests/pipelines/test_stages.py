@@ -167,7 +167,7 @@ def test_stage_one_matches_noise_and_data_in_blocks(tmp_path):
     values = ("coupling.name=optimal_transport", "fit.steps=20", "fit.batch_size=96")
     refused = call("train_flow", tmp_path, *values, "coupling.block=64")
     assert refused.returncode == 2
-    assert "coupling.block=64: a process takes 96 samples" in refused.stderr
+    assert "coupling.block=64: the micro-batch of a process is 96 samples" in refused.stderr
     costs = []
     for name, words in (("independent", []), ("optimal_transport", ["coupling.block=32"])):
         root = tmp_path / name
