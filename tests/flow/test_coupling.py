@@ -112,7 +112,7 @@ def test_training_logs_the_cost_of_its_coupling(tmp_path):
                 stream,
                 coupling.build(config),
                 opened,
-                FitConfig(steps=20, batch_size=128, micro_batch=64, log_every=10),
+                FitConfig(steps=8, batch_size=64, micro_batch=32, log_every=4),
                 TimesConfig(),
                 objectives.build(ObjectiveConfig(), LossConfig()),
                 seed=7,
@@ -122,18 +122,18 @@ def test_training_logs_the_cost_of_its_coupling(tmp_path):
         return [json.loads(line)["coupling_cost"] for line in lines]
 
     def mean(config, steps):
-        d = drawn(config, np.arange(128 * steps[0], 128 * steps[1]))
+        d = drawn(config, np.arange(64 * steps[0], 64 * steps[1]))
         return cost(d.x0, d.x1)
 
     for config in (CouplingConfig(), OT):
-        expected = [mean(config, (0, 10)), mean(config, (10, 20))]
+        expected = [mean(config, (0, 4)), mean(config, (4, 8))]
         assert costs(config) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_independent_cost_is_its_closed_form():
     # E|x1 - x0|^2 = |E x1|^2 + tr cov x1 + d
     ring = toy.ring()
-    x1 = ring.samples(200_000, 1)
-    x0 = torch.from_numpy(noise.normal(0, range(200_000), (2,), noise.EVALUATION))
+    x1 = ring.samples(50_000, 1)
+    x0 = torch.from_numpy(noise.normal(0, range(50_000), (2,), noise.EVALUATION))
     expected = ring.covariance.trace() + ring.mean.square().sum() + 2
     assert cost(x0, x1) == pytest.approx(expected.item(), rel=0.01)

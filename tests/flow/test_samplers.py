@@ -119,7 +119,7 @@ def keeps_the_target(x):
 @pytest.mark.parametrize("c", [0.5, 1.0, 2.0])
 def test_the_sde_keeps_mean_covariance_and_mode_weights(c):
     grid = grids.uniform_grid(256)
-    keeps_the_target(samplers.sde(UNEQUAL, start(15_000), grid, fast(), samplers.sqrt_diffusion(c)))
+    keeps_the_target(samplers.sde(UNEQUAL, start(8000), grid, fast(), samplers.sqrt_diffusion(c)))
 
 
 def test_the_sde_is_not_too_narrow_on_narrow_data():
@@ -133,21 +133,21 @@ def test_the_sde_is_not_too_narrow_on_narrow_data():
     "w2", [lambda t: (1 - t) ** 2, lambda t: 4 * t * (1 - t)], ids=["1 - t", "2 sqrt(t (1 - t))"]
 )
 def test_any_other_diffusion_keeps_them_too(w2):
-    keeps_the_target(samplers.sde(UNEQUAL, start(15_000), grids.uniform_grid(256), fast(), w2))
+    keeps_the_target(samplers.sde(UNEQUAL, start(8000), grids.uniform_grid(256), fast(), w2))
 
 
 def test_a_constant_diffusion_keeps_the_marginal_where_it_stops():
     grid = 0.9 * grids.uniform_grid(200)
-    x = samplers.sde(UNEQUAL, start(15_000), grid, fast(), lambda t: 1.0)
+    x = samplers.sde(UNEQUAL, start(8000), grid, fast(), lambda t: 1.0)
     x = solvers.integrate(UNEQUAL, x, torch.linspace(0.9, 1, 20, dtype=torch.float64), "heun")
     keeps_the_target(x)
 
 
 def test_ddpm_keeps_them_and_renoising_does_not():
     grid = grids.uniform_grid(512)
-    keeps_the_target(samplers.ddpm(UNEQUAL, start(15_000), grid, fast()))
+    keeps_the_target(samplers.ddpm(UNEQUAL, start(8000), grid, fast()))
     with pytest.raises(AssertionError):
-        keeps_the_target(samplers.renoise(UNEQUAL, start(15_000), grid, fast()))
+        keeps_the_target(samplers.renoise(UNEQUAL, start(2000), grid, fast()))
 
 
 def test_the_anchored_rule_is_exact_on_a_straight_flow_and_wrong_on_a_curved_one():

@@ -101,9 +101,9 @@ def test_it_learns_the_ring():
     torch.manual_seed(0)
     net = VelocityMLP()
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
-    for _ in range(600):
-        x, t, target = batch(512)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+    for _ in range(400):
+        x, t, target = batch(256)
         loss = (net(x, 1000 * (1 - t[:, 0])).sample - target).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -96,22 +96,22 @@ def test_draws_do_not_depend_on_how_a_batch_is_cut():
         for name in ("x0", "x1", "t"):
             assert torch.equal(getattr(cut, name), getattr(whole, name)[part])
     assert len(torch.unique(whole.x0[:, 0])) == 64
-    assert abs(drawn(np.arange(20000)).x0.std() - 1) < 0.02
+    assert abs(drawn(np.arange(5000)).x0.std() - 1) < 0.03
 
 
 def test_labels_are_dropped_one_by_one_at_the_given_share():
     def labelled(counters):
         return {"x1": torch.zeros(len(counters), 2), "label": torch.from_numpy(counters % 5)}
 
-    counters = np.arange(20000)
+    counters = np.arange(8000)
     drawn = draw(labelled, coupling.independent, TimesConfig(), 0.2, 5, 7, counters)
     assert drawn.label is not None
     dropped = (drawn.label == 5).float()
-    assert dropped.mean().item() == pytest.approx(0.2, abs=0.01)
+    assert dropped.mean().item() == pytest.approx(0.2, abs=0.015)
     assert torch.equal(drawn.label[dropped == 0], torch.from_numpy(counters % 5)[dropped == 0])
     # no whole batches, and no tie to the times
     assert dropped.reshape(-1, 100).mean(1).std() < 0.06
-    assert abs(np.corrcoef(dropped.numpy(), drawn.t.numpy())[0, 1]) < 0.03
+    assert abs(np.corrcoef(dropped.numpy(), drawn.t.numpy())[0, 1]) < 0.04
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_what_a_run_could_not_use_is_refused_before_it(monkeypatch):
 
 
 def test_the_loss_falls_to_the_gaussian_floor_and_metrics_are_logged(tmp_path):
-    _, lines = train(tmp_path, steps=300, log_every=50)
-    assert [line["step"] for line in lines] == [50, 100, 150, 200, 250, 300]
+    _, lines = train(tmp_path, steps=200, log_every=50)
+    assert [line["step"] for line in lines] == [50, 100, 150, 200]
     # a standard Gaussian target: no velocity gets below pi/2 a dimension (uniform t)
     assert lines[-1]["loss"] == pytest.approx(np.pi / 2, rel=0.08)
     assert lines[0]["loss"] > 1.15 * np.pi / 2
@@ -187,8 +187,8 @@ def test_the_caller_hears_what_is_logged_and_its_torch_stays_as_it_was(tmp_path,
 
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
-    _, whole = train(tmp_path / "a")
-    _, cut = train(tmp_path / "b", micro_batch=8)
+    _, whole = train(tmp_path / "a", steps=20)
+    _, cut = train(tmp_path / "b", steps=20, micro_batch=8)
     for a, b in zip(whole, cut, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     for name, tensor in weights(tmp_path / "a").items():
@@ -267,9 +267,15 @@ def test_two_widths_are_kept_through_a_stop(tmp_path, monkeypatch):
     assert any(name.startswith("net_2/") for name in whole)
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The usual run, undisturbed: files and metrics."""
+    return train(tmp_path_factory.mktemp("whole"))
+
+
 @pytest.mark.parametrize("stop_at", [1, 17, 31, 33])
-def test_a_stopped_run_resumes_bit_for_bit(tmp_path, stop_at):
-    undisturbed, lines = train(tmp_path / "a")
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, whole_run, stop_at):
+    undisturbed, lines = whole_run
 
     class Stopped(Exception):
         pass
@@ -420,20 +426,19 @@ def test_a_step_that_is_not_finite_reaches_nothing_and_is_named(tmp_path, poison
 
 
 def test_bf16_trains_and_keeps_float32_weights(tmp_path):
-    # Accelerate's precision is one a process: a process of its own
-    import subprocess
-    import sys
+    from accelerate.state import AcceleratorState
 
-    code = (
-        "import sys; sys.path[:0] = ['.']; from tests.training.test_loop import *; import torch;"
-        f"_, lines = train({str(tmp_path)!r}, precision='bf16', steps=60, log_every=20);"
-        f"dtypes = {{t.dtype for t in weights({str(tmp_path)!r}).values()}};"
-        "print(dtypes, lines[-1]['loss'] < lines[0]['loss'])"
-    )
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "{torch.float32} True"
+    seen = set()
+    network = net()
+    network.first.register_forward_hook(lambda layer, x, out: seen.add(out.dtype))
+    AcceleratorState._reset_state(True)  # Accelerate has one precision for a process
+    try:
+        _, lines = train(tmp_path, network=network, precision="bf16", steps=60, log_every=20)
+    finally:
+        AcceleratorState._reset_state(True)
+    assert seen == {torch.bfloat16}
+    assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
+    assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 def test_dropout_is_the_same_after_a_resume_and_off_in_what_is_saved(tmp_path):
@@ -458,7 +463,7 @@ def test_dropout_is_the_same_after_a_resume_and_off_in_what_is_saved(tmp_path):
     assert resumed == undisturbed
 
 
-def test_an_update_that_fp16_skips_is_logged_and_kept_once(tmp_path, monkeypatch):
+def test_an_update_that_fp16_skips_is_logged_and_kept_once(tmp_path, whole_run, monkeypatch):
     """As its scaler does: twice the same samples, at the step of a log line and a checkpoint."""
     updates, skip = State.update, [10, 16, 16]
 
@@ -469,14 +474,13 @@ def test_an_update_that_fp16_skips_is_logged_and_kept_once(tmp_path, monkeypatch
             return False
         return updates(self, loss, cost)
 
-    whole = train(tmp_path / "a")
     monkeypatch.setattr(State, "update", update)
-    files, lines = train(tmp_path / "b")
+    files, lines = train(tmp_path)
     assert not skip
-    assert files == whole[0]
+    assert files == whole_run[0]
     same = [
         [{k: x for k, x in line.items() if k != "images_per_second"} for line in each]
-        for each in (lines, whole[1])
+        for each in (lines, whole_run[1])
     ]
     assert same[0] == same[1]
 
