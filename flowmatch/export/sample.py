@@ -52,9 +52,16 @@ def sample(
     import numpy as np
     import torch
 
+    from flowmatch.models.velocity import sample_shape
+
     pipe = _load(export, folder, steps)
     pipe.set_progress_bar_config(disable=True)
+    shape = sample_shape(pipe.unet)
     more: dict[str, Any] = {}
+    if len(shape) == 1:
+        more["output_type"] = "np"  # points
+    elif shape[0] not in (1, 3):
+        more["output_type"] = "latent"
     if labels:
         more["class_labels"] = [labels[i % len(labels)] for i in range(count)]
     generator = torch.Generator().manual_seed(seed)
@@ -72,11 +79,15 @@ def _load(export: str, folder: Path, steps: int) -> Any:
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
     import flowmatch
+    from flowmatch.models import networks
 
     index = folder / "model_index.json"
     name = json.loads(index.read_text())["_class_name"] if index.is_file() else None
     if name == "ReflowPipeline" or name == ["pipeline", "ReflowPipeline"]:
-        return flowmatch.ReflowPipeline.from_pretrained(export)
+        # from our own classes: no code of the folder is run
+        unet = networks.load(export, "export", "unet")
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(export, subfolder="scheduler")
+        return flowmatch.ReflowPipeline(unet, scheduler)
     exact = folder / f"scheduler_{steps}"
     if name == "DDPMPipeline" and exact.is_dir():
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(exact)

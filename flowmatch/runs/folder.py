@@ -196,8 +196,11 @@ def _digests(config: StageConfig, key: str) -> set[Any]:
     if not isinstance(path, str):
         return set()
     place = Path(path).parent if Path(path).name.startswith("net") else path
-    facts = (manifest.find(place, key) or {}).get("facts", {})
-    return {manifest.digest(place), facts.get("net"), facts.get("sha256")} if facts else set()
+    sealed = manifest.find(place, key)
+    if sealed is None:
+        return set()
+    facts = sealed["facts"]
+    return {manifest.digest(place), facts.get("net"), facts.get("sha256")}
 
 
 @dataclass

@@ -49,7 +49,8 @@ def write(name: str, source: str) -> str:
     body = text[text.index("\nname:") + 1 :]
     body = re.sub(r"\A.*\n", f"name: {name}\n", body)
     body = re.sub(r"\n(#[^\n]*\n)*ablation:\n(.*\n)*?(?=\S|\Z)", "\n", body).rstrip() + "\n"
-    body = re.sub(rf"\b{re.escape(str(values['name']))}\b(?!/)", name, body)
+    old = re.escape(str(values["name"]))  # in comments alone: it may be a value, too
+    body = re.sub(r"#.*", lambda found: re.sub(rf"\b{old}\b", name, found[0]), body)
     try:
         with open(target, "x") as opened:
             opened.write(HEADER.format(name=name, source=values["name"]) + body)

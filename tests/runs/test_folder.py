@@ -287,3 +287,8 @@ def test_a_finished_folder_is_known_without_opening_its_inputs(tmp_path):
     (tmp_path / "stage" / "w.bin").write_bytes(b"w")
     manifest.seal(tmp_path / "flow", stage="train_flow", config={}, inputs={}, outputs={}, net="m")
     assert not finished("toy", reader)  # another teacher lies there by now
+    manifest.seal(tmp_path / "flow", stage="evaluate", config={}, inputs={}, outputs={})
+    digest = manifest.digest(tmp_path / "flow")  # an input of no facts is known by its manifest
+    with RunFolder("toy", reader, {"teacher": digest}) as folder:
+        folder.seal(["w.bin"])
+    assert finished("toy", reader)
