@@ -1,0 +1,84 @@
+"""Autoencoders of a few thousand weights; each takes the number of latent channels."""
+
+
+def kl(channels: int = 4, **kwargs):
+    """AutoencoderKL with a factor of 2 between picture and latent."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        latent_channels=channels,
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        sample_size=16,
+        **kwargs,
+    )
+
+
+def kl_shifted(channels: int = 4):
+    """AutoencoderKL as flow models have it: a shift, no quantisation layers."""
+    return kl(channels, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
+
+
+def dc(channels: int = 4):
+    """AutoencoderDC (Sana's) with a factor of 4."""
+    from diffusers import AutoencoderDC
+
+    return AutoencoderDC(
+        latent_channels=channels,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8,) * 3,
+        decoder_block_out_channels=(8,) * 3,
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        encoder_layers_per_block=(1,) * 3,
+        decoder_layers_per_block=(1,) * 3,
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+
+
+def wan(channels: int = 4):
+    """AutoencoderKLWan: factors of 8 in space and 4 in time."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=3,
+        z_dim=channels,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1] * channels,
+        latents_std=[1.5] * channels,
+    )
+
+
+def ltx(channels: int = 4):
+    """AutoencoderKLLTXVideo: factors of 8 in space and in time."""
+    from diffusers import AutoencoderKLLTXVideo
+
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=channels,
+        block_out_channels=(4,) * 4,
+        decoder_block_out_channels=(4,) * 4,
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, True, False),
+        decoder_spatio_temporal_scaling=(True, True, True, False),
+        decoder_inject_noise=(False,) * 5,
+        upsample_residual=(False,) * 4,
+        upsample_factor=(1,) * 4,
+        timestep_conditioning=False,
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    )
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    return vae
