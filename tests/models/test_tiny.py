@@ -18,6 +18,11 @@ def run(pipe, tiny, kind="latent"):
     return pipe(prompt=list(PROMPTS), latents=latents, **arguments)[0]
 
 
+def same(first, second):
+    """Are the samples the same but for the rounding of kernels that memory's alignment chooses?"""
+    return (first - second).abs().max() <= 1e-4 * second.std()
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_a_tiny_pipeline_runs_and_loads_again(name, tmp_path):
     tiny = TINY[name]
@@ -33,11 +38,11 @@ def test_a_tiny_pipeline_runs_and_loads_again(name, tmp_path):
     assert 0.01 < samples.std() < 100
     for other in samples[1:]:  # from the same noise: the difference is the prompts'
         assert (other - samples[0]).std() > 1e-3 * samples.std()
-    assert torch.equal(run(tiny.build(), tiny), samples)
+    assert same(run(tiny.build(), tiny), samples)
     if tiny.note:
         return
     pipe.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is type(pipe)
-    assert torch.equal(run(loaded, tiny), samples)
+    assert same(run(loaded, tiny), samples)

@@ -73,3 +73,91 @@ def gemma2(width: int = 16):
     from transformers import Gemma2Config, Gemma2Model
 
     return Gemma2Model(Gemma2Config(**decoder_sizes(width)))
+
+
+def gemma(width: int = 16):
+    """Gemma's decoder with its head, as Lumina has it."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    return GemmaForCausalLM(GemmaConfig(**decoder_sizes(width)))
+
+
+def qwen3(width: int = 16):
+    """Qwen 3's decoder without a head."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    return Qwen3Model(Qwen3Config(**decoder_sizes(width)))
+
+
+def llama(width: int = 16, layers: int = 3, head: bool = False):
+    """Llama's decoder; three layers, as HunyuanVideo leaves out the last two."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+    config = LlamaConfig(**decoder_sizes(width, layers))
+    return (LlamaForCausalLM if head else LlamaModel)(config)
+
+
+def glm(width: int = 16):
+    """GLM's decoder without a head."""
+    from transformers import GlmConfig, GlmModel
+
+    return GlmModel(GlmConfig(**decoder_sizes(width)))
+
+
+def vision_sizes(width: int) -> dict:
+    return {
+        "depth": 1,
+        "hidden_size": width,
+        "intermediate_size": width,
+        "num_heads": 2,
+        "out_hidden_size": width,
+    }
+
+
+def qwen25_vl(width: int = 16, layers: int = 2):
+    """Qwen 2.5 VL with its head and its eyes, which a text-to-image pipeline never uses."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    sections = [width // 16, width // 16, width // 8]  # time, height and width of half a head
+    text = decoder_sizes(width, layers) | {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": sections,
+        }
+    }
+    del text["head_dim"]
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision_sizes(width))
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl(width: int = 16, layers: int = 2, head: bool = False):
+    """Qwen 3 VL, with a head or without."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
+
+    sections = [width // 16, width // 16, width // 8]
+    text = decoder_sizes(width, layers) | {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": sections,
+        }
+    }
+    vision = vision_sizes(width) | {"deepstack_visual_indexes": [0]}
+    config = Qwen3VLConfig(text_config=text, vision_config=vision)
+    return (Qwen3VLForConditionalGeneration if head else Qwen3VLModel)(config)
+
+
+def bert(width: int = 16):
+    """BERT, as HunyuanDiT has it."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    return BertModel(config)

@@ -24,7 +24,9 @@ user prompts. Prompt Start scene elements
 """
 WORDS = sorted(set(re.findall(r"\w+", TEXT)))
 CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATML = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
@@ -98,7 +100,7 @@ def gemma(length: int = 512):
     from transformers import GemmaTokenizer
 
     model = with_special("spaces", "<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
-    return GemmaTokenizer(**model, model_max_length=length)
+    return GemmaTokenizer(**model, add_bos_token=True, model_max_length=length)
 
 
 def qwen(length: int = 512):
@@ -136,3 +138,36 @@ def llama3(length: int = 512):
         additional_special_tokens=list(LLAMA3),
         model_max_length=length,
     )
+
+
+def glm(length: int = 512):
+    """GLM's: bytes, two markers in front, pads on the left; in transformers' general class."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    end, mask, begin = "<|endoftext|>", "[gMASK]", "<sop>"
+    backend = Tokenizer(models.BPE(**with_special("bytes", end, mask, begin)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{mask} {begin} $A", special_tokens=[(mask, 1), (begin, 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=end,
+        pad_token=end,
+        additional_special_tokens=[mask, begin],
+        padding_side="left",
+        model_max_length=length,
+    )
+
+
+def bert(length: int = 64):
+    """BERT's: words and letters."""
+    from transformers import BertTokenizer
+
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokens += [*{word.lower(): None for word in WORDS}, *string.printable[:94]]
+    tokens += [f"##{letter}" for letter in string.printable[:94]]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return BertTokenizer(vocab=vocab, model_max_length=length)

@@ -1,24 +1,25 @@
 """Autoencoders of a few thousand weights; each takes the number of latent channels."""
 
 
-def kl(channels: int = 4, **kwargs):
-    """AutoencoderKL with a factor of 2 between picture and latent."""
+def kl(channels: int = 4, levels: int = 2, **kwargs):
+    """AutoencoderKL with a factor of 2^(levels - 1) between picture and latent."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
         latent_channels=channels,
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8, 8, 8)[:levels],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         norm_num_groups=2,
         sample_size=16,
         **kwargs,
     )
 
 
-def kl_shifted(channels: int = 4):
+def kl_shifted(channels: int = 4, levels: int = 2, **kwargs):
     """AutoencoderKL as flow models have it: a shift, no quantisation layers."""
-    return kl(channels, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
+    plain = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.06}
+    return kl(channels, levels, **plain, **kwargs)
 
 
 def dc(channels: int = 4):
@@ -82,3 +83,59 @@ def ltx(channels: int = 4):
     )
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
     return vae
+
+
+def qwen(channels: int = 4):
+    """AutoencoderKLQwenImage with a factor of 4."""
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=channels,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.1] * channels,
+        latents_std=[1.5] * channels,
+    )
+
+
+def hunyuan_video(channels: int = 4, **kwargs):
+    """AutoencoderKLHunyuanVideo: factors of 8 in space and 4 in time."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    return AutoencoderKLHunyuanVideo(
+        latent_channels=channels,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        block_out_channels=(4,) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        **kwargs,
+    )
+
+
+def mochi():
+    """AutoencoderKLMochi: factors of 8 in space and 6 in time, 12 channels, groups of 32."""
+    from diffusers import AutoencoderKLMochi
+
+    return AutoencoderKLMochi(
+        latent_channels=12,
+        encoder_block_out_channels=(32,) * 4,
+        decoder_block_out_channels=(32,) * 4,
+        layers_per_block=(1,) * 5,
+    )
+
+
+def cogvideox(channels: int = 4):
+    """AutoencoderKLCogVideoX: factors of 8 in space and 4 in time."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    return AutoencoderKLCogVideoX(
+        latent_channels=channels,
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(4,) * 4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
