@@ -160,7 +160,7 @@ def lumina() -> dict:
     }
 
 
-@tiny("ZImagePipeline", latents=(4, 8, 8), call=CALL | {"max_sequence_length": 32})
+@tiny("ZImagePipeline", latents=(4, 8, 8), call=CALL | {"max_sequence_length": 64})
 def z_image() -> dict:
     from diffusers import ZImageTransformer2DModel
 
@@ -185,7 +185,7 @@ def z_image() -> dict:
     }
 
 
-@tiny("QwenImagePipeline", latents=(16, 16), call=QUARTER | {"max_sequence_length": 32})
+@tiny("QwenImagePipeline", latents=(16, 16), call=QUARTER | {"max_sequence_length": 64})
 def qwen_image() -> dict:
     from diffusers import QwenImageTransformer2DModel
 
@@ -257,7 +257,7 @@ def aura_flow() -> dict:
     }
 
 
-@tiny("CogView4Pipeline", latents=(4, 8, 8), call=CALL | {"max_sequence_length": 32})
+@tiny("CogView4Pipeline", latents=(4, 8, 8), call=CALL | {"max_sequence_length": 64})
 def cogview4() -> dict:
     from diffusers import CogView4Transformer2DModel
 
