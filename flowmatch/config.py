@@ -237,8 +237,9 @@ def _coerced(annotation: Any, value: Any) -> Any:
 
 
 def _list_type(annotation: Any) -> bool:
-    inner = typing.get_args(annotation)
-    return typing.get_origin(annotation) is list or any(_list_type(kind) for kind in inner)
+    """Tell whether a field is a list; a mapping of lists is none."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    return origin is list or (origin is not dict and any(_list_type(kind) for kind in inner))
 
 
 def _fault(model: type[Config], fault: Any) -> str:
