@@ -1,5 +1,7 @@
-"""The config of a data set."""
+"""The configs of a data set and of a list of prompts."""
 
+import math
+import string
 from typing import Any, ClassVar, Literal
 
 import pydantic
@@ -8,6 +10,7 @@ from flowmatch.config import Config, option, used
 
 IDX_NAMES = {"train": "train", "test": "t10k"}  # split -> how its files' names begin
 EMBEDDED = ("digits", "ring")
+LARGEST = 10_000_000  # prompts that templates may make; all are held in memory
 
 
 class DataConfig(Config):
@@ -95,3 +98,117 @@ class DataConfig(Config):
             what = "the ring's samples are points" if source == "ring" else "latents are encoded"
             raise ValueError(f"{what}, not images; remove {name}")
         return value
+
+
+class PromptsConfig(Config):
+    """A list of prompts. What it says enters a fingerprint as the digest of the list that it makes."""
+
+    called: ClassVar[str] = "path"
+
+    path: str = option(
+        "",
+        "a .txt file with one prompt a line, a .jsonl, .json, .csv or .parquet file, a webdataset "
+        "tar, a folder or a glob of one of these kinds, a folder saved by datasets, or the name of a "
+        "dataset on the hub",
+        run=True,
+    )
+    column: str | None = option(
+        None,
+        "name of the column of prompts; default: the only one of prompt, caption, text and txt",
+        run=True,
+    )
+    weight_column: str | None = option(
+        None,
+        "name of a column of positive weights: a prompt is drawn in proportion to its own; those of "
+        "templates weigh 1; default: all weigh the same",
+        run=True,
+    )
+    split: str = option("train", "name of the split of a dataset", run=True)
+    subset: str | None = option(
+        None, "configuration of a dataset on the hub that has several", run=True
+    )
+    revision: str | None = option(None, "commit, branch or tag of a dataset on the hub", run=True)
+    templates: list[str] = option(
+        [],
+        "prompts with {place}s, each filled with every word that words gives for it, the first place "
+        "varying slowest; they come before the prompts of path",
+        run=True,
+        validate_default=True,
+    )
+    words: dict[str, list[str]] = option(
+        {}, "the words of each place of the templates", run=True, validate_default=True
+    )
+    negative: str | None = option(None, "negative prompt of guided runs")
+    held_out: float | str = option(
+        0.0,
+        "prompts kept for evaluation: a share in [0, 1), in which a prompt falls or not by its own "
+        "text, or the path of another list",
+        run=True,
+    )
+    truncate: bool = option(
+        False, "allow prompts that are longer than what the tokenizer keeps", run=True
+    )
+
+    @pydantic.field_validator("column", "weight_column", "split", "subset", "revision")
+    @classmethod
+    def _read(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        default = cls.model_fields[str(info.field_name)].get_default()
+        if info.data.get("path") == "" and value != default:
+            raise ValueError("says how path is read; set path, or remove this key")
+        return value
+
+    @pydantic.field_validator("templates")
+    @classmethod
+    def _some(cls, templates: list[str], info: pydantic.ValidationInfo) -> list[str]:
+        if info.data.get("path") == "" and not templates:
+            raise ValueError("there are no prompts; set path, or templates")
+        for template in templates:
+            places(template)
+        return templates
+
+    @pydantic.field_validator("words")
+    @classmethod
+    def _fit(
+        cls, words: dict[str, list[str]], info: pydantic.ValidationInfo
+    ) -> dict[str, list[str]]:
+        templates = info.data.get("templates")
+        if templates is None:  # a fault of their own
+            return words
+        asked = [places(template) for template in templates]
+        unknown = dict.fromkeys(name for names in asked for name in names if not words.get(name))
+        unused = [name for name in words if not any(name in names for names in asked)]
+        faults = [f"no words for {{{name}}}, which a template has" for name in unknown]
+        faults += [f"no template has the place {{{name}}}" for name in unused]
+        if faults:
+            raise ValueError("; ".join(faults))
+        count = sum(math.prod(len(words[name]) for name in names) for names in asked)
+        if count > LARGEST:
+            raise ValueError(f"the templates make {count:,} prompts; expected at most {LARGEST:,}")
+        return words
+
+    @pydantic.field_validator("held_out", mode="before")
+    @classmethod
+    def _share(cls, held_out: Any) -> Any:
+        number = isinstance(held_out, int | float) and not isinstance(held_out, bool)
+        if not (number and 0 <= held_out < 1) and not (isinstance(held_out, str) and held_out):
+            raise ValueError("expected a share in [0, 1), or the path of a list of prompts")
+        return float(held_out) if number else held_out
+
+
+def places(template: str) -> list[str]:
+    """Return the names of a template's places, each once, in their order.
+
+    Raises:
+        ValueError: for braces that are no {place}.
+    """
+    found = []
+    try:
+        for _, name, spec, conversion in string.Formatter().parse(template):
+            if name is not None and (spec or conversion or not name.isidentifier()):
+                raise ValueError(f"{{{name}}} is no place")
+            found += [] if name is None else [name]
+    except ValueError as error:
+        raise ValueError(
+            f"{template!r}: {error}; write a place as {{word}}, a brace as {{{{ or }}}}"
+        ) from None
+    return list(dict.fromkeys(found))
