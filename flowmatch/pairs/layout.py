@@ -5,7 +5,7 @@ import json
 import math
 import os
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, BinaryIO
@@ -201,6 +201,15 @@ def write_prompts(prompts: list[str], room: int, where: str) -> bytes:
             f"{room}; use prompt_bytes={least} or more"
         )
     return text.ljust(room)
+
+
+def bytes_per_pair(prompts: Iterable[str]) -> int:
+    """Return the least `prompt_bytes` with which any block of these prompts can be written.
+
+    It is the JSON of the longest prompt and the 2 bytes that its place in a list takes, for blocks of
+    any length.
+    """
+    return 2 + max(len(json.dumps(text, ensure_ascii=False).encode()) for text in prompts)
 
 
 def read_prompts(content: bytes, pairs: int) -> list[str]:

@@ -14,7 +14,7 @@ from flowmatch.config import UserError
 from flowmatch.pairs import dataset as reading
 from flowmatch.pairs import shards
 from flowmatch.pairs.dataset import PairData
-from flowmatch.pairs.layout import PROMPT, Layout
+from flowmatch.pairs.layout import PROMPT, Layout, bytes_per_pair, write_prompts
 from flowmatch.pairs.mixture import Mixture
 from flowmatch.runs import manifest
 from pipelines import inspect_pairs, reflow, verify_pairs
@@ -106,6 +106,16 @@ def test_the_reader_gives_what_was_written(tmp_path, monkeypatch):
     assert pickle.loads(pickle.dumps(data))._texts == {}
     loader = torch.utils.data.DataLoader(data, batch_size=8)
     assert [text for batch in loader for text in batch["prompt"]] == texts
+
+
+def test_the_room_of_a_list_of_prompts_is_the_least_that_holds_any_block():
+    room = bytes_per_pair(SOME)
+    longest = max(SOME, key=lambda text: len(json.dumps(text, ensure_ascii=False).encode()))
+    for pairs in (1, 3, 50):
+        assert len(write_prompts([longest] * pairs, pairs * room, "here")) == pairs * room
+        write_prompts((SOME * 50)[:pairs], pairs * room, "here")
+        with pytest.raises(UserError, match=f"use prompt_bytes={room} or more"):
+            write_prompts([longest] * pairs, pairs * (room - 1), "here")
 
 
 def test_a_mixture_keeps_prompts_with_their_pairs_and_drops_nothing(tmp_path):
