@@ -1,12 +1,14 @@
 """Tiny pipelines of diffusers' own classes with random weights, nothing downloaded.
 
-`TINY` maps the name of a class to a `Tiny`: `TINY["SanaPipeline"].build()` is a pipeline,
-`pipe(prompt, latents=tiny.noise(len(prompt)), **tiny.call)` runs it.
+`TINY` maps a class, or a class and what is different, to a `Tiny`: `tiny.build()` makes the pipeline and
+`pipe(prompts, latents=tiny.noise(len(prompts)), **tiny.call)` runs it. `REFUSED` holds those of which
+nothing can be learnt.
 """
 
-from tests.tiny import diffusion, flow, video
+from tests.tiny import diffusion, flow, further, video
 from tests.tiny.build import Tiny
+from tests.tiny.refused import REFUSED
 
-TINY: dict[str, Tiny] = diffusion.TINY | flow.TINY | video.TINY
+TINY: dict[str, Tiny] = diffusion.TINY | flow.TINY | further.TINY | video.TINY
 
-__all__ = ["TINY", "Tiny"]
+__all__ = ["REFUSED", "TINY", "Tiny"]

@@ -18,7 +18,7 @@ class Tiny:
         parts: Makes the components.
         latents: The shape of one sample as `latents=` wants it, without the batch's axis.
         call: What a user passes beside prompt, latents and generator.
-        note: Why the pipeline does not load again, where it does not.
+        note: Why the pipeline does not load again, where it does not; of a refused one, its reason.
     """
 
     name: str
@@ -51,7 +51,7 @@ def randomise(module: torch.nn.Module) -> None:
     """Draw all parameters, those too that a class leaves zero (gates) or empty (pad tokens)."""
     module.eval().requires_grad_(False)
     for name, weight in module.named_parameters():
-        if weight.ndim >= 2:
+        if weight.ndim >= 2 and weight.numel():
             weight.normal_(0, math.sqrt(weight.shape[0] / weight.numel()))
         else:
             weight.normal_(1.0 if name.endswith("weight") else 0.0, 0.1)

@@ -114,35 +114,34 @@ def vision_sizes(width: int) -> dict:
     }
 
 
+def multimodal_sizes(width: int, layers: int) -> dict:
+    """decoder_sizes with positions of three axes: time, height and width of half a head."""
+    sections = [width // 16, width // 16, width // 8]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    return decoder_sizes(width, layers) | {"rope_parameters": rope}
+
+
 def qwen25_vl(width: int = 16, layers: int = 2):
     """Qwen 2.5 VL with its head and its eyes, which a text-to-image pipeline never uses."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    sections = [width // 16, width // 16, width // 8]  # time, height and width of half a head
-    text = decoder_sizes(width, layers) | {
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": sections,
-        }
-    }
-    del text["head_dim"]
+    text = multimodal_sizes(width, layers)
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision_sizes(width))
     return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen25_text(width: int = 16, layers: int = 3):
+    """The decoder of Qwen 2.5 VL alone; three layers, as HunyuanVideo 1.5 leaves out the last two."""
+    from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+
+    return Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**multimodal_sizes(width, layers)))
 
 
 def qwen3_vl(width: int = 16, layers: int = 2, head: bool = False):
     """Qwen 3 VL, with a head or without."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 
-    sections = [width // 16, width // 16, width // 8]
-    text = decoder_sizes(width, layers) | {
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": sections,
-        }
-    }
+    text = multimodal_sizes(width, layers)
     vision = vision_sizes(width) | {"deepstack_visual_indexes": [0]}
     config = Qwen3VLConfig(text_config=text, vision_config=vision)
     return (Qwen3VLForConditionalGeneration if head else Qwen3VLModel)(config)
@@ -161,3 +160,13 @@ def bert(width: int = 16):
         max_position_embeddings=128,
     )
     return BertModel(config)
+
+
+def t5_gemma(width: int = 16):
+    """The encoder of T5Gemma, as PRX has it."""
+    from transformers.models.t5gemma.configuration_t5gemma import T5GemmaConfig, T5GemmaModuleConfig
+    from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
+
+    sizes = decoder_sizes(width)
+    encoder = T5GemmaModuleConfig(**sizes, dropout_rate=0.0)
+    return T5GemmaEncoder(T5GemmaConfig(encoder=encoder, is_encoder_decoder=False, **sizes).encoder)

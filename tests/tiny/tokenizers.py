@@ -171,3 +171,10 @@ def bert(length: int = 64):
     tokens += [f"##{letter}" for letter in string.printable[:94]]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     return BertTokenizer(vocab=vocab, model_max_length=length)
+
+
+def byt5():
+    """ByT5's: the bytes themselves, nothing to train."""
+    from transformers import ByT5Tokenizer
+
+    return ByT5Tokenizer()

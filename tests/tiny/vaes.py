@@ -139,3 +139,70 @@ def cogvideox(channels: int = 4):
         layers_per_block=1,
         norm_num_groups=2,
     )
+
+
+def hunyuan_image(channels: int = 4):
+    """AutoencoderKLHunyuanImage with a factor of 2."""
+    from diffusers import AutoencoderKLHunyuanImage
+
+    return AutoencoderKLHunyuanImage(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=channels,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        spatial_compression_ratio=2,
+        sample_size=16,
+        scaling_factor=0.75,
+    )
+
+
+def hunyuan_video15(channels: int = 4):
+    """AutoencoderKLHunyuanVideo15: factors of 4 in space and 2 in time."""
+    from diffusers import AutoencoderKLHunyuanVideo15
+
+    return AutoencoderKLHunyuanVideo15(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=channels,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=2,
+        downsample_match_channel=False,
+        upsample_match_channel=False,
+    )
+
+
+def allegro(channels: int = 4):
+    """AutoencoderKLAllegro: factors of 8 in space and 4 in time; it decodes in tiles only."""
+    from diffusers import AutoencoderKLAllegro
+
+    vae = AutoencoderKLAllegro(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("AllegroDownBlock3D",) * 4,
+        up_block_types=("AllegroUpBlock3D",) * 4,
+        block_out_channels=(4,) * 4,
+        latent_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=2,
+        temporal_compression_ratio=4,
+    )
+    vae.enable_tiling()
+    return vae
+
+
+def movq(channels: int = 4):
+    """VQModel, as Kandinsky has it, with a factor of 2."""
+    from diffusers import VQModel
+
+    return VQModel(
+        latent_channels=channels,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        num_vq_embeddings=12,
+        vq_embed_dim=4,
+    )

@@ -1,42 +1,36 @@
-"""Pipelines of films, of velocity and of noise."""
+"""Pipelines of films whose network predicts a velocity."""
 
 import functools
 
 from tests.tiny import encoders, tokenizers, vaes
 from tests.tiny.build import Tiny, register
+from tests.tiny.flow import euler
 
 TINY: dict[str, Tiny] = {}
 tiny = functools.partial(register, TINY)
 CALL = {"num_inference_steps": 3, "height": 32, "width": 32, "num_frames": 5}
 
 
-def euler(**kwargs):
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    return FlowMatchEulerDiscreteScheduler(**kwargs)
-
-
-def wan_transformer():
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=1,
-        rope_max_seq_len=32,
-    )
+WAN_SIZES = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 16,
+    "ffn_dim": 32,
+    "num_layers": 1,
+    "rope_max_seq_len": 32,
+}
 
 
 @tiny("WanPipeline", latents=(4, 2, 4, 4), call=CALL | {"max_sequence_length": 16})
 def wan() -> dict:
+    from diffusers import WanTransformer3DModel
+
     return {
-        "transformer": wan_transformer(),
+        "transformer": WanTransformer3DModel(**WAN_SIZES),
         "transformer_2": None,
         "vae": vaes.wan(),
         "scheduler": euler(shift=3.0),
@@ -133,33 +127,107 @@ def mochi(**kwargs) -> dict:
     }
 
 
-@tiny("CogVideoXPipeline", latents=(2, 4, 4, 4), call=CALL | {"max_sequence_length": 16})
-def cogvideox() -> dict:
-    from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+@tiny("WanPipeline", "WanPipeline, UniPC", latents=(4, 2, 4, 4), call=TINY["WanPipeline"].call)
+def wan_unipc() -> dict:
+    """The scheduler that Wan 2.1 is released with: whole numbers for times, two steps of memory."""
+    return wan() | {"scheduler": unipc(3.0)}
+
+
+def unipc(shift: float):
+    from diffusers import UniPCMultistepScheduler
+
+    kinds = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    return UniPCMultistepScheduler(flow_shift=shift, **kinds)
+
+
+@tiny("SkyReelsV2Pipeline", latents=(4, 2, 4, 4), call=CALL | {"max_sequence_length": 16})
+def skyreels_v2() -> dict:
+    from diffusers import SkyReelsV2Transformer3DModel
 
     return {
-        "transformer": CogVideoXTransformer3DModel(
+        "transformer": SkyReelsV2Transformer3DModel(**WAN_SIZES),
+        "vae": vaes.wan(),
+        "scheduler": unipc(8.0),
+        "text_encoder": encoders.umt5(),
+        "tokenizer": tokenizers.t5(),
+    }
+
+
+@tiny(
+    "MochiPipeline",
+    "MochiPipeline, sigmas not inverted",
+    latents=(12, 2, 4, 4),
+    call=TINY["MochiPipeline"].call,
+)
+def mochi_plain() -> dict:
+    return mochi(invert_sigmas=False)
+
+
+@tiny(
+    "HunyuanVideo15Pipeline",
+    latents=(4, 3, 8, 8),
+    call=CALL,
+)
+def hunyuan_video15() -> dict:
+    from diffusers import HunyuanVideo15Transformer3DModel
+    from diffusers.guiders import ClassifierFreeGuidance
+
+    return {
+        "transformer": HunyuanVideo15Transformer3DModel(
+            in_channels=9,
+            out_channels=4,
             num_attention_heads=2,
             attention_head_dim=8,
-            in_channels=4,
-            out_channels=4,
-            time_embed_dim=8,
-            text_embed_dim=16,
             num_layers=1,
-            sample_width=4,
-            sample_height=4,
-            sample_frames=5,
-            patch_size=2,
-            temporal_compression_ratio=4,
-            max_text_seq_length=16,
+            num_refiner_layers=1,
+            mlp_ratio=2.0,
+            patch_size=1,
+            patch_size_t=1,
+            text_embed_dim=16,
+            text_embed_2_dim=16,
+            image_embed_dim=16,
+            rope_axes_dim=(2, 2, 4),
+            target_size=16,
+            task_type="t2v",
         ),
-        "vae": vaes.cogvideox(),
-        "scheduler": CogVideoXDDIMScheduler(
-            prediction_type="v_prediction",
-            rescale_betas_zero_snr=True,
-            snr_shift_scale=3.0,
-            timestep_spacing="trailing",
+        "vae": vaes.hunyuan_video15(),
+        "scheduler": euler(shift=7.0),
+        "text_encoder": encoders.qwen25_text(),
+        "tokenizer": tokenizers.qwen(2048),
+        "text_encoder_2": encoders.t5(),
+        "tokenizer_2": tokenizers.byt5(),
+        "guider": ClassifierFreeGuidance(guidance_scale=1.0),
+    }
+
+
+@tiny(
+    "Kandinsky5T2VPipeline",
+    latents=(2, 4, 4, 4),
+    call=CALL | {"max_sequence_length": 256},
+)
+def kandinsky5() -> dict:
+    from diffusers import Kandinsky5Transformer3DModel
+
+    return {
+        "transformer": Kandinsky5Transformer3DModel(
+            in_visual_dim=4,
+            in_text_dim=16,
+            in_text_dim2=16,
+            time_dim=16,
+            out_visual_dim=4,
+            patch_size=(1, 2, 2),
+            model_dim=16,
+            ff_dim=32,
+            num_text_blocks=1,
+            num_visual_blocks=1,
+            axes_dims=(2, 2, 4),
+            visual_cond=False,
+            attention_type="regular",
         ),
-        "text_encoder": encoders.t5(),
-        "tokenizer": tokenizers.t5(),
+        "vae": vaes.hunyuan_video(),
+        "scheduler": euler(shift=5.0),
+        "text_encoder": encoders.qwen25_vl(),
+        "tokenizer": tokenizers.qwen(1024),
+        "text_encoder_2": encoders.clip(length=77),
+        "tokenizer_2": tokenizers.clip(77),
     }
