@@ -5,10 +5,10 @@
 nothing can be learnt.
 """
 
-from tests.tiny import diffusion, flow, further, video
+from tests.tiny import diffusion, flow, further, rare, video
 from tests.tiny.build import Tiny
 from tests.tiny.refused import REFUSED
 
-TINY: dict[str, Tiny] = diffusion.TINY | flow.TINY | further.TINY | video.TINY
+TINY: dict[str, Tiny] = diffusion.TINY | flow.TINY | further.TINY | rare.TINY | video.TINY
 
 __all__ = ["REFUSED", "TINY", "Tiny"]

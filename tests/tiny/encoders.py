@@ -82,11 +82,18 @@ def gemma(width: int = 16):
     return GemmaForCausalLM(GemmaConfig(**decoder_sizes(width)))
 
 
-def qwen3(width: int = 16):
-    """Qwen 3's decoder without a head."""
-    from transformers import Qwen3Config, Qwen3Model
+def qwen3(width: int = 16, head: bool = False):
+    """Qwen 3's decoder, with a head or without."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
-    return Qwen3Model(Qwen3Config(**decoder_sizes(width)))
+    return (Qwen3ForCausalLM if head else Qwen3Model)(Qwen3Config(**decoder_sizes(width)))
+
+
+def smol(width: int = 16):
+    """SmolLM 3 with its head; Bria FIBO writes token 128000 for an empty prompt."""
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    return SmolLM3ForCausalLM(SmolLM3Config(**decoder_sizes(width) | {"vocab_size": 128_256}))
 
 
 def llama(width: int = 16, layers: int = 3, head: bool = False):

@@ -2,7 +2,7 @@
 
 import functools
 
-from tests.tiny import vaes
+from tests.tiny import encoders, tokenizers, vaes
 from tests.tiny.build import Tiny, register
 from tests.tiny.diffusion import BETAS, CALL, ddim, stable_diffusion, unet
 from tests.tiny.flow import CALL as FLOW_CALL
@@ -164,3 +164,42 @@ def pixels() -> dict:
         up_block_types=("UpBlock2D",) * 2,
     )
     return {"unet": network, "scheduler": DDPMScheduler(**BETAS)}
+
+
+@tiny(
+    "IFPipeline",
+    latents=(3, 8, 8),
+    call={"num_inference_steps": 3, "height": 8, "width": 8},
+    note="takes no latents",
+)
+def deepfloyd_if() -> dict:
+    """Pixels, and no `latents`; the scheduler reads the variances that the network learnt."""
+    from diffusers import DDPMScheduler
+
+    network = unet(
+        32,
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(32, 32),
+        norm_num_groups=8,
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        encoder_hid_dim=16,
+        attention_head_dim=4,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=2,
+        cross_attention_norm="group_norm",
+        resnet_time_scale_shift="scale_shift",
+        act_fn="gelu",
+    )
+    return {
+        "unet": network,
+        "scheduler": DDPMScheduler(**BETAS, variance_type="learned_range"),
+        "text_encoder": encoders.t5(),
+        "tokenizer": tokenizers.t5(77),
+        "watermarker": None,
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }

@@ -206,3 +206,18 @@ def movq(channels: int = 4):
         num_vq_embeddings=12,
         vq_embed_dim=4,
     )
+
+
+def flux2(channels: int = 4):
+    """AutoencoderKLFlux2 with a factor of 2, which folds 2 x 2 latents into channels."""
+    from diffusers import AutoencoderKLFlux2
+
+    return AutoencoderKLFlux2(
+        latent_channels=channels,
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        layers_per_block=1,
+        sample_size=16,
+    )
