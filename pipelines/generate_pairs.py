@@ -9,16 +9,11 @@ the folder and nothing else: start any number of them, stop them, start others; 
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
-import pydantic
-
-from flowmatch.config import UserError, content, option, require, required, together
-from flowmatch.data.config import DataConfig
-from flowmatch.flow.config import SolverConfig
-from flowmatch.models.config import Precision
+from flowmatch.config import UserError, content, require, together
+from flowmatch.pairs.config import PairsConfig
 from flowmatch.runs import command, folder, manifest, process, storage
-from flowmatch.runs.config import StageConfig
 
 if TYPE_CHECKING:
     from flowmatch.data.dataset import Data
@@ -26,58 +21,6 @@ if TYPE_CHECKING:
     from flowmatch.models.velocity import Velocity
     from flowmatch.pairs.generator import Made
     from flowmatch.pairs.layout import Layout
-
-
-class PairsConfig(StageConfig):
-    """Config of stage two."""
-
-    stage: ClassVar[str] = "generate_pairs"
-
-    teacher: str = required(
-        "a finished training stage (its EMA weights), a diffusers flow model, or a diffusers pipeline "
-        "whose network predicts noise, data or v",
-        run=True,
-    )
-    data: DataConfig | None = option(
-        None,
-        "invert this data: pair i is item i and its noise; default: generate from noise",
-        shared=False,
-    )
-    shards: int = required("number of shards; more of them extend a finished set", run=True, ge=1)
-    shard_size: int = option(16384, "pairs in a shard, the unit of work", ge=1)
-    block: int = option(
-        64, "pairs in a tar member; choose it so that a member has 0.25 to 4 MB", ge=1
-    )
-    compute_batch: int = option(256, "pairs integrated together; changes rounding", ge=1)
-    solver: SolverConfig = option(SolverConfig(), "solver of the teacher's ODE")
-    guidance: float = option(
-        1.0,
-        "classifier-free guidance scale w of the pairs; 1 disables guidance, other values double the "
-        "evaluations",
-    )
-    dtype: Literal["float16", "float32"] = option(
-        "float16", "stored dtype; float32 is needed with data", validate_default=True
-    )
-    precision: Precision = option(
-        "fp32",
-        "the network's arithmetic (tf32: float32, multiplied in fewer bits, on a GPU); the state that "
-        "the solver carries stays float32",
-    )
-    compile: bool = option(
-        False,
-        "compile the network with torch.compile; changes rounding, so use it for all workers or none",
-        run=True,
-    )
-    lease_seconds: float = option(
-        60.0, "seconds after which the shard of a silent worker is taken over", run=True, gt=0
-    )
-
-    @pydantic.field_validator("dtype")
-    @classmethod
-    def _exact(cls, dtype: str, info: pydantic.ValidationInfo) -> str:
-        if info.data.get("data") is not None and dtype != "float32":
-            raise ValueError("the noise of inverted data cannot be drawn again; set dtype=float32")
-        return dtype
 
 
 @dataclass
@@ -92,6 +35,7 @@ class Plan(folder.Plan):
     store: storage.Store
     fingerprint: str
     evaluations: float | None  # a pair; None: dopri5 chooses
+    texts: list[str]  # prompts by number
 
     @property
     def count(self) -> int:
@@ -110,7 +54,7 @@ class Plan(folder.Plan):
         """Measure the largest compute batch that fits, where nothing is sealed yet."""
         from flowmatch.pairs import generator
 
-        if manifest.sealed(self.store):
+        if manifest.sealed(self.store) or self.texts:
             return []
         there = process.worker_device(self.device)
         shape, precision = self.layout.shape, self.config.precision
@@ -120,8 +64,8 @@ class Plan(folder.Plan):
 def plan(config: PairsConfig) -> Plan:
     """Check the config, load the teacher, and lay out the shards."""
     from flowmatch.data import dataset
-    from flowmatch.models import precision, teachers
-    from flowmatch.pairs.layout import Layout
+    from flowmatch.models import precision
+    from flowmatch.pairs.layout import Layout, bytes_per_pair
 
     def check_device() -> str:
         device = process.pick_device(config.device)
@@ -131,8 +75,9 @@ def plan(config: PairsConfig) -> Plan:
         return device
 
     def load_teacher() -> "tuple[Teacher, Velocity, Layout]":
-        teacher = teachers.load(config.teacher, "teacher")
+        teacher = load(config)
         teacher.check_teaches("teacher")
+        texts = texts_of(teacher)
         layout = Layout(
             shape=teacher.shape,
             dtype=config.dtype,
@@ -140,6 +85,8 @@ def plan(config: PairsConfig) -> Plan:
             shard_size=config.shard_size,
             block=min(config.block, config.shard_size),
             index=config.data is not None,
+            prompt_bytes=bytes_per_pair(texts) if texts else 0,
+            noise=config.x0 == "stored",
         )
         return teacher, teacher.velocity(config.guidance), layout
 
@@ -157,14 +104,22 @@ def plan(config: PairsConfig) -> Plan:
     if source is not None:
         check_data(source, teacher, config)
     inputs = {"teacher": teacher.digest} | ({"data": source.digest} if source else {})
+    if config.prompts is not None:
+        inputs["prompts"] = teacher.facts["prompts"]["digest"]
     fingerprint = manifest.pair_fingerprint(content(config), inputs, teacher.round)
     count = config.shards * config.shard_size
-    evaluations: float | None = config.solver.evaluations
+    own = config.solver.name == "own"
+    evaluations: float | None = None if own else config.solver.evaluations
     cost = "dopri5 chooses its evaluations"
     if evaluations is not None:
         evaluations += 0 if source else velocity.extra
         evaluations *= 1 if config.guidance == 1 else 2
         cost = f"{evaluations} evaluations a pair ({config.solver.name}), {count * evaluations:,} in all"
+    if own:
+        evaluations = teacher.facts["script"]["evaluations"]
+        cost = (
+            f"its own run, {evaluations} evaluations a pair, {count * (evaluations or 0):,} in all"
+        )
     lines = [
         f"{count:,} pairs of {list(teacher.shape)} in {config.shards} shards, "
         f"{config.shards * layout.tar_bytes / 1e6:,.1f} MB on disk",
@@ -173,8 +128,42 @@ def plan(config: PairsConfig) -> Plan:
     ]
     if source:
         lines.append(f"inverted: items 0 to {count - 1:,} of the {len(source):,} of the data")
+    lines += teacher.lines
     opened = (device, teacher, velocity, layout, source, store)
-    return Plan(config, inputs, lines, *opened, fingerprint, evaluations)
+    return Plan(config, inputs, lines, *opened, fingerprint, evaluations, texts_of(teacher))
+
+
+def load(config: PairsConfig) -> "Teacher":
+    """Load the teacher: a flow or diffusion model, or a pipeline that reads prompts."""
+    from flowmatch.models import teachers
+
+    if config.prompts is None:
+        return teachers.load(config.teacher, "teacher")
+    import torch
+
+    from flowmatch.models import text
+
+    teacher = text.load(
+        config.teacher,
+        "teacher",
+        config.prompts,
+        config.call,
+        pipeline=config.pipeline,
+        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        device=process.worker_device(process.pick_device(config.device)),
+    )
+    if teacher.script.kind != "flow" and config.solver.name != "own":
+        raise UserError(
+            f"solver.name={config.solver.name}: the network of teacher={config.teacher} predicts "
+            f"{teacher.script.kind}; use solver.name=own, its own run"
+        )
+    return teacher
+
+
+def texts_of(teacher: "Teacher") -> list[str]:
+    """Return the prompts of a teacher by number; none for one that reads no text."""
+    prompts = getattr(teacher, "prompts", None)
+    return [] if prompts is None else prompts.texts
 
 
 def run(plan: Plan) -> None:
@@ -207,7 +196,7 @@ def run(plan: Plan) -> None:
 
     def write(k: int, made: "Iterator[Made]") -> None:
         environment = dict(make.environment)
-        blocks = generator.cut(made, layout, environment)
+        blocks = generator.cut(made, layout, environment, plan.texts)
         shards.write_shard(store, k, layout, blocks, plan.fingerprint, environment, card)
 
     progress = ShardProgress(

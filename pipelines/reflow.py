@@ -10,8 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import pydantic
+
 from flowmatch.config import Config, UserError, option, required, together
+from flowmatch.data.config import PromptsConfig
 from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
+from flowmatch.models.config import CallConfig
 from flowmatch.runs import command, folder, process
 from flowmatch.runs.config import StageConfig
 from flowmatch.training.config import FitConfig
@@ -75,6 +79,25 @@ class ReflowConfig(StageConfig):
         "the network, the others near it",
     )
     loss: LossConfig = option(LossConfig(name="pseudo_huber"), "loss on the velocity")
+    pipeline: str | None = option(
+        None, "with prompts and a run folder as the start: the pipeline of its network", run=True
+    )
+    prompts: PromptsConfig | None = option(
+        None, "the prompts of the pairs, for a pipeline that reads text"
+    )
+    call: CallConfig = option(CallConfig(), "with prompts: arguments of the pipeline's call")
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _keep_guidance(cls, values: Any) -> Any:
+        """The student of guided pairs needs no null prompt: drop none, unless asked to."""
+        if (
+            isinstance(values, dict)
+            and values.get("prompts")
+            and isinstance(values.get("fit"), dict)
+        ):
+            return values | {"fit": {"label_drop": 0.0} | values["fit"]}
+        return values
 
 
 @dataclass
@@ -89,13 +112,13 @@ class Plan(folder.Plan):
     module: Any
     round: int
     seen_features: set[str]
+    start: "Teacher"
 
 
 def plan(config: ReflowConfig) -> Plan:
     """Check the config, open the pairs, and load the start."""
     from flowmatch.evaluation import features
     from flowmatch.flow import objectives
-    from flowmatch.models import teachers
     from flowmatch.pairs import truncation
     from flowmatch.pairs.dataset import PairData
     from flowmatch.pairs.mixture import Mixture
@@ -111,8 +134,8 @@ def plan(config: ReflowConfig) -> Plan:
             features.check(config.loss.features, "loss.features")
 
     def load_start() -> "Teacher":
-        start = teachers.load(config.start, "start")
-        loop.check_net(config.fit, start.net)
+        start = load(config, process.worker_device(process.pick_device(config.device)))
+        loop.check_net(config.fit, start.net, start.classes)
         return start
 
     def open_pairs(number: int, entry: PairsEntry) -> PairData:
@@ -138,6 +161,8 @@ def plan(config: ReflowConfig) -> Plan:
     )
     inputs = {"start": start.digest}
     inputs |= {f"pairs.{number}": data.digest for number, data in enumerate(sets)}
+    if config.prompts is not None:
+        inputs["prompts"] = start.facts["prompts"]["digest"]
     seen_features = {*start.features}
     for data in sets:
         seen_features.update(data.sealed["facts"].get("features", ()))  # of its teacher
@@ -162,13 +187,26 @@ def plan(config: ReflowConfig) -> Plan:
     only = ", for one step only: all times are 0" if config.times.zero == 1 else ""
     lines = [
         f"{count:,} pairs of {list(start.shape)} in {len(sets)} set(s), "
-        f"{'with labels' if start.classes else 'no labels'}",
+        f"{'with prompts' if config.prompts else 'with labels' if start.classes else 'no labels'}",
         *cuts,
         f"{type(net).__name__} of {net.num_parameters():,} parameters, on {device}",
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / count:.1f} epochs{only}",
+        *start.lines,
     ]
     last = max(data.sealed["facts"]["round"] for data in sets)
-    return Plan(config, inputs, lines, net, stream, module, last + 1, seen_features)
+    return Plan(config, inputs, lines, net, stream, module, last + 1, seen_features, start)
+
+
+def load(config: ReflowConfig, device: str) -> "Teacher":
+    """Load the start: a flow or diffusion model, or the network of a pipeline that reads prompts."""
+    if config.prompts is None:
+        from flowmatch.models import teachers
+
+        return teachers.load(config.start, "start")
+    from flowmatch.models import text
+
+    prompts, call, place = config.prompts, config.call, config.pipeline
+    return text.load(config.start, "start", prompts, call, pipeline=place, device=device)
 
 
 def run(plan: Plan) -> None:
@@ -179,6 +217,7 @@ def run(plan: Plan) -> None:
     from flowmatch.training.loop import fit
 
     config: ReflowConfig = plan.config
+    field = plan.start.field(plan.net)
     with folder.RunFolder("reflow", config, plan.inputs) as opened:
         files = fit(
             plan.net,
@@ -190,9 +229,10 @@ def run(plan: Plan) -> None:
             objectives.build(config.objective, config.loss, plan.module),
             seed=config.seed,
             device=config.device,
+            field=field,
         )
         if process.leads():
-            facts: dict[str, Any] = {}
+            facts: dict[str, Any] = plan.start.student_facts
             if plan.seen_features:
                 facts["features"] = sorted(plan.seen_features)
             if config.times.zero == 1:
@@ -241,13 +281,29 @@ def check_match(start: "Teacher", sets: "list[PairData]") -> None:
                 f"{list(start.shape)}"
             )
         classes = data.sealed["facts"].get("classes")
-        if classes != start.classes:
+        if classes != start.classes and "prompts" not in start.facts:
             faults.append(
                 f"{data.key}={data.folder} has {classes or 'no'} classes; the network at start= takes "
                 f"{start.classes or 'none'}"
             )
-        if data.has_prompts:
-            faults.append(f"{data.key}={data.folder} has prompts; networks here take no text")
+        ours, listed = start.facts.get("prompts"), getattr(start, "prompts", None)
+        theirs = data.sealed["facts"].get("prompts")
+        if data.has_prompts and listed is None:
+            faults.append(
+                f"{data.key}={data.folder} has prompts; set prompts= to their list and start= to a "
+                "pipeline that reads text"
+            )
+        elif listed is not None and theirs and theirs["count"] < len(listed):
+            if listed.digest_of(theirs["count"]) != theirs["digest"]:
+                faults.append(
+                    f"{data.key}={data.folder} was made with {theirs['count']:,} prompts, which are not "
+                    "the first ones of prompts=; add prompts at the end of a list only"
+                )
+        elif ours != theirs:
+            faults.append(
+                f"{data.key}={data.folder} was made with other prompts: {theirs}, and prompts= is "
+                f"{ours}; name the list of the pairs"
+            )
     if faults:
         raise UserError(faults)
 

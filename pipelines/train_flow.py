@@ -57,7 +57,7 @@ def plan(config: FlowConfig) -> Plan:
     def open_data() -> tuple["Data", Any]:
         data = dataset.load(config.data)
         net = networks.build(config.net, data.shape, data.classes, config.seed)
-        loop.check_net(config.fit, net)
+        loop.check_net(config.fit, net, data.classes)
         return data, net
 
     device, _, (data, net) = together(check_loop, lambda: check_pairless(config), open_data)

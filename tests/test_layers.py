@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 BELOW = {  # folder -> the folders that it may import, beside itself and flowmatch/config.py
     "flow": [],
     "runs": [],
-    "models": ["flow", "runs"],
     "data": ["flow", "runs"],
+    "models": ["flow", "runs", "data"],
     "pairs": ["flow", "runs", "models", "data"],
     "training": ["flow", "runs", "models", "data"],
     "evaluation": ["flow", "runs", "models", "data"],

@@ -207,8 +207,10 @@ FIXED = get_args(Fixed)
 class SolverConfig(GridConfig):
     """The solver of the ODE from noise to data."""
 
-    name: Literal[Fixed, "dopri5"] = option(
-        "heun", "ODE solver; dopri5 chooses its own steps from rtol and atol"
+    name: Literal[Fixed, "dopri5", "own"] = option(
+        "heun",
+        "ODE solver; dopri5 chooses its own steps from rtol and atol; own, for pairs of prompts, is the "
+        "run of the pipeline itself, with its scheduler, steps and guidance",
     )
     steps: int = option(
         32,
@@ -247,8 +249,8 @@ class SolverConfig(GridConfig):
 
     @property
     def evaluations(self) -> int | None:
-        """Evaluations of the velocity in one integration; None where dopri5 decides."""
-        return None if self.name == "dopri5" else self.steps * EVALUATIONS[self.name]
+        """Evaluations of the velocity in one integration; None where the solver decides."""
+        return self.steps * EVALUATIONS[self.name] if self.name in FIXED else None
 
 
 class SamplerConfig(GridConfig):

@@ -9,6 +9,12 @@ from flowmatch.config import Config, required
 Precision = Literal["fp32", "tf32", "bf16"]
 
 
+class CallConfig(Config):
+    """Arguments of a pipeline's call, beside its prompt, its noise and its generator."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+
 class NetConfig(Config):
     """The network: a class of diffusers, and its keyword arguments beside the name."""
 

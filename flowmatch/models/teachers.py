@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,20 @@ class Teacher:
         if self.diffusion is not None:
             facts |= {"diffusion": self.diffusion.facts, "span": list(self.velocity().span)}
         return facts
+
+    def field(self, net: Any) -> Callable[[Any], Velocity]:
+        """Return what makes the velocity of a student of `net`, or of its wrapper, in training."""
+        return Velocity
+
+    @property
+    def student_facts(self) -> dict[str, Any]:
+        """What the manifest of a student holds of it: nothing."""
+        return {}
+
+    @property
+    def lines(self) -> list[str]:
+        """What a plan says of it beside its network: nothing."""
+        return []
 
     @property
     def two_times(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flowmatch.config import UserError
-from flowmatch.flow import grids, samplers, solvers
+from flowmatch.flow import grids, noise, samplers, solvers
 from flowmatch.flow.config import SamplerConfig, SolverConfig
 from flowmatch.flow.solvers import VelocityField
 from flowmatch.models import two_time
@@ -236,6 +236,11 @@ class Velocity:
             return samplers.sample(v, x, config, steps, span, seed=seed, ids=ids)
 
         return self.carry(x0, solve, cond)
+
+    def labels(self, seed: int, ids: np.ndarray) -> np.ndarray:
+        """Draw the labels of some pairs, int64 [B]; each depends on (seed, i) alone."""
+        assert self.classes is not None, "a network that takes labels"
+        return noise.labels(seed, ids, self.classes)
 
     def _jumps(self, name: str) -> bool:
         return self.second is not None and name == "euler"

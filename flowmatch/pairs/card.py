@@ -36,6 +36,8 @@ def text(
 def describe(solver: SolverConfig, evaluations: float | None, precision: str) -> str:
     """Describe how pairs are integrated. evaluations: of the network, a pair."""
     rounded = "" if precision == "fp32" else f", the network in {precision}"
+    if solver.name == "own":
+        return f"the pipeline's own run of {evaluations} network evaluations a pair{rounded}"
     if evaluations is None:
         return f"dopri5 to rtol {solver.rtol:g}, atol {solver.atol:g}{rounded}"
     grid = "" if solver.grid == "uniform" else f" on a grid {solver.grid}"

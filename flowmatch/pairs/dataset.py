@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from flowmatch.config import UserError
+from flowmatch.flow import noise
 from flowmatch.flow.noise import GroupedOrder, Order
 from flowmatch.pairs.cache import Cache, default_folder, repair, room
 from flowmatch.pairs.layout import PROMPT, Layout, head_bytes, npy_header, read_prompts
@@ -78,6 +79,7 @@ class PairData(Dataset[dict[str, Any]]):
         try:
             self.layout = Layout(**facts["layout"])
             self.shards, count = int(facts["shards"]), int(facts["count"])
+            self.seed = 0 if self.layout.noise else int(self.sealed["config"]["seed"])
         except (KeyError, TypeError, OverflowError, ValueError) as error:
             raise UserError(f"{key}={folder} is not a folder of pairs: {error!r}") from None
         if self.shards < 1 or count != self.shards * self.layout.shard_size:
@@ -153,6 +155,9 @@ class PairData(Dataset[dict[str, Any]]):
             parts = [tar[a : a + size] for tar, a in zip(tars, starts.tolist(), strict=True)]
             values = torch.from_numpy(np.concatenate(parts).view(dtype))
             gathered[name] = values if name == "y" else values.view(-1, *self.shape).float()
+        if not self.layout.noise:
+            x0 = noise.normal(self.seed, ids, self.shape, noise.PAIR_NOISE)
+            gathered["x0"] = torch.from_numpy(x0.astype(self.layout.dtype)).float()
         if self.has_labels:
             gathered["label"] = gathered.pop("y")
         if self.has_prompts:

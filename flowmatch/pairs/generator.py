@@ -1,7 +1,7 @@
 """The pairs of a shard, integrated batch by batch: from noise to data, or from data back to noise."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ class PairGenerator:
             return batch["x1"].numpy().astype(self.layout.dtype), label
         x0 = noise.normal(self.seed, ids, self.layout.shape, noise.PAIR_NOISE)
         classes = self.velocity.classes
-        label = None if classes is None else noise.labels(self.seed, ids, classes)
+        label = None if classes is None else self.velocity.labels(self.seed, ids)
         return x0.astype(self.layout.dtype), label
 
     def _to_device(self, array: np.ndarray) -> Tensor:
@@ -155,16 +155,22 @@ def to_host(x: Tensor) -> Array:
 
 
 def cut(
-    batches: Iterable[Made], layout: Layout, environment: dict[str, Any]
-) -> Iterator[shards.Block]:
+    batches: Iterable[Made], layout: Layout, environment: dict[str, Any], texts: Sequence[str] = ()
+) -> Iterator[shards.Block | shards.Prompted]:
     """Cut the batches of a shard into the blocks of its layout.
 
     Args:
         batches: of the shard, in order.
         layout: of the shard.
+        texts: prompts by number, for a layout with prompts.
         environment: gets the mean number of evaluations as "evaluations", after the last block.
     """
-    held: list[shards.Block] = []
+
+    def piece(x0: Any, x1: Any, y: Any) -> Any:
+        prompts = [[texts[i] for i in y.tolist()]] if layout.prompt_bytes else []
+        return (x0 if layout.noise else None, x1, y, *prompts)
+
+    held: list[Any] = []
     counts = []
     for batch in batches:
         counts.append(batch.evaluations)
@@ -174,10 +180,10 @@ def cut(
         whole = len(x0) // layout.block * layout.block
         for a in range(0, whole, layout.block):
             b = a + layout.block
-            yield x0[a:b], x1[a:b], None if y is None else y[a:b]
+            yield piece(x0[a:b], x1[a:b], None if y is None else y[a:b])
         held = [(x0[whole:], x1[whole:], None if y is None else y[whole:])]
     if len(held[0][0]):
-        yield held[0]
+        yield piece(*held[0])
     environment["evaluations"] = sum(counts) / len(counts)
 
 

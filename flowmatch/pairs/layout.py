@@ -34,6 +34,7 @@ class Layout:
             the number of the data item that the pair was made from.
         prompt_bytes: bytes for the prompt of each pair, 0 for no prompts. The prompts of a block
             share the bytes of all its pairs.
+        noise: whether x0 is stored; without it readers draw it again from the seed of the set.
 
     Raises:
         UserError: for values that cannot be stored.
@@ -46,6 +47,7 @@ class Layout:
     block: int
     index: bool = False
     prompt_bytes: int = 0
+    noise: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))  # JSON knows lists only
@@ -54,9 +56,10 @@ class Layout:
         if not all(type(size) is int for size in sizes) or not {
             type(self.labels),
             type(self.index),
+            type(self.noise),
         } == {bool}:
             raise UserError(
-                f"{self}: expected integers for the sizes, and true or false for labels and index"
+                f"{self}: expected integers for the sizes, and true or false for labels, index and noise"
             )
         if not self.shape or min(self.shape) < 1:
             faults.append(f"shape={self.shape}: expected one or more positive sizes")
@@ -75,21 +78,23 @@ class Layout:
             )
         if faults:
             raise UserError(faults)
-        npy_header(self, "x0", self.block)
+        npy_header(self, "x1", self.block)
 
     def entries(self) -> dict[str, Any]:
         """Return the fields as JSON values; `Layout(**entries)` makes an equal layout."""
         entries = asdict(self) | {"shape": list(self.shape)}
         if not self.prompt_bytes:  # sets made before there were prompts lack this entry
             del entries["prompt_bytes"]
+        if self.noise:  # likewise
+            del entries["noise"]
         return entries
 
     @cached_property
     def members(self) -> dict[str, tuple[np.dtype, int]]:
         """The arrays of a block in their order: name -> (dtype, bytes of one pair)."""
         value = np.dtype(self.dtype).newbyteorder("<")
-        arrays = {"x0": (value, value.itemsize * math.prod(self.shape))}
-        arrays["x1"] = arrays["x0"]
+        state = (value, value.itemsize * math.prod(self.shape))
+        arrays = {"x0": state, "x1": state} if self.noise else {"x1": state}
         for name, stored in (("y", self.labels), ("i", self.index)):
             arrays |= {name: (np.dtype("<i8"), 8)} if stored else {}
         if self.prompt_bytes:

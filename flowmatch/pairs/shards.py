@@ -30,8 +30,8 @@ META = ".meta"  # hidden: load_dataset would read a visible .json beside the tar
 CHUNK = 2**22  # bytes that are written at once
 README = "README.md"
 
-Block = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-Prompted = tuple[np.ndarray, np.ndarray, np.ndarray | None, list[str]]
+Block = tuple[np.ndarray | None, np.ndarray, np.ndarray | None]
+Prompted = tuple[np.ndarray | None, np.ndarray, np.ndarray | None, list[str]]
 
 
 def tar_name(k: int) -> str:
@@ -55,7 +55,7 @@ def _pieces(
             shape = (pairs, *(layout.shape if name in ("x0", "x1") else ()))
             if array is None or array.dtype != dtype or array.shape != shape:
                 actual = "nothing" if array is None else f"{array.dtype} {array.shape}"
-                expected = f"{dtype} {shape}" if dtype else "nothing: the layout has no labels"
+                expected = f"{dtype} {shape}" if dtype else "nothing: the layout has none"
                 raise ValueError(
                     f"shard {k} block {number - 1} {name}: {actual}; expected {expected}"
                 )
@@ -121,8 +121,9 @@ def write_shard(
         folder: path or URL. For a URL the tar is built in local scratch and uploaded whole.
         k: the number of the shard.
         layout: of the set.
-        blocks: (x0, x1, y or None[, prompts]) for each block in order, with n = layout.pairs(block):
-            x0 and x1 [n, *shape] of the stored dtype, y int64 [n], prompts a list of n strings.
+        blocks: (x0 or None, x1, y or None[, prompts]) for each block in order, with n =
+            layout.pairs(block): x0 and x1 [n, *shape] of the stored dtype, y int64 [n], prompts a
+            list of n strings. What the layout does not store is None.
         fingerprint: hash of all that the bytes come from, see `manifest.pair_fingerprint`.
         environment: versions, device and settings on which bitwise equality of x1 also depends; not
             part of the fingerprint.

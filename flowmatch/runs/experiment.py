@@ -29,7 +29,7 @@ _FIELDS = (
     "data net fit coupling times loss teacher shards shard_size block compute_batch solver guidance "
     "dtype precision compile lease_seconds start objective student reference samples steps "
     "student_solver converged_solver converged_steps converged_tolerance distance training_samples "
-    "inception_weights held_out batch_size lr evaluation device seed"
+    "inception_weights held_out batch_size lr evaluation device seed prompts call pipeline x0"
 )
 SHARED = set(_FIELDS.split())  # the fields of all stages that may stand at the top of an experiment
 FOLDERS = (

@@ -18,9 +18,8 @@ from flowmatch.runs.storage import Place
 FORMAT = 1  # incremented when a manifest of an older format no longer means the same
 PAIR_FORMAT = 1  # incremented when the same config would make other pairs
 NAME = "manifest.json"
-ADDED = {
-    "precision": "fp32"
-}  # keys that older sets of pairs lack, with the values they were made with
+# keys that older sets of pairs lack, with the values they were made with
+ADDED: dict[str, Any] = {"precision": "fp32", "prompts": None, "call": {}, "x0": "stored"}
 
 
 class Damaged(UserError):

@@ -21,7 +21,7 @@ from flowmatch.flow import objectives, path
 from flowmatch.flow.config import TimesConfig
 from flowmatch.flow.coupling import Coupling
 from flowmatch.models import precision
-from flowmatch.models.velocity import Velocity, classes_of
+from flowmatch.models.velocity import Velocity
 from flowmatch.runs.folder import RunFolder
 from flowmatch.runs.process import leads, start_accelerator
 from flowmatch.training import compilation, ema
@@ -103,7 +103,7 @@ def check(config: FitConfig, device: str, processes: int) -> None:
                 raise UserError(f"fit.trackers: {name} is not installed; pip install {name}")
 
 
-def check_net(config: FitConfig, net: Any) -> None:
+def check_net(config: FitConfig, net: Any, classes: int | None) -> None:
     """Check that a network can do what a config needs.
 
     Raises:
@@ -121,13 +121,14 @@ def check_net(config: FitConfig, net: Any) -> None:
     if config.channels_last and all(p.dim() != 4 for p in net.parameters()):
         raise UserError(f"fit.channels_last=true: {kind} has no convolutions; leave it out")
     usual = FitConfig.model_fields["label_drop"].default
-    if classes_of(net) is None and config.label_drop != usual:
+    if classes is None and config.label_drop != usual:
         raise UserError(
             f"fit.label_drop={config.label_drop}: this network takes no labels; leave it out"
         )
 
 
 OnLog = Callable[[int, dict[str, float]], None]
+Field = Callable[[Any], Velocity]  # a network, or its wrapper -> its velocity
 
 
 def fit(
@@ -141,6 +142,7 @@ def fit(
     *,
     seed: int,
     device: str,
+    field: Field = Velocity,
     on_log: OnLog | None = None,
 ) -> list[str]:
     """Train a network's velocity, from the newest checkpoint of the run if it has one.
@@ -157,6 +159,7 @@ def fit(
         objective: From `objectives.build`; a module in it is on the device already.
         seed: Seed of the noise, the times, the label drop and the dropout masks.
         device: "auto", "cpu" or "cuda".
+        field: Makes the velocity of the network, or of its wrapper.
         on_log: Called on each rank with the step and what is logged there, and with `waited`: the
             seconds since the last call that the loop has waited for data.
 
@@ -177,9 +180,9 @@ def fit(
         with precision.forked(accelerator.device):
             precision.allow_tf32(config.precision == "tf32")
             draw_at = partial(
-                draw, stream, coupling, t_config, config.label_drop, classes_of(net), seed
+                draw, stream, coupling, t_config, config.label_drop, field(net).null, seed
             )
-            files = _train(net, draw_at, accelerator, run, config, objective, seed, on_log)
+            files = _train(net, field, draw_at, accelerator, run, config, objective, seed, on_log)
     if files is None:
         run.preempted()
     return files or []
@@ -187,6 +190,7 @@ def fit(
 
 def _train(
     net: Any,
+    field: Field,
     draw_at: Callable[[np.ndarray], Drawn],
     accelerator: Any,
     run: RunFolder,
@@ -199,7 +203,7 @@ def _train(
     rank, world = accelerator.process_index, accelerator.num_processes
     micro, accumulation = split_batch(config, world)
     state = State(net, config, accelerator, run)
-    v, plain = Velocity(state.model), Velocity(net)
+    v, plain = field(state.model), field(net)
     start = state.step
     _check_one_folder(accelerator, run, start)
     _begin_logs(accelerator, run, config, start)

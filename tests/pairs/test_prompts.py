@@ -137,10 +137,10 @@ def test_a_mixture_keeps_prompts_with_their_pairs_and_drops_nothing(tmp_path):
 
 def test_reflow_refuses_prompts(tmp_path):
     class Start:
-        diffusion, shape, classes = None, (2, 3), 10
+        diffusion, shape, classes, facts = None, (2, 3), 10, {}
 
     finish(tmp_path, 1)
-    with pytest.raises(UserError, match="has prompts; networks here take no text") as error:
+    with pytest.raises(UserError, match="has prompts; set prompts= to their list") as error:
         reflow.check_match(Start, [PairData(tmp_path)])
     assert len(error.value.faults) == 1
 

@@ -1,0 +1,80 @@
+"""What a watched run shows: noise levels, the clock of the network's time, arguments that change."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowmatch.config import UserError
+from flowmatch.models.watch import Call, Watch
+
+
+def falling(seen: Watch) -> bool:
+    """Return whether the sigmas of a flow fall, as they do where they are the noise levels."""
+    return float(seen.steps[0].sigma or 0) >= float(seen.steps[-1].next_sigma or 0)
+
+
+def levels(seen: Watch) -> list[float]:
+    """Return the noise level before each step of a flow, 1 at noise and 0 at data."""
+    down = falling(seen)
+    return [float(s.sigma or 0) if down else 1 - float(s.sigma or 0) for s in seen.steps]
+
+
+def rows_of(call: Call) -> int:
+    """Return the number of samples in a call of a network: of its first argument."""
+    return len(next(iter(call.arguments.values())))
+
+
+def is_flow(scheduler: Any) -> bool:
+    kind = scheduler.config.get("prediction_type", "flow_prediction")
+    return kind == "flow_prediction" or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def kind_of(scheduler: Any, flow: bool, key: str) -> str:
+    kind = "flow" if flow else str(scheduler.config.prediction_type)
+    if kind not in ("flow", "epsilon", "v_prediction", "sample"):
+        raise UserError(f"{key}: prediction_type={kind!r} of its scheduler is unknown")
+    if not flow and not hasattr(scheduler, "alphas_cumprod"):
+        raise UserError(
+            f"{key}: {type(scheduler).__name__} has no alphas_cumprod, from which the noise levels of "
+            "a diffusion are read"
+        )
+    return kind
+
+
+def fit(clock: list[float], times: list[float]) -> tuple[float, float] | None:
+    """Fit time = slope * clock + offset, exact to rounding (of half precision, or to integers)."""
+    a = np.stack([np.array(clock), np.ones(len(clock))], axis=1)
+    (slope, offset), *_ = np.linalg.lstsq(a, np.array(times), rcond=None)
+    if np.abs(a @ [slope, offset] - times).max() > 2e-3 * max(abs(t) for t in times):
+        return None
+    return _neat(float(slope)), _neat(float(offset))
+
+
+def _neat(x: float) -> float:
+    """Return a fitted number without its rounding: the nearest with three digits, if it is near."""
+    near = float(f"{x:.3g}")
+    return 0.0 if abs(x) < 5e-3 else near if abs(near - x) <= 2e-3 * abs(x) else x
+
+
+def number_of(value: Any) -> float | None:
+    """Return the one number of a time argument, or None where it is none or its rows differ."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
+        return None
+    if isinstance(value, Tensor):
+        flat = value.detach().flatten()
+        if not flat.numel() or not bool((flat == flat[0]).all()):
+            return None
+        value = flat[0].item()
+    return float(value)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and bool(torch.equal(a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a is b or bool(a == b)

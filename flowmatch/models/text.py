@@ -1,0 +1,362 @@
+"""Pipelines that read prompts as teachers: loaded, learnt by watching, and followed.
+
+A teacher's pairs come from its own run, with its scheduler and its guidance, from noise of ours; or, for
+a flow, from our solvers on the velocity that was learnt. A student is trained on the same network's
+terms, called once a sample, without guidance.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowmatch.config import UserError
+from flowmatch.data import prompts as lists
+from flowmatch.data.config import PromptsConfig
+from flowmatch.data.prompts import PromptList
+from flowmatch.flow.config import SolverConfig
+from flowmatch.models import learn, networks
+from flowmatch.models.conditions import Encoded
+from flowmatch.models.config import CallConfig
+from flowmatch.models.digest import module_digest, network_digest
+from flowmatch.models.script import Script
+from flowmatch.models.teachers import TRAINED, Teacher, run_of
+from flowmatch.models.text_velocity import TextVelocity, ZeroTerminal, betas_of
+from flowmatch.models.velocity import Condition, Velocity
+from flowmatch.models.watch import quiet, run
+from flowmatch.runs import manifest
+
+SHOWN = 8  # faults of a list of prompts
+OWN = "own"  # solver.name of the pipeline's own run
+DECODERS = ("vae", "vqvae", "vocoder", "safety_checker", "feature_extractor", "image_encoder")
+
+
+class OwnRun(TextVelocity):
+    """The velocity of a teacher whose pairs may come from its own run.
+
+    Args:
+        teacher: The teacher, on its device.
+        guidance: Of our solvers; the own run has that of its call.
+    """
+
+    def __init__(self, teacher: "TextTeacher", guidance: float = 1.0):
+        super().__init__(teacher.net, teacher.script, teacher.conditions(), guidance=guidance)
+        self.teacher = teacher
+
+    def labels(self, seed: int, ids: np.ndarray) -> np.ndarray:
+        """Draw the prompts of some pairs, int64 [B]; each depends on (seed, i) and the list alone."""
+        return self.teacher.prompts.number(seed, ids)
+
+    def integrate(
+        self,
+        x: Tensor,
+        config: SolverConfig,
+        cond: Condition | None = None,
+        *,
+        backward: bool = False,
+        before: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Carry noise to data: by the pipeline's own run, or by the solver of a config."""
+        if config.name != OWN:
+            return super().integrate(x, config, cond, backward=backward, before=before)
+        assert cond is not None, "a prompt for each sample"
+        teacher, script = self.teacher, self.script
+        prompts = [teacher.prompts.texts[i] for i in cond["label"].tolist()]
+        noise = x.to(next(self.net.parameters()).dtype)
+        if script.rides:  # the longest prompt of the set rides along, and is dropped
+            prompts, noise = [*prompts, teacher.prompts.longest], torch.cat([noise, noise[-1:]])
+        seen = run(
+            teacher.pipe,
+            prompts,
+            teacher.whole_call,
+            noise,
+            inject=script.inject,
+            network=script.network,
+            count=script.steps,
+            before=before,
+        )
+        self.evaluations += script.evaluations
+        return seen.steps[-1].after[: len(x)].to(x.dtype)
+
+
+@dataclass(frozen=True)
+class TextTeacher(Teacher):
+    """A pipeline that reads prompts, as a teacher or as a start.
+
+    Attributes:
+        pipe: The pipeline.
+        script: What was learnt of it.
+        call: Arguments of its call.
+        prompts: The prompts.
+        schedule: Where its network predicts v for a student's form: after a reflow of a diffusion.
+    """
+
+    pipe: Any = None
+    script: Script = None  # type: ignore[assignment]
+    call: dict[str, Any] = None  # type: ignore[assignment]
+    prompts: PromptList = None  # type: ignore[assignment]
+    schedule: ZeroTerminal | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the state of one sample."""
+        return self.script.shape
+
+    @property
+    def classes(self) -> int | None:
+        """Number of prompts K."""
+        return len(self.prompts)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest of its pairs holds beyond what it holds for a plain flow model."""
+        weights = next(self.net.parameters()).dtype
+        return {
+            "script": self.script.entries(),
+            "call": self.call,
+            "prompts": {"count": len(self.prompts), "digest": self.prompts.digest},
+            "weights": str(weights).removeprefix("torch."),
+        }
+
+    @property
+    def lines(self) -> list[str]:
+        """What a plan says of it: how its network is called, and what switches guidance off."""
+        script = self.script
+        off = ", ".join(f"{name}={value:g}" for name, value in script.off.items())
+        clock = "noise level" if script.kind == "flow" else "timestep"
+        times = f"{script.slope:g} * {clock}" + (f" + {script.offset:g}" if script.offset else "")
+        lines = [
+            f"{script.pipeline}: {script.network}({script.sample}, {script.time} = {times}) predicts "
+            f"{script.kind}; without guidance: {off or 'as it is called'}",
+            f"{len(self.prompts):,} prompts, {script.steps} steps a run",
+        ]
+        if script.rides:
+            lines.append("samples depend on the longest prompt of their batch, which rides along")
+        return lines
+
+    @property
+    def two_times(self) -> bool:
+        """Whether it predicts average velocities: never."""
+        return False
+
+    @property
+    def whole_call(self) -> dict[str, Any]:
+        """The arguments of its call, with the negative prompt."""
+        negative = self.prompts.negative
+        return self.call | ({} if negative is None else {"negative_prompt": negative})
+
+    def conditions(self) -> Encoded:
+        """Return its conditions, encoded when they are asked for."""
+        prompts = self.prompts
+        null = prompts.negative or ""
+        return Encoded(self.pipe, self.script, self.call, prompts.texts, null, prompts.longest)
+
+    def velocity(self, guidance: float = 1.0) -> Velocity:
+        """Return its velocity, which may run the pipeline itself."""
+        return OwnRun(self, guidance)
+
+    def field(self, net: Any) -> Callable[[Any], Velocity]:
+        """Return what makes the velocity of a student of `net`, or of its wrapper, in training."""
+        schedule, table = self.student_schedule(), self.conditions()
+
+        def made(net: Any) -> TextVelocity:
+            return TextVelocity(net, self.script, table, schedule)
+
+        freeze_unused(net, made, self.shape)
+        return made
+
+    @property
+    def student_facts(self) -> dict[str, Any]:
+        """What the manifest of a student holds of it."""
+        facts = {name: self.facts[name] for name in ("script", "call", "prompts")}
+        return facts | {"form": "velocity" if self.student_schedule() is None else "v"}
+
+    def student_schedule(self) -> ZeroTerminal | None:
+        """Return the schedule of a student: None for a flow."""
+        if self.schedule is not None or self.script.kind == "flow":
+            return self.schedule
+        return ZeroTerminal(betas_of(self.pipe.scheduler))
+
+
+def is_pipeline(path: str | os.PathLike[str]) -> bool:
+    """Return whether a folder holds a diffusers pipeline with a text encoder or a tokenizer."""
+    file = Path(path) / "model_index.json"
+    if not file.is_file() or manifest.sealed(Path(path)):
+        return False
+    try:
+        index = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(index, dict) and any(
+        name.startswith(("text_encoder", "tokenizer")) for name in index
+    )
+
+
+def open_pipeline(
+    path: str | os.PathLike[str], key: str, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Load a diffusers pipeline from a folder or from the hub.
+
+    Args:
+        path: A folder, or a name on the hub.
+        key: Name of the config's key, for the messages.
+        dtype: Of its weights.
+
+    Returns:
+        The pipeline, on the CPU.
+
+    Raises:
+        UserError: It cannot be loaded.
+        NotReady: There is no such folder, or no such name on the hub.
+    """
+    import diffusers
+
+    from flowmatch.models.diffusion import read_index
+
+    index = read_index(path, key)
+    empty = {name: None for name, value in index.items() if value == [None, None]}
+    try:
+        with quiet():
+            return diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **empty)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        told = " ".join(str(error).split())
+        raise UserError(f"{key}={path}: this pipeline cannot be loaded: {told[:300]}") from None
+
+
+def load(
+    path: str | os.PathLike[str],
+    key: str,
+    prompts: PromptsConfig,
+    call: CallConfig,
+    *,
+    pipeline: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> TextTeacher:
+    """Load a pipeline that reads prompts, and learn it.
+
+    Args:
+        path: A pipeline; or a sealed run folder of a training stage, whose network is put in the place
+            of that of `pipeline`.
+        key: Name of the config's key, for the messages.
+        prompts: The prompts.
+        call: Arguments of the pipeline's call.
+        pipeline: The pipeline of a run folder.
+        dtype: Of the weights of a teacher.
+        device: Where it is watched; it stays there.
+
+    Returns:
+        The teacher.
+
+    Raises:
+        UserError: It cannot be loaded or learnt.
+        NotReady: It is not made yet.
+    """
+    where, (folder, name) = f"{key}={path}", run_of(path)
+    trained = manifest.find(folder, key, TRAINED) if manifest.sealed(folder) else None
+    source = path if trained is None else pipeline
+    if source is None:
+        raise UserError(f"{where} is a run folder; set pipeline= to the pipeline of its network")
+    if trained is None and not is_pipeline(path) and Path(path).is_dir():
+        raise UserError(f"{where} is no pipeline with a text encoder; leave prompts out")
+    listed, given = lists.load(prompts), call.model_dump()
+    pipe = open_pipeline(source, key if trained is None else "pipeline", dtype)
+    pipe.to(device)
+    script = learn.learn(pipe, given | _negative(listed), where)
+    if not prompts.truncate:
+        check_lengths(pipe, listed, given, "prompts")
+    net, schedule, round_ = getattr(pipe, script.network), None, 0
+    features: tuple[str, ...] = ()
+    if trained is not None:
+        manifest.verify(folder, key, trained)
+        facts = trained["facts"]
+        net = networks.load(folder / name, key).to(device, dtype)
+        setattr(pipe, script.network, net)
+        round_, features = facts["round"], tuple(facts.get("features", ()))
+        if facts.get("form") == "v":
+            schedule = ZeroTerminal(betas_of(pipe.scheduler))
+    return TextTeacher(
+        net.eval(),
+        digest_of(pipe, script),
+        round_,
+        features=features,
+        pipe=pipe,
+        script=script,
+        call=given,
+        prompts=listed,
+        schedule=schedule,
+    )
+
+
+def _negative(prompts: PromptList) -> dict[str, str]:
+    return {} if prompts.negative is None else {"negative_prompt": prompts.negative}
+
+
+def check_lengths(pipe: Any, prompts: PromptList, call: dict[str, Any], key: str) -> None:
+    """Check that a tokenizer of the pipeline keeps each prompt whole.
+
+    Raises:
+        UserError: One is longer; the message names it, its tokens and the limit.
+    """
+    limits = []
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer") and callable(getattr(part, "tokenize", None)):
+            asked = call.get("max_sequence_length", part.model_max_length)
+            limits.append((min(part.model_max_length, asked), part))
+    if not limits or max(limits, key=lambda pair: pair[0])[0] > 10**6:
+        return
+    limit, tokenizer = max(limits, key=lambda pair: pair[0])
+    faults = []
+    for number, words in enumerate(prompts.texts):
+        if len(words) + 2 > limit:  # a token has one character at least
+            tokens = len(tokenizer(words).input_ids)
+            if tokens > limit:
+                faults.append(
+                    f"{key}: prompt {number + 1} has {tokens} tokens, of which {limit} are kept: "
+                    f"{words[:60]!r}; shorten it, or set prompts.truncate=true"
+                )
+    if len(faults) > SHOWN:
+        faults[SHOWN:] = [f"{key}: and {len(faults) - SHOWN:,} more prompts are too long"]
+    if faults:
+        raise UserError(faults)
+
+
+def freeze_unused(net: Any, field: Callable[[Any], Velocity], shape: tuple[int, ...]) -> list[str]:
+    """Freeze the parameters that the network's answer does not depend on; DDP wants it so.
+
+    Returns:
+        Their names.
+    """
+    device = next(net.parameters()).device
+    x, t = torch.zeros(1, *shape, device=device), torch.full((1,), 0.5, device=device)
+    field(net)(x, t, {"label": torch.zeros(1, dtype=torch.long)}).sum().backward()
+    unused = [name for name, p in net.named_parameters() if p.grad is None]
+    for name, parameter in net.named_parameters():
+        parameter.grad = None
+        parameter.requires_grad_(parameter.requires_grad and name not in unused)
+    return unused
+
+
+def digest_of(pipe: Any, script: Script) -> str:
+    """Hash what a pipeline's samples depend on: networks but for decoders, tokenizers, scheduler."""
+    parts: dict[str, str] = {"script": manifest.fingerprint(script.entries())}
+    for name, part in sorted(pipe.components.items()):
+        if part is None or name in DECODERS:
+            continue
+        if isinstance(part, nn.Module):
+            parts[name] = network_digest(part) if name == script.network else module_digest(part)
+        elif hasattr(part, "get_vocab"):
+            facts = [part.get_vocab(), str(part.special_tokens_map), part.model_max_length]
+            parts[name] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        elif hasattr(part, "config"):
+            config = {k: v for k, v in dict(part.config).items() if not k.startswith("_")}
+            text = json.dumps(config, sort_keys=True, default=str)
+            parts[name] = hashlib.sha256(text.encode()).hexdigest()
+    return manifest.fingerprint(parts)

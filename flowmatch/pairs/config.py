@@ -1,0 +1,110 @@
+"""The config of stage two."""
+
+from typing import Any, ClassVar, Literal
+
+import pydantic
+
+from flowmatch.config import option, required
+from flowmatch.data.config import DataConfig, PromptsConfig
+from flowmatch.flow.config import SolverConfig
+from flowmatch.models.config import CallConfig, Precision
+from flowmatch.runs.config import StageConfig
+
+
+class PairsConfig(StageConfig):
+    """Config of stage two."""
+
+    stage: ClassVar[str] = "generate_pairs"
+
+    teacher: str = required(
+        "a finished training stage (its EMA weights), a diffusers flow model, or a diffusers pipeline "
+        "whose network predicts noise, data or v; with prompts, any pipeline that reads them",
+        run=True,
+    )
+    pipeline: str | None = option(
+        None, "with prompts and a run folder as the teacher: the pipeline of its network", run=True
+    )
+    prompts: PromptsConfig | None = option(None, "the prompts of a pipeline that reads text")
+    call: CallConfig = option(
+        CallConfig(),
+        "with prompts: arguments of the pipeline's call, such as height, num_inference_steps or "
+        "guidance_scale",
+    )
+    data: DataConfig | None = option(
+        None,
+        "invert this data: pair i is item i and its noise; default: generate from noise",
+        shared=False,
+    )
+    shards: int = required("number of shards; more of them extend a finished set", run=True, ge=1)
+    shard_size: int = option(16384, "pairs in a shard, the unit of work", ge=1)
+    block: int = option(
+        64, "pairs in a tar member; choose it so that a member has 0.25 to 4 MB", ge=1
+    )
+    compute_batch: int = option(256, "pairs integrated together; changes rounding", ge=1)
+    solver: SolverConfig = option(
+        SolverConfig(), "solver of the teacher's ODE; with prompts the default is own"
+    )
+    guidance: float = option(
+        1.0,
+        "classifier-free guidance scale w of the pairs; 1 disables guidance, other values double the "
+        "evaluations",
+    )
+    dtype: Literal["float16", "float32"] = option(
+        "float16", "stored dtype; float32 is needed with data", validate_default=True
+    )
+    precision: Precision = option(
+        "fp32",
+        "the network's arithmetic (tf32: float32, multiplied in fewer bits, on a GPU); the state that "
+        "the solver carries stays float32",
+    )
+    compile: bool = option(
+        False,
+        "compile the network with torch.compile; changes rounding, so use it for all workers or none",
+        run=True,
+    )
+    x0: Literal["stored", "drawn"] = option(
+        "stored",
+        "drawn: leave the noise out of the tars, which halves them; flowmatch draws it again from the "
+        "seed, other readers cannot",
+    )
+    lease_seconds: float = option(
+        60.0, "seconds after which the shard of a silent worker is taken over", run=True, gt=0
+    )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _own_by_default(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("prompts") and not values.get("solver"):
+            return values | {"solver": {"name": "own"}}
+        return values
+
+    @pydantic.field_validator("dtype")
+    @classmethod
+    def _exact(cls, dtype: str, info: pydantic.ValidationInfo) -> str:
+        if info.data.get("data") is not None and dtype != "float32":
+            raise ValueError("the noise of inverted data cannot be drawn again; set dtype=float32")
+        return dtype
+
+    @pydantic.model_validator(mode="after")
+    def _of_prompts(self) -> "PairsConfig":
+        if self.prompts is None:
+            wrong = ["call"] if self.call.model_extra else []
+            wrong += ["pipeline"] if self.pipeline else []
+            wrong += ["solver.name=own"] if self.solver.name == "own" else []
+        else:
+            wrong = ["data", "compile"] if self.data is not None or self.compile else []
+            wrong += ["guidance"] if self.solver.name == "own" and self.guidance != 1 else []
+        if self.data is not None and self.x0 == "drawn":
+            raise ValueError(
+                "x0=drawn: the noise of inverted data cannot be drawn again; leave it out"
+            )
+        if wrong and self.prompts is None:
+            raise ValueError(
+                f"{', '.join(wrong)}: for a pipeline that reads text; set prompts, too"
+            )
+        if wrong:
+            raise ValueError(
+                f"{' or '.join(wrong)}: not with prompts and solver.name={self.solver.name}; leave it "
+                "out (guidance of an own run is an argument of call)"
+            )
+        return self

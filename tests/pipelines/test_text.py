@@ -1,0 +1,178 @@
+"""Pipelines that read prompts through stages two and three: pairs, their bytes, and reflow on them."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+from flowmatch.config import UserError
+from flowmatch.data.config import PromptsConfig
+from flowmatch.flow import noise
+from flowmatch.models import text
+from flowmatch.models.config import CallConfig
+from flowmatch.models.watch import run as run_pipeline
+from flowmatch.pairs.dataset import PairData
+from flowmatch.runs import manifest
+from pipelines import generate_pairs, reflow
+from tests import forked
+from tests.stages import run
+from tests.tiny import TINY
+
+PROMPTS = ["a cat", "a red fox in snow", "two houses", "rain at night", "an old man"]
+
+
+def call_of(name):
+    return {key: value for key, value in TINY[name].call.items() if key != "output_type"}
+
+
+def words(name, folder, *more):
+    """Words that all stages share: the pipeline's call, and its prompts."""
+    listed = [f"call.{key}={json.dumps(value)}" for key, value in call_of(name).items()]
+    return [f"prompts={folder}/prompts.txt", *listed, *more]
+
+
+@pytest.fixture(scope="module", params=["StableDiffusion3Pipeline", "StableDiffusionPipeline"])
+def made(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    TINY[request.param].build().save_pretrained(folder / "pipe")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    run(generate_pairs, *pair_words(request.param, folder))
+    return request.param, folder
+
+
+def pair_words(name, folder, place="pairs", *more):
+    sizes = ["shards=2", "shard_size=6", "block=4", "compute_batch=4", "dtype=float32"]
+    return words(name, folder, f"teacher={folder}/pipe", f"run_dir={folder}/{place}", *sizes, *more)
+
+
+def test_pairs_are_the_pipelines_own_run(made):
+    """The samples of a stock call with our noise and prompts, batch by batch; guidance included."""
+    name, folder = made
+    data = PairData(folder / "pairs")
+    batch = data.batch(np.arange(12))
+    numbers = noise.labels(0, range(12), len(PROMPTS))
+    assert batch["label"].tolist() == numbers.tolist()
+    assert batch["prompt"] == [PROMPTS[i] for i in numbers]
+    x0 = noise.normal(0, range(12), data.shape, noise.PAIR_NOISE)
+    assert np.array_equal(batch["x0"].numpy(), x0)
+    pipe = text.open_pipeline(folder / "pipe", "teacher")
+    for begin in (0, 6):  # the first batch of each shard
+        ids = range(begin, begin + 4)
+        seen = run_pipeline(
+            pipe, [PROMPTS[numbers[i]] for i in ids], call_of(name), torch.from_numpy(x0[list(ids)])
+        )
+        assert torch.equal(seen.steps[-1].after, batch["x1"][list(ids)])
+    facts = data.sealed["facts"]
+    assert facts["script"]["pipeline"] == name
+    assert facts["call"] == call_of(name)
+    assert facts["evaluations"] == 2 * call_of(name)["num_inference_steps"]
+    with tarfile.open(folder / "pairs" / "pairs-000000.tar") as tar:
+        first = json.load(tar.extractfile("000000-000000.prompt.json"))
+    assert first == [PROMPTS[i] for i in numbers[:4]]
+
+
+@pytest.mark.slow
+def test_one_and_two_workers_write_the_same_bytes(made):
+    name, folder = made
+    module = "pipelines.generate_pairs"
+    forked.run_ranks(2, [module, *pair_words(name, folder, "two", "device=cpu")], check=True)
+    for file in ("pairs-000000.tar", "pairs-000001.tar"):
+        assert (folder / "two" / file).read_bytes() == (folder / "pairs" / file).read_bytes()
+
+
+def test_noise_that_is_not_stored_is_drawn_again(made):
+    name, folder = made
+    run(generate_pairs, *pair_words(name, folder, "drawn", "x0=drawn"))
+    whole, drawn = PairData(folder / "pairs"), PairData(folder / "drawn")
+    ids = np.random.default_rng(0).permutation(12)
+    one, other = whole.batch(ids), drawn.batch(ids)
+    assert all(torch.equal(one[key], other[key]) for key in ("x0", "x1", "label"))
+    assert other["prompt"] == one["prompt"]
+    assert drawn.layout.tar_bytes <= whole.layout.tar_bytes
+
+
+def test_reflow_trains_in_the_pipelines_own_terms(made):
+    """The student's velocity at the start, by hand in the terms of its class; then five updates."""
+    name, folder = made
+    listed, call = PromptsConfig(path=f"{folder}/prompts.txt"), CallConfig(**call_of(name))
+    teacher = text.load(folder / "pipe", "start", listed, call)
+    v = teacher.field(teacher.net)(teacher.net)
+    x, ids = torch.randn(2, *teacher.shape), torch.tensor([1, 3])
+    t = torch.tensor([0.25, 0.5])
+    arguments = teacher.conditions().rows(ids)
+    with torch.no_grad():
+        ours = v(x, t, {"label": ids})
+        if teacher.script.kind == "flow":
+            out = teacher.net(hidden_states=x, timestep=1000 * (1 - t), **arguments)[0]
+            assert torch.equal(ours, -out)
+        else:
+            size = (t**2 + (1 - t) ** 2).sqrt()
+            a, s = (t / size)[:, None, None, None], ((1 - t) / size)[:, None, None, None]
+            y = (a + s) * x
+            steps = teacher.student_schedule().timestep(t)
+            out = teacher.net(sample=y, timestep=steps, **arguments)[0]
+            data, fresh = a * y - s * out, s * y + a * out
+            assert torch.allclose(ours, data - fresh, atol=1e-5)
+    fit = ["fit.steps=5", "fit.batch_size=4", "fit.log_every=1"]
+    run(
+        reflow,
+        *words(name, folder, f"start={folder}/pipe", f"pairs={folder}/pairs"),
+        f"run_dir={folder}/reflow",
+        *fit,
+    )
+    sealed = manifest.read(folder / "reflow", "reflow")
+    assert sealed["config"]["fit"]["label_drop"] == 0
+    assert sealed["facts"]["form"] == ("velocity" if teacher.script.kind == "flow" else "v")
+    student = text.load(folder / "reflow", "start", listed, call, pipeline=str(folder / "pipe"))
+    assert student.round == 1
+    changed = [
+        not torch.equal(p, q)
+        for p, q in zip(student.net.parameters(), teacher.net.parameters(), strict=True)
+    ]
+    assert sum(changed) > len(changed) // 2
+
+
+def test_what_does_not_fit_is_refused(made, tmp_path):
+    name, folder = made
+    other = tmp_path / "prompts.txt"
+    other.write_text("\n".join(["a dog", *PROMPTS]) + "\n")
+    base = [f"start={folder}/pipe", f"pairs={folder}/pairs", f"run_dir={tmp_path}/reflow"]
+    base += ["fit.steps=1", "fit.batch_size=4"]
+    calls = words(name, folder)[1:]
+    for more, message in [
+        (
+            [f"prompts={other}", *calls],
+            "made with 5 prompts, which are not the first ones of prompts=",
+        ),
+        (
+            [],
+            "has prompts; set prompts= to their list and start= to a pipeline|pipeline of",
+        ),
+        ([f"prompts={folder}/prompts.txt", "call.hight=3"], "call.hight: unknown argument"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            run(reflow, *base, *more)
+    for more, message in [
+        (["guidance=2"], "guidance: not with prompts and solver.name=own"),
+        (["solver=own"], None),
+    ]:
+        if message:
+            with pytest.raises(UserError, match=message):
+                run(generate_pairs, *pair_words(name, folder, "wrong", *more))
+    with pytest.raises(UserError, match="call: for a pipeline that reads text; set prompts"):
+        run(generate_pairs, *pair_words(name, folder, "wrong")[1:])
+    longer = tmp_path / "longer.txt"
+    longer.write_text("fox " * 400 + "\n")
+    with pytest.raises(UserError, match="prompt 1 has .* tokens, of which .* are kept"):
+        run(generate_pairs, *pair_words(name, folder, "wrong"), f"prompts={longer}")
+
+
+def test_a_list_that_grew_at_its_end_serves_the_pairs_of_before(made, tmp_path):
+    name, folder = made
+    longer = tmp_path / "prompts.txt"
+    longer.write_text("\n".join([*PROMPTS, "a dog"]) + "\n")
+    listed, call = PromptsConfig(path=str(longer)), CallConfig(**call_of(name))
+    start = text.load(folder / "pipe", "start", listed, call)
+    reflow.check_match(start, [PairData(folder / "pairs")])
