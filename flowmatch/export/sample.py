@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmatch.config import UserError
+from flowmatch.runs import manifest
 
 
 def main(argv: list[str]) -> None:
@@ -18,11 +19,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", default="samples", help="folder for the files")
     parser.add_argument("--count", type=int, default=16, help="number of samples")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--labels", help="class labels, separated by commas")
+    parser.add_argument("--labels", type=numbers, help="class labels, separated by commas")
     call = parser.parse_args(argv)
     with exit_codes("sample"):
-        labels = None if call.labels is None else [int(label) for label in call.labels.split(",")]
-        print(sample(call.export, call.steps, Path(call.out), call.count, call.seed, labels))
+        print(sample(call.export, call.steps, Path(call.out), call.count, call.seed, call.labels))
+
+
+def numbers(text: str) -> list[int]:
+    """Read numbers that are separated by commas."""
+    return [int(part) for part in text.split(",")]
 
 
 def sample(
@@ -42,19 +47,39 @@ def sample(
         A line that says what was written.
 
     Raises:
-        UserError: where there is no export, or a number is out of range.
+        UserError: where there is no export, a file of it has changed, or a number is out of range.
     """
-    if steps < 1 or count < 1:
-        raise UserError(f"--steps {steps} --count {count}: expected 1 or more")
+    ranges = {"steps": (steps, 1, 1000), "count": (count, 1, 100_000), "seed": (seed, 0, 2**63 - 1)}
+    faults = [
+        f"--{name} {value}: expected a number from {low} to {high}"
+        for name, (value, low, high) in ranges.items()
+        if not low <= value <= high
+    ]
+    if faults:
+        raise UserError(faults)
     folder = Path(export)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(f"{export}: not an export: it has no model_index.json")
+    if (sealed := manifest.find(folder, "export")) is not None:
+        manifest.verify(folder, "export", sealed)
     import numpy as np
     import torch
 
-    from flowmatch.models.velocity import sample_shape
+    from flowmatch.models.velocity import classes_of, sample_shape
 
-    pipe = _load(export, folder, steps)
+    try:
+        pipe = _load(export, folder, steps)
+    except UserError:
+        raise
+    except Exception as error:  # damaged files, and classes of diffusers, raise anything
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{export}: no pipeline could be read there: {told}") from None
+    if not hasattr(pipe, "unet"):
+        raise UserError(f"{export}: {type(pipe).__name__} is not the pipeline of an export")
+    classes = classes_of(pipe.unet) or 0
+    if labels and not (min(labels) >= 0 and max(labels) < classes):
+        what = f"expected 0 to {classes - 1}" if classes else "the network takes no labels"
+        raise UserError(f"--labels {','.join(map(str, labels))}: {what}")
     pipe.set_progress_bar_config(disable=True)
     shape = sample_shape(pipe.unet)
     more: dict[str, Any] = {}
