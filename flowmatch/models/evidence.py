@@ -43,13 +43,17 @@ def kind_of(scheduler: Any, flow: bool, key: str) -> str:
     return kind
 
 
-def fit(clock: list[float], times: list[float]) -> tuple[float, float] | None:
-    """Fit time = slope * clock + offset, exact to rounding (of half precision, or to integers)."""
+def fit(clock: list[float], times: list[float]) -> tuple[float, float, float]:
+    """Fit time = slope * clock + offset.
+
+    Returns:
+        Slope, offset, and the largest difference relative to the largest time.
+    """
     a = np.stack([np.array(clock), np.ones(len(clock))], axis=1)
     (slope, offset), *_ = np.linalg.lstsq(a, np.array(times), rcond=None)
-    if np.abs(a @ [slope, offset] - times).max() > 2e-3 * max(abs(t) for t in times):
-        return None
-    return _neat(float(slope)), _neat(float(offset))
+    neat = _neat(float(slope)), _neat(float(offset))
+    rest = np.abs(a @ neat - times).max() / (max(abs(t) for t in times) + 1e-30)
+    return *neat, float(rest)
 
 
 def _neat(x: float) -> float:

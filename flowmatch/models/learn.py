@@ -273,11 +273,14 @@ class _Looks:
                 raise UserError(f"{key}: {type(scheduler).__name__} has no list of sigmas")
             script = replace(script, direction=self.direction(seen))
             by_step = [t / scheduler.config.num_train_timesteps for t in clocks[0]]
-            clocks = [levels(seen), by_step]
-        for clock in clocks:
-            fitted = fit(clock, times)
-            if fitted is not None:
-                return replace(script, slope=fitted[0], offset=fitted[1])
+            clocks = [levels(seen)]
+            if by_step[0] > by_step[-1]:  # not those of inverted sigmas, which rise
+                clocks.append(by_step)
+        found = [fit(clock, times) for clock in clocks]
+        best = min(range(len(found)), key=lambda i: found[i][2])
+        slope, offset, rest = found[best]
+        if rest <= 2e-3:  # the rounding of half precision
+            return replace(script, slope=slope, offset=offset, integer=best == 1)
         raise UserError(
             f"{key}: the times that the network of {name} sees, {times}, are no linear function of the "
             f"scheduler's, {clocks[0]}"
@@ -322,7 +325,10 @@ class _Looks:
         seen = self.run(script, OTHERS, REPLAYED, seed=3)
         cond = conditions(self.pipe, script, self.call, OTHERS)
         net, worst = getattr(self.pipe, script.network), 0.0
-        clocks = levels(seen) if script.kind == "flow" else [step.timestep for step in seen.steps]
+        clocks = [step.timestep for step in seen.steps]
+        if script.kind == "flow":
+            whole = self.pipe.scheduler.config.num_train_timesteps
+            clocks = [t / whole for t in clocks] if script.integer else levels(seen)
         for clock, step in zip(clocks, seen.steps, strict=True):
             x = script.state(step.calls[-1]).reshape(step.sample.shape)
             with torch.no_grad():

@@ -29,6 +29,7 @@ class Script:
         slope: The network's time is slope * clock + offset. The clock of a flow is the noise level,
             1 at noise and 0 at data; that of a diffusion is the scheduler's timestep.
         offset: See `slope`.
+        integer: Whether the pipeline rounds a flow's noise levels to the scheduler's timesteps.
         sign: Model output = sign * answer.
         half: Whether only the first half of the answer's channels counts.
         entry: Shape of one sample where the network takes a list of samples, else None.
@@ -54,6 +55,7 @@ class Script:
     kind: str = "flow"
     slope: float = 1.0
     offset: float = 0.0
+    integer: bool = False
     sign: float = 1.0
     half: bool = False
     entry: tuple[int, ...] | None = None

@@ -151,7 +151,12 @@ class Watch:
         if name == self.network and self.answer is not None and answer is not None:
             answer = self.answer(answer)
             output = replaced(output, answer)
-        self.calls.append(Call(name, bound(module, args, kwargs), answer))
+        given = bound(module, args, kwargs)
+        if name == self.network or self.network is None:
+            first = next(iter(given), None)  # the state, which some loops change in place
+            if first is not None and isinstance(given[first], Tensor):
+                given[first] = given[first].detach().clone()
+        self.calls.append(Call(name, given, answer))
         return output
 
     def _wrapped(self, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -244,7 +249,9 @@ def run(
     usual = {
         "generator": torch.Generator().manual_seed(seed),
         "output_type": "latent",
-        "latents": None if inject else latents,
+        "latents": None
+        if inject or latents is None
+        else latents.clone(),  # changed in place by some
     }
     arguments |= {name: value for name, value in usual.items() if name in known}
     pipe.set_progress_bar_config(disable=True)

@@ -4,6 +4,7 @@ One process learns all tiny pipelines; the table is that of docs/reference/pipel
 """
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,27 @@ TABLE = {
     "LTXPipeline": ("flow", S, 1, False, ONE, 2),
     "HunyuanVideoPipeline": ("flow", S, 1, False, {}, 1),
     "MochiPipeline": ("flow", (-1000.0, 1000.0), 1, False, ONE, 2),
+    # further classes
+    "HunyuanDiTPipeline": ("v_prediction", K, 1, True, ONE, 2),
+    "CogView3PlusPipeline": ("v_prediction", K, 1, False, ONE, 2),
+    "LattePipeline": ("epsilon", K, 1, True, ONE, 2),
+    "AllegroPipeline": ("epsilon", K, 1, False, ONE, 2),
+    "AnimateDiffPipeline": ("epsilon", K, 1, False, ONE, 2),
+    "LDMTextToImagePipeline": ("epsilon", K, 1, False, {}, 1),
+    "BriaPipeline": ("flow", S, 1, False, ONE, 2),
+    "BriaFiboPipeline": ("flow", S, 1, False, ONE, 2),
+    "PRXPipeline": ("flow", K, 1, False, {}, 1),
+    "OvisImagePipeline": ("flow", K, 1, False, ONE, 2),
+    "Krea2Pipeline": ("flow", K, 1, False, {"guidance_scale": 0.0}, 2),
+    "NucleusMoEImagePipeline": ("flow", K, -1, False, ONE, 2),
+    "Flux2KleinPipeline": ("flow", K, 1, False, ONE, 2),
+    "SanaVideoPipeline": ("flow", S, 1, False, ONE, 2),
+    "SkyReelsV2Pipeline": ("flow", S, 1, False, ONE, 2),
+    "Kandinsky5T2VPipeline": ("flow", S, 1, False, ONE, 2),
+    "HunyuanImagePipeline": ("flow", S, 1, False, {}, 2),  # by its guider
+    "HunyuanVideo15Pipeline": ("flow", S, 1, False, {}, 1),
 }
+RIDES = {"LattePipeline", "CogView4Pipeline", "Kandinsky5T2VPipeline"}
 SOME = "StableDiffusion3Pipeline"
 
 
@@ -60,13 +81,15 @@ def test_a_class_is_learnt_and_replays(name):
     assert learn.replay(pipe, script, call, "teacher") <= 1e-5
     assert Script.of(json.loads(json.dumps(script.entries()))) == script
     assert script.direction == (-1 if name == "MochiPipeline" else 1)
+    assert script.rides == (name in RIDES)
+    assert script.inject == (name in {"Flux2KleinPipeline"})
 
 
 def test_all_tiny_classes_are_in_the_table_and_on_the_page():
     assert TABLE.keys() <= TINY.keys()
     page = Path(__file__).parents[2] / "docs" / "reference" / "pipelines.md"
-    text = page.read_text()
-    assert [name for name in TABLE if name.removesuffix("Pipeline") not in text] == []
+    named = set(re.findall(r"\w+", page.read_text()))
+    assert [name for name in TABLE if name.removesuffix("Pipeline") not in named] == []
 
 
 @pytest.fixture(scope="module")
