@@ -7,10 +7,11 @@ error that lists the keys.
 
 import difflib
 import importlib.util
+import os
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 from pydantic.fields import FieldInfo
@@ -65,6 +66,31 @@ class Config(pydantic.BaseModel):
     )
 
     called: typing.ClassVar[str] = "name"  # the field that a bare string stands for
+
+
+def expanded(path: str) -> str:
+    """Replace `~` in a path by the home folder; a URL stays as it is.
+
+    Raises UserError for a home that is not known, and for a character that no path holds.
+    """
+    if "\0" in path:
+        raise UserError(f"{path!r}: a path cannot hold the character 0")
+    found = path if "://" in path else os.path.expanduser(path)
+    if found.startswith("~"):
+        raise UserError(
+            f"{path}: there is no such home folder; write the path in full, or as ./~..."
+        )
+    return found
+
+
+def _local(path: str) -> str:
+    if "://" in path:
+        raise UserError("only pairs go by URL; copy the folder here, and name the copy")
+    return expanded(path)
+
+
+Place = Annotated[str, pydantic.AfterValidator(expanded)]  # a path, or a URL
+LocalPath = Annotated[str, pydantic.AfterValidator(_local)]
 
 
 def require(module: str, extra: str, what: str) -> None:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pydantic
 
-from flowmatch.config import UserError, dump, option, require, required, together, used
+from flowmatch.config import (
+    LocalPath,
+    UserError,
+    dump,
+    option,
+    require,
+    required,
+    together,
+    used,
+)
 from flowmatch.data.config import DataConfig
 from flowmatch.flow.config import Fixed, SamplerConfig, SolverConfig
 from flowmatch.models.config import Precision
@@ -31,10 +40,10 @@ class EvaluateConfig(StageConfig):
 
     stage: ClassVar[str] = "evaluate"
 
-    teacher: str = required(
+    teacher: LocalPath = required(
         "the teacher: a finished training stage, or a diffusers model", run=True
     )
-    student: str = required(
+    student: LocalPath = required(
         "the student: a finished training stage, or a diffusers model", run=True
     )
     data: DataConfig = required(
@@ -71,7 +80,7 @@ class EvaluateConfig(StageConfig):
         "features that images are scored on: those of a classifier, the pixel values themselves, or "
         "Inception's, if its weights are given",
     )
-    classifier: str | None = option(
+    classifier: LocalPath | None = option(
         None,
         "finished folder of train_classifier; default: a classifier is trained on the data here",
         run=True,
@@ -81,7 +90,7 @@ class EvaluateConfig(StageConfig):
         "training images that each sample's nearest neighbour is searched in; at most all of them",
         ge=12,
     )
-    inception_weights: str | None = option(
+    inception_weights: LocalPath | None = option(
         None, "file of Inception's weights from torch-fidelity; nothing is downloaded", run=True
     )
 

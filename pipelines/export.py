@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flowmatch.config import UserError, option, required, together
+from flowmatch.config import LocalPath, UserError, option, required, together
 from flowmatch.runs import command, folder, manifest, process
 from flowmatch.runs.config import StageConfig
 from flowmatch.runs.files import write_atomic
@@ -37,8 +37,8 @@ class ExportConfig(StageConfig):
 
     stage: ClassVar[str] = "export"
 
-    student: str = required("a finished training stage (its EMA weights)", run=True)
-    evaluation: str | None = option(
+    student: LocalPath = required("a finished training stage (its EMA weights)", run=True)
+    evaluation: LocalPath | None = option(
         None, "the student's finished evaluation, whose table goes into the card", run=True
     )
     steps: list[int] = option([1, 2, 4], "numbers of steps that get an exact stock scheduler")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flowmatch.config import UserError, require
+from flowmatch.config import UserError, expanded, require
 from flowmatch.evaluation import figures
 from flowmatch.flow import noise
 from flowmatch.pairs import audit, shards
@@ -57,9 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     call = parser.parse_args(argv)
     try:
         require("matplotlib", "eval", "inspect")
-        folder = storage.at(call.folder)
-        local = f"{call.folder.rstrip('/')}_inspect"
-        out = Path(call.out or (f"{folder.name}_inspect" if storage.is_url(folder) else local))
+        folder = storage.at(expanded(call.folder))
+        local = f"{folder}_inspect"
+        out = Path(
+            expanded(call.out or "")
+            or (f"{folder.name}_inspect" if storage.is_url(folder) else local)
+        )
         data = PairData(folder, "DIR")
         found = summary(data, call.samples, call.teacher)
         costs, at_random = found["cost"].pop("values"), found["cost"].pop("values_at_random")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
 
-from flowmatch.config import Config, UserError, option, required, together
+from flowmatch.config import Config, LocalPath, Place, UserError, option, required, together
 from flowmatch.data.config import PromptsConfig
 from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
 from flowmatch.models.config import CallConfig
@@ -31,7 +31,7 @@ class PairsEntry(Config):
 
     called: ClassVar[str] = "path"
 
-    path: str = required(
+    path: Place = required(
         "folder of a finished set of pairs, or a URL such as s3://BUCKET/PREFIX", run=True
     )
     weight: float = option(1.0, "share of each batch, relative to the other sets", gt=0)
@@ -48,7 +48,7 @@ class PairsEntry(Config):
         ge=0,
         lt=1,
     )
-    cache: str | None = option(
+    cache: LocalPath | None = option(
         None, "folder in which tars of a URL are kept (default: ~/.cache/flowmatch/pairs)", run=True
     )
     cache_gb: float | None = option(
@@ -66,7 +66,7 @@ class ReflowConfig(StageConfig):
     stage: ClassVar[str] = "reflow"
 
     pairs: list[PairsEntry] = required("sets of pairs, mixed in each batch by weight")
-    start: str = required(
+    start: LocalPath = required(
         "start weights: a finished training stage (its EMA), or a diffusers model or pipeline; a "
         "network that predicts noise or data is trained to predict the velocity",
         run=True,
@@ -79,7 +79,7 @@ class ReflowConfig(StageConfig):
         "the network, the others near it",
     )
     loss: LossConfig = option(LossConfig(name="pseudo_huber"), "loss on the velocity")
-    pipeline: str | None = option(
+    pipeline: LocalPath | None = option(
         None, "with prompts and a run folder as the start: the pipeline of its network", run=True
     )
     prompts: PromptsConfig | None = option(

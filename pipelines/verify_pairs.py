@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flowmatch.config import UserError
+from flowmatch.config import UserError, expanded
 from flowmatch.pairs import audit, leases
 from flowmatch.pairs.audit import BAD, Findings
 from flowmatch.runs import process, storage
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     call = parser.parse_args(argv)
     try:
-        return report(storage.at(call.folder), call.full, call.repair)
+        return report(storage.at(expanded(call.folder)), call.full, call.repair)
     except UserError as error:
         for line in error.faults:
             print(f"verify_pairs: {line}", file=sys.stderr)

@@ -1,15 +1,18 @@
 """Configs: every fault at once, with key, what was given, what is allowed; content apart from run."""
 
+import contextlib
+import typing
 from functools import partial
 from typing import ClassVar, Literal
 
 import fsspec
+import pydantic
 import pytest
 
 from flowmatch import config as configs
 from flowmatch.config import Config, NotReady, UserError, option, required, together
 from flowmatch.runs.command import load
-from pipelines import evaluate, generate_pairs, train_flow
+from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
 
 
 class Inner(Config):
@@ -83,6 +86,44 @@ def test_file_faults_name_the_file(tmp_path):
         "--fast: unknown flag; known: --dry-run, --help, --version",
         "--fit.lr=3: unknown flag; keys have no dashes: fit.lr=3",
     ]
+
+
+def fields_of(model):
+    """Yield (class, name, field) of a config and of those inside it."""
+    for name, field in model.model_fields.items():
+        inner = configs._config_type(field.annotation)
+        yield from [(model, name, field)] if inner is None else fields_of(inner)
+
+
+NO_PATHS = {"column", "weight_column", "split", "subset", "revision", "negative"}
+STAGES = [evaluate.EvaluateConfig, export.ExportConfig, generate_pairs.PairsConfig]
+STAGES += [reflow.ReflowConfig, train_classifier.ClassifierConfig, train_flow.FlowConfig]
+
+
+def test_every_path_is_expanded_and_those_that_are_no_urls_say_so(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    found = {(m.__name__, n): field for stage in STAGES for m, n, field in fields_of(stage)}
+    urls = set()
+    for (model, name), field in found.items():
+        texts = (str, str | None, configs.LocalPath | None)
+        if not configs.is_run(field) or field.annotation not in texts or name in NO_PATHS:
+            continue
+        kind = pydantic.TypeAdapter(typing.Annotated[field.annotation, "", *field.metadata])
+        assert kind.validate_python("~/x") == "/home/me/x", f"{model}.{name}"
+        with pytest.raises(pydantic.ValidationError, match="cannot hold the character 0"):
+            kind.validate_python("a\0")
+        with pytest.raises(pydantic.ValidationError, match="there is no such home folder"):
+            kind.validate_python("~nobody-here/x")
+        with contextlib.suppress(pydantic.ValidationError):
+            urls.add(name if kind.validate_python("s3://b/x") else "")
+    assert len(found) > 50
+    assert urls == {"run_dir", "path"}  # of pairs; of others the plan says it
+    for word in ("teacher=s3://b/x", "student=hf://a/b", "classifier=gs://b/x"):
+        given = ["run_dir=x", "teacher=y", "student=z", "data=digits", word]
+        with pytest.raises(UserError, match="only pairs go by URL"):
+            load(evaluate.EvaluateConfig, given)
+    with pytest.raises(UserError, match="run_dir=''"):
+        load(evaluate.EvaluateConfig, ["run_dir=''", "teacher=y", "student=z", "data=digits"])
 
 
 def test_run_fields_are_not_content():

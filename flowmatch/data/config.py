@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import pydantic
 
-from flowmatch.config import Config, option, used
+from flowmatch.config import Config, Place, expanded, option, used
 
 IDX_NAMES = {"train": "train", "test": "t10k"}  # split -> how its files' names begin
 EMBEDDED = ("digits", "ring")
@@ -24,7 +24,7 @@ class DataConfig(Config):
         "IDX files (MNIST's format); npz: an .npz or .npy file; latents: an .npz or .npy file of scaled "
         "latents; images: image files, parquet files, webdataset tars or a dataset on the hub",
     )
-    path: str = option(
+    path: Place = option(
         "",
         "path of the data; for images: a folder, a parquet file, a webdataset tar, a glob of these, "
         "or the name of a dataset on the hub",
@@ -55,6 +55,9 @@ class DataConfig(Config):
     )
     samples: int = option(50_000, "ring: number of samples", ge=1)
     seed: int = option(0, "ring: seed of the samples", ge=0, lt=1 << 63)
+    megapixels: int = option(
+        179, "largest image that is decoded, in millions of pixels", run=True, ge=1
+    )
     memory: int = option(2048, "keep decoded images in memory up to so many MiB", run=True, ge=0)
     threads: int = option(1, "number of threads that decode images", run=True, ge=1)
 
@@ -105,7 +108,7 @@ class PromptsConfig(Config):
 
     called: ClassVar[str] = "path"
 
-    path: str = option(
+    path: Place = option(
         "",
         "a .txt file with one prompt a line, a .jsonl, .json, .csv or .parquet file, a webdataset "
         "tar, a folder or a glob of one of these kinds, a folder saved by datasets, or the name of a "
@@ -192,7 +195,7 @@ class PromptsConfig(Config):
         number = isinstance(held_out, int | float) and not isinstance(held_out, bool)
         if not (number and 0 <= held_out < 1) and not (isinstance(held_out, str) and held_out):
             raise ValueError("expected a share in [0, 1), or the path of a list of prompts")
-        return float(held_out) if number else held_out
+        return float(held_out) if number else expanded(held_out)
 
 
 def places(template: str) -> list[str]:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flowmatch.config import UserError
+from flowmatch.config import UserError, expanded
 from flowmatch.runs import manifest
 
 
@@ -22,7 +22,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--labels", type=numbers, help="class labels, separated by commas")
     call = parser.parse_args(argv)
     with exit_codes("sample"):
-        print(sample(call.export, call.steps, Path(call.out), call.count, call.seed, call.labels))
+        export, out = expanded(call.export), Path(expanded(call.out))
+        print(sample(export, call.steps, out, call.count, call.seed, call.labels))
 
 
 def numbers(text: str) -> list[int]:

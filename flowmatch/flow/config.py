@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import pydantic
 
-from flowmatch.config import Config, UserError, option, used
+from flowmatch.config import Config, LocalPath, UserError, option, used
 
 
 class CouplingConfig(Config):
@@ -63,7 +63,7 @@ class LossConfig(Config):
         "pseudo_huber, feature with power=0: where it turns from quadratic to linear, in units of |v|",
         gt=0,
     )
-    features: str | None = option(
+    features: LocalPath | None = option(
         None,
         "feature: sealed folder of train_classifier, not the one that scores the student; or a file "
         "NAME.pt2 from torch.export.save, such as the network of LPIPS with your weights (torch reads "

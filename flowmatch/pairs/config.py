@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal
 
 import pydantic
 
-from flowmatch.config import option, required
+from flowmatch.config import LocalPath, option, required
 from flowmatch.data.config import DataConfig, PromptsConfig
 from flowmatch.flow.config import SolverConfig
 from flowmatch.models.config import CallConfig, Precision
@@ -16,12 +16,12 @@ class PairsConfig(StageConfig):
 
     stage: ClassVar[str] = "generate_pairs"
 
-    teacher: str = required(
+    teacher: LocalPath = required(
         "a finished training stage (its EMA weights), a diffusers flow model, or a diffusers pipeline "
         "whose network predicts noise, data or v; with prompts, any pipeline that reads them",
         run=True,
     )
-    pipeline: str | None = option(
+    pipeline: LocalPath | None = option(
         None, "with prompts and a run folder as the teacher: the pipeline of its network", run=True
     )
     prompts: PromptsConfig | None = option(None, "the prompts of a pipeline that reads text")

@@ -15,8 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flowmatch.config import NotReady, UserError, closest, dump, together, validate
-from flowmatch.runs import folder
+from flowmatch.config import NotReady, UserError, closest, dump, expanded, together, validate
+from flowmatch.runs import folder, storage
 from flowmatch.runs.command import Stage, exit_codes
 from flowmatch.runs.config import PREEMPTED, StageConfig
 from flowmatch.runs.experiment import Experiment, find_config, root, stage_module
@@ -129,7 +129,9 @@ class Chain:
             ).returncode
         )
         name = "one_gpu" if has_gpu else "cpu_2"
-        self.file = call.accelerate or str(root() / "configs" / "accelerate" / f"{name}.yaml")
+        self.file = expanded(call.accelerate or "") or str(
+            root() / "configs" / "accelerate" / f"{name}.yaml"
+        )
         self.processes = call.processes or int(read_yaml(self.file).get("num_processes", 1))
         if not has_gpu:
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the cores
@@ -160,7 +162,7 @@ class Chain:
             if self.call.dry_run:
                 calls.append(partial(_print_config, link))
             calls.append(partial(plan, link, set(made)))
-            made.add(link.config.run_dir)
+            made.add(str(storage.at(link.config.run_dir)))
         with _counted_as(self.processes):
             together(*calls)
 

@@ -3,7 +3,7 @@
 import errno
 from typing import Literal
 
-from flowmatch.config import Config, option, required
+from flowmatch.config import Config, Place, option, required
 
 PREEMPTED = 75  # EX_TEMPFAIL: what a stage exits with after SIGTERM, its work saved
 
@@ -15,7 +15,9 @@ REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 class StageConfig(Config):
     """What every stage has."""
 
-    run_dir: str = required("the stage's own folder; made if it does not exist", run=True)
+    run_dir: Place = required(
+        "the stage's own folder; made if it does not exist", run=True, min_length=1
+    )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "device of the networks; auto uses a GPU if there is one", run=True
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import flowmatch
-from flowmatch.config import Config, UserError, closest, shared_fields
+from flowmatch.config import Config, UserError, closest, expanded, shared_fields
 from flowmatch.runs.values import assign, merge
 
 CHAIN = {  # section -> its stage, in the order of the chain
@@ -61,6 +61,7 @@ def shipped() -> list[str]:
 
 def find_config(word: str) -> str:
     """Find the file that a word names: a file, a run folder, a URL, or a shipped experiment."""
+    word = expanded(word)
     if "://" in word or Path(word).is_file():
         return word
     if (Path(word) / "config.yaml").is_file():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from flowmatch.config import UserError
+
 HOST_SPACE = 0xEFFFFFFC  # inode of Linux's initial PID namespace
 
 
@@ -78,9 +80,14 @@ class Folder:
         return self.path
 
     def make(self, *parts: str) -> None:
-        """Make the folder, or folders in it."""
+        """Make the folder, or folders in it. Raises UserError where that fails."""
         for part in parts or ("",):
-            (self.path / part).mkdir(parents=True, exist_ok=True)
+            try:
+                (self.path / part).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"the folder {self.path / part} cannot be made: {error.strerror}; use another"
+                ) from None
 
     def exists(self) -> bool:
         """Return whether the folder exists."""
@@ -97,7 +104,7 @@ class Folder:
         def size(name: str) -> int | None:
             try:
                 return os.stat(self.path / name).st_size
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return None
 
         return [size(name) for name in names]
@@ -112,7 +119,7 @@ class Folder:
         def read(name: str) -> bytes | None:
             try:
                 return (self.path / name).read_bytes()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 return None
 
         return [read(name) for name in names]

@@ -41,7 +41,7 @@ class RunFolder:
 
     def __enter__(self) -> "RunFolder":
         if leads():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            storage.at(self.folder).make()
             self._hold()
             write_config(self.config, self.inputs)
         self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -231,6 +231,7 @@ def compare(name: str, plan: Plan) -> tuple[bool, bool]:
     file has changed.
     """
     config, folder = plan.config, storage.at(plan.config.run_dir)
+    storage.check_folder(folder, "run_dir")
     if storage.is_url(folder) and type(plan).reopen is Plan.reopen:
         raise UserError(f"run_dir={folder}: only pairs go into a store; use a local folder")
     sealed = manifest.find(folder, "run_dir", (name,))

@@ -115,6 +115,10 @@ def read_hashed(folder: Place, key: str, stages: Iterable[str] = ()) -> tuple[di
     try:
         text = folder.read(NAME)
     except (FileNotFoundError, NotADirectoryError):
+        if os.path.isfile(str(folder)):
+            raise UserError(
+                f"{key}={folder} is a file; expected the folder of a finished stage"
+            ) from None
         if not folder.exists():
             missing = f"{key}={folder} does not exist; run the stage that makes it first"
             raise NotReady(missing, [folder]) from None

@@ -239,6 +239,20 @@ def at(place: Place) -> Store:
     return _bucket(str(place), os.getpid()) if is_url(place) else Folder(Path(place))
 
 
+def check_folder(place: Place, key: str) -> None:
+    """Check that a folder can be made there: no part of its path is a file.
+
+    Raises UserError that names the file. key: the config's key, for the message.
+    """
+    if is_url(place):
+        return
+    path = Path(str(place))
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            what = "is a file" if part == path else f"lies below the file {part}"
+            raise UserError(f"{key}={place} {what}; expected a folder, or a path for a new one")
+
+
 def is_url(place: Place) -> bool:
     """Return whether a place is in an object store."""
     return isinstance(place, Bucket) or (isinstance(place, str) and "://" in place)

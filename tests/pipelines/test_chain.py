@@ -119,6 +119,7 @@ def test_a_new_experiment_of_images_is_planned_from_one_file(tmp_path):
     file.write_text(text)
     words = ["run", "mine.yaml", "--dry-run", "--only", "flow,pairs,reflow,evaluate"]
     loss = ["reflow.loss={name: normalised, power: 1.0}", "evaluate.features=values", "device=cpu"]
+    loss += ["flow.run_dir=./runs/mine/flow/"]  # the same folder, however it is written
     cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = call(tmp_path, *words, *loss, "reflow.fit.precision=fp32", **cache)
     assert done.returncode == 0, done.stderr

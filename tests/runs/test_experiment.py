@@ -1,5 +1,7 @@
 """Experiments: one file, shared keys, sections that know their folders and each other's."""
 
+from pathlib import Path
+
 import pytest
 
 from flowmatch.config import UserError, validate
@@ -143,6 +145,15 @@ def test_a_stage_reads_its_own_section(tmp_path, monkeypatch):
     assert (read.run_dir, read.times.zero) == ("runs/digits/distil", 1.0)
     read, _ = load(reflow.ReflowConfig, ["digits", "section=reflow_2", "--chain", "flow.run_dir=x"])
     assert (read.run_dir, read.start) == ("runs/digits/reflow_2", "runs/digits/reflow")
+    for key in ("pairs.0.path", "pairs[0].path", "pairs"):  # as our own messages spell them
+        read, _ = load(reflow.ReflowConfig, ["digits", f"{key}=~/x"])
+        assert [entry.path for entry in read.pairs] == [f"{Path.home()}/x"]
+    (tmp_path / "own.yaml").write_text(
+        "run_dir: a\nstart: b\npairs: [c]\nfit: {steps: 1, batch_size: 2}\n"
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    read, _ = load(reflow.ReflowConfig, ["~/own.yaml", "fit.trackers=tensorboard", "run_dir=~/b"])
+    assert (read.fit.trackers, read.run_dir) == (["tensorboard"], f"{tmp_path}/b")
     read, _ = load(train_classifier.ClassifierConfig, ["digits"])
     assert read.run_dir == "runs/digits/features"
 
@@ -152,6 +163,11 @@ def test_a_stage_reads_its_own_section(tmp_path, monkeypatch):
     [
         (["digit"], "no such config file; did you mean digits?"),
         (["."], "a folder without a config.yaml"),
+        (["configs/digits"], "no such config file; did you mean digits?"),
+        (["digits", "--fit.lr=1e-3"], "keys have no dashes: fit.lr=1e-3"),
+        (["digits", "pairs={path:x}"], "a blank is missing after the colon in 'path:x'"),
+        (["digits", "pairs.0.pth=x"], "did you mean path?"),
+        (["digits", "start=s3://b/x"], "only pairs go by URL"),
         (["digits", "section=refow"], "section=refow: did you mean reflow?"),
         (["digits", "section=pairs"], "section=pairs is of generate_pairs, not of reflow"),
         (["digits", "--chain", "reflw.fit.steps=2"], "did you mean reflow?"),

@@ -84,6 +84,24 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert "toy: a plan" in capsys.readouterr().out
 
 
+def test_a_run_dir_where_no_folder_can_be_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    places = {
+        tmp_path / "file": "is a file; expected a folder",
+        tmp_path
+        / "file"
+        / "a"
+        / "b": f"lies below the file {tmp_path / 'file'}; expected a folder",
+    }
+    for place, fault in places.items():
+        for dry_run in (True, False):
+            with pytest.raises(UserError) as error:
+                begin("toy", Plan(Config(run_dir=str(place)), {}, []), dry_run)
+            assert error.value.faults == [f"run_dir={place} {fault}, or a path for a new one"]
+    with pytest.raises(UserError, match="the folder /proc/none/x cannot be made: No such file"):
+        work(Config(run_dir="/proc/none/x"))
+
+
 def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
     with RunFolder("toy", config(tmp_path), {}):
         with pytest.raises(UserError, match=f"held by process {os.getpid()} on "):

@@ -88,5 +88,5 @@ def test_what_is_read_is_hashed_and_nothing_else_is_asked(tmp_path, monkeypatch)
         patch.setattr(Folder, "exists", lambda folder: pytest.fail("asked"))
         found = manifest.read_hashed(tmp_path / "a", "teacher")
     assert found == (written, manifest.digest(tmp_path / "a"))
-    with pytest.raises(NotReady, match=r"w\.bin does not exist"):
+    with pytest.raises(UserError, match=r"w\.bin is a file; expected the folder of a finished"):
         manifest.read(tmp_path / "a" / "w.bin", "teacher")
