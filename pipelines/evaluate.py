@@ -222,6 +222,7 @@ def plan(config: EvaluateConfig) -> Plan:
         f"{'' if converged.evaluations else ', and those of dopri5,'} for "
         f"{len(config.steps) + 1} rows of 2 models, on {device}",
     ]
+    lines += [f"{key}: {note}" for key, opened in sets.items() for note in opened.notes]
     if again:
         lines.append(
             "reference holds the same items as data: scored without it, as seen in training"

@@ -128,6 +128,7 @@ def plan(config: PairsConfig) -> Plan:
     ]
     if source:
         lines.append(f"inverted: items 0 to {count - 1:,} of the {len(source):,} of the data")
+        lines += source.notes
     lines += teacher.lines
     opened = (device, teacher, velocity, layout, source, store)
     return Plan(config, inputs, lines, *opened, fingerprint, evaluations, texts_of(teacher))

@@ -69,6 +69,7 @@ def plan(config: ClassifierConfig) -> Plan:
     lines = [
         f"{images.count} images of {list(images.shape)}, {images.classes} classes",
         f"{config.steps} steps of {config.batch_size}: {seen / images.count:.1f} epochs, on cpu",
+        *(f"{key}: {note}" for key, data in sets.items() for note in data.notes),
     ]
     return Plan(config, {key: data.digest for key, data in sets.items()}, lines, sets)
 

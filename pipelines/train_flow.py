@@ -67,6 +67,7 @@ def plan(config: FlowConfig) -> Plan:
         f"{len(data)} samples of {list(data.shape)}, {labels}",
         f"{config.net.name} of {net.num_parameters():,} parameters, on {device}",
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / len(data):.1f} epochs",
+        *data.notes,
     ]
     return Plan(config, {"data": data.digest}, lines, data, net)
 

@@ -39,13 +39,13 @@ TINY = {
 
 def stand_in(folder, name, shape, classes):
     """Write a few samples, with all labels, in the format that the config reads; give its path."""
-    n, rng = classes or 24, np.random.default_rng(0)
+    n, rng = 24 if classes is None else classes + 1, np.random.default_rng(0)
     if name.startswith("latent"):
         x = rng.normal(size=(n, *shape)).astype(np.float16) * 1.5
-        np.savez(folder / "x.npz", x=x, y=np.arange(n))
+        np.savez(folder / "x.npz", x=x, y=np.arange(n) % classes)
         return folder / "x.npz"
     for i in range(n):
-        place = folder / "train" / (f"n{i:08}" if classes else "")
+        place = folder / "train" / (f"n{i % classes:08}" if classes else "")
         place.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (shape[1] + 8, shape[2], 3), dtype=np.uint8)
         Image.fromarray(pixels).save(place / f"{i}.png")

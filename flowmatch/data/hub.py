@@ -1,45 +1,49 @@
-"""Tables of images that HF datasets reads: image folders, parquet, webdataset tars, the hub.
-
-Files and splits are chosen here, with rules that an error can state, because some of the choices that
-datasets makes by itself are surprising.
-"""
+"""Tables of images that HF datasets reads: parquet, webdataset tars, the hub; and their columns."""
 
 import glob
 import hashlib
-import itertools
+import json
 import os
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tarfile import TarError
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from flowmatch.config import UserError
+from flowmatch.data import whole
+from flowmatch.data.files import HASHED, choose_split, kind_of, local_files
+from flowmatch.data.folders import picture_rows
+from flowmatch.runs.process import say
 
-SUFFIXES = {
-    "imagefolder": [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"],
-    "parquet": [".parquet"],
-    "webdataset": [".tar"],
-}
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
-HASHED = 1 << 30  # bytes that a digest reads at most; larger sets are sampled in pieces
-PIECE = 1 << 20  # bytes
+if TYPE_CHECKING:
+    from flowmatch.data.config import DataConfig, PromptsConfig
+
+LABELS = ("label", "labels", "class", "target", "fine_label", "cls")  # names that are guessed
+CHECKED = "flowmatch.json"  # beside the cache of datasets: what the check of the files found
 
 
 def open_rows(
-    path: str, split: str, subset: str | None, revision: str | None, key: str
-) -> tuple[Any, str]:
+    path: str,
+    config: "DataConfig | PromptsConfig",
+    key: str,
+    image: str | None = None,
+    labels: bool = False,
+) -> tuple[Any, str, list[str]]:
     """Open a split as a datasets.Dataset.
 
     Args:
         path: a folder of images, parquet files or tars, a file, a glob, or a dataset's name on the hub.
-        split: name of the split.
-        subset: configuration of a dataset on the hub.
-        revision: commit, branch or tag of a dataset on the hub.
+        config: of the data, with their split, and subset and revision on the hub.
         key: the key of the data, for errors.
+        image: the column of images, if it is chosen.
+        labels: whether labels are asked for.
 
     Returns:
-        The dataset, and the digest of the files that the path names, "" for a name on the hub.
+        The dataset; the digest of the files that the path names, "" for a name on the hub; and what
+        the plan says of files that are left out.
 
     Raises:
         UserError: for what cannot be found or read.
@@ -48,31 +52,25 @@ def open_rows(
     from datasets.exceptions import DatasetsError
 
     where = f"{key}.path={path}"
-    local = local_files(path, key)
-    if local is not None and (subset or revision):
+    found = local_files(path, key)
+    if found is not None and (config.subset or config.revision):
         raise UserError(
             f"{where} is a local path; remove {key}.subset and {key}.revision, which are for names on "
             "the hub"
         )
     try:
-        if local is None:
-            rows = datasets.load_dataset(path, subset, split=split, revision=revision)
-            return rows, ""
-        folder, files = local
-        builder, digest = _builder(where, files), digest_files(folder, files)
-        listed, source = _split_files(path, folder, files, split, builder, key)
-        # The name ties the cache to the content. By itself datasets uses names and mtimes, and returns
-        # the old rows for a file that was replaced with its time kept (rsync -t, tar).
+        if found is not None:
+            kind, digest = kind_of(found, where), found.digest()
+            split = choose_split(found, config.split, kind, key)
+            if kind == "image":
+                rows, notes = picture_rows(split, labels, where, key)
+            else:
+                rows, notes = _tables(kind, digest, split.files, image, where, key)
+            return rows, digest, split.notes + notes
         rows = datasets.load_dataset(
-            builder, name=digest[:32], split="train", data_files={"train": source}
+            path, config.subset, split=config.split, revision=config.revision
         )
-        chosen = any(file.stem == "metadata" for file in files)  # a table that may omit files
-        if builder == "imagefolder" and not chosen and len(rows) != len(listed):
-            raise UserError(
-                f"{where}: datasets reads {len(rows)} of {len(listed)} image files; rename the files "
-                "and folders whose names start with __"
-            )
-        return rows, digest
+        return rows, "", []
     except ConnectionError as error:
         raise UserError(
             f"{where}: there is no such folder, file or glob, and the hub cannot be reached: {error}"
@@ -80,112 +78,93 @@ def open_rows(
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, TarError, DatasetsError) as error:
-        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        about_split = reason.startswith(("Unknown split", "Bad split"))
-        prefix = f"{key}.split={split}: " if about_split else ""
-        raise UserError(f"{prefix}{where} cannot be read: {reason}") from None
+        raise _told(error, config.split, where, key) from None
 
 
-def _builder(where: str, files: list[Path]) -> str:
-    """Return the name of the datasets builder for the files' suffixes."""
-    kinds = {
-        kind
-        for kind, suffixes in SUFFIXES.items()
-        for file in files
-        if file.suffix.lower() in suffixes and file.stem != "metadata"
-    }
-    if len(kinds) != 1:
-        held = " and ".join(sorted(kinds)) or "no files of these kinds"
-        raise UserError(
-            f"{where} has {held}; expected either image files, .parquet files or .tar files; choose one "
-            "kind with a glob such as 'FOLDER/*.parquet'"
+def _told(error: Exception, split: str, where: str, key: str) -> UserError:
+    """Turn an error of datasets into ours: of its cache, of the split, or of the data."""
+    import datasets
+
+    cause = error if isinstance(error, OSError) else error.__cause__
+    cache = os.path.abspath(datasets.config.HF_DATASETS_CACHE)
+    if isinstance(cause, OSError) and str(cause.filename or "").startswith(cache):
+        return UserError(
+            f"{cause.filename}: {cause.strerror}: datasets keeps tables there; set the variable "
+            "HF_DATASETS_CACHE to a folder that can be written, or HF_HOME"
         )
-    return kinds.pop()
-
-
-def _split_files(
-    path: str, folder: Path, files: list[Path], split: str, builder: str, key: str
-) -> tuple[list[Path], str | list[str]]:
-    """Choose the files of a split: those below the subfolder SPLIT, else those named SPLIT-*.
-
-    A folder without either is one split, train. The same holds if train/ or train-* stands beside
-    names that are not splits: then it is a class, or pictures, of trains. The names of images need a
-    number after the split. Returns the files, and their names for datasets.
-    """
-    below = folder / split
-    data = [file for file in files if file.suffix.lower() in SUFFIXES[builder]]
-    inside = [file for file in data if below in file.parents]
-    number = r"\d" if builder == "imagefolder" else ""
-    named = [file for file in data if re.match(rf"{re.escape(split)}[-_.]{number}", file.name)]
-    if split == "train":
-        tops = {file.relative_to(folder).parts[0] for file in data if file.parent != folder}
-        inside = inside if tops <= SPLITS else []
-        others = re.compile(rf"({'|'.join(SPLITS)})[-_.]{number}")
-        named = named if all(others.match(file.name) for file in data) else []
-    if not inside and not named and split != "train":
-        raise UserError(
-            f"{key}.split={split}: {key}.path={path} has no such split; expected a subfolder {split}/, "
-            f"or files whose names start with {split}- or {split}."
+    reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+    if "don't share the same prefix" in reason:
+        reason = (
+            "the first samples of a tar differ in their suffixes; give all of them the same files"
         )
-    chosen = inside or named or data
-    whole = Path(path).expanduser().is_dir() and (inside or not named)
-    if builder == "imagefolder" and whole:  # one pattern: a million names are slow
-        return chosen, f"{glob.escape(str(below if inside else folder))}/**"
-    return chosen, [str(file) for file in chosen]
+    about_split = reason.startswith(("Unknown split", "Bad split"))
+    prefix = f"{key}.split={split}: " if about_split else ""
+    return UserError(f"{prefix}{where} cannot be read: {reason}")
 
 
-def local_files(path: str, key: str) -> tuple[Path, list[Path]] | None:
-    """List the files that a path names.
+def _tables(
+    kind: str, digest: str, files: list[Path], image: str | None, where: str, key: str
+) -> tuple[Any, list[str]]:
+    """Read parquet files or tars with datasets, which keeps the rows in its cache.
 
-    A folder stands for all files below it, except names that start with a dot; a path with * ? or [ is
-    a glob.
-
-    Args:
-        path: of a file or folder, or a glob.
-        key: the key of the data, for errors.
-
-    Returns:
-        Their folder, and the files sorted by name; None if there is no such path and it may be a name
-        on the hub, NAME or OWNER/NAME.
-
-    Raises:
-        UserError: if there is no such path, and it cannot be a name on the hub.
+    The files are checked where the cache does not say that they were.
     """
-    place = Path(path).expanduser()
-    if place.is_file():
-        return place.parent, [place]
-    if place.is_dir():
-        return place, _walk(place, key)
-    fixed = list(itertools.takewhile(lambda part: not set(part) & set("*?["), place.parts))
-    if len(fixed) < len(place.parts):
-        root = Path(*fixed)
-        files = sorted(f for f in root.glob(str(place.relative_to(root))) if f.is_file())
+    import datasets
+
+    rows_of: dict[Path, int] = {}
+    if kind == "parquet":
+        rows_of = whole.count_rows(files, where)
+        files = [file for file in files if rows_of[file]]  # datasets stops at an empty one
         if not files:
-            raise UserError(f"{key}.path={path} matches no file; correct the pattern")
-        return root, files
-    suffixes = {".npy", ".npz", ".gz", ".zip"}.union(*SUFFIXES.values())
-    hub = path.count("/") < 2 and path[0] not in "./~" and place.suffix.lower() not in suffixes
-    if not hub:
-        raise UserError(
-            f"{key}.path={path} does not exist; expected a folder, a file, a glob, or a name on the hub"
-        )
-    return None
+            raise UserError(f"{where} holds no rows")
+    names = [os.path.abspath(file) for file in files]
+    for name in names:
+        if "::" in name or os.path.expandvars(name) != name:
+            raise UserError(
+                f"{where}: {name!r}: datasets takes `::` and `$NAME` in a name for something else; "
+                "rename the file or folder"
+            )
+    # The name ties the cache to the content. By itself datasets uses names and mtimes, and returns
+    # the old rows for a file that was replaced with its time kept (rsync -t, tar).
+    builder = datasets.load_dataset_builder(
+        kind, name=digest[:32], data_files={"train": [glob.escape(name) for name in names]}
+    )
+    checked = Path(builder.cache_dir) / CHECKED
+    with suppress(OSError, ValueError):
+        told = json.loads(checked.read_text())
+        return builder.as_dataset(split="train"), list(told["notes"])
+    count, notes = sum(rows_of.values()), list[str]()
+    if kind == "webdataset":
+        count, notes = whole.check_tars(files, image, where)
+    if not os.path.isdir(builder.cache_dir):
+        number = f"{len(files)} file{'s' * (len(files) > 1)}"
+        say(f"{key}: datasets copies {number} into its cache, {builder.cache_dir}")
+    with _no_bars():
+        builder.download_and_prepare()
+    rows = builder.as_dataset(split="train")
+    if len(rows) != count:
+        raise UserError(f"{where}: datasets reads {len(rows)} of {count} samples")
+    with suppress(OSError):  # a cache that others keep
+        checked.write_text(json.dumps({"notes": notes}))
+    return rows, notes
 
 
-def _walk(place: Path, key: str) -> list[Path]:
-    files = []
-    for folder, below, names in os.walk(place):
-        below[:] = [name for name in below if not name.startswith(".")]
-        for name in below:
-            if (Path(folder) / name).is_symlink():
-                raise UserError(
-                    f"{key}.path={place}: {Path(folder, name).relative_to(place)} is a link to a "
-                    "folder, which datasets would ignore; replace it with the folder itself"
-                )
-        files += [Path(folder) / name for name in names if not name.startswith(".")]
-    if not files:
-        raise UserError(f"{key}.path={place} is an empty folder; expected files in it")
-    return sorted(files)
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Silence the bars of datasets, which call the reading of local files a download."""
+    from datasets.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()
 
 
 def image_column(features: Any, asked: str | None, key: str) -> str:
@@ -197,76 +176,84 @@ def image_column(features: Any, asked: str | None, key: str) -> str:
             return set(feature) == {"bytes", "path"}
         return isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
 
-    kinds = [lambda feature: isinstance(feature, datasets.Image), holds_bytes]
-    return _column(features, asked, kinds, "image", key)
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    stored = [name for name, feature in features.items() if holds_bytes(feature)]
+    if asked is not None:
+        if asked in [*images, *stored]:
+            return asked
+        reason = "is not a column of images" if asked in features else "does not exist"
+        raise UserError(f"{key}.image_column={asked} {reason}; {_columns(features)}")
+    fitting = images or stored
+    if len(fitting) != 1:
+        reason = "several columns can be" if fitting else "no column can be"
+        way = f"set {key}.image_column; {_columns(features)}"
+        raise UserError(f"{key}: {reason} the images; {way}")
+    return fitting[0]
 
 
 def label_column(features: Any, asked: str | None, key: str) -> str:
-    """Return the column of labels: the one asked for, the only ClassLabel, or the only integers."""
+    """Return the column of labels: the one asked for, the one of a usual name, or the only ClassLabel.
+
+    No other column of integers is taken: it may be a number of the row.
+    """
     import datasets
 
-    def integers(feature: Any) -> bool:
-        return isinstance(feature, datasets.Value) and "int" in feature.dtype
-
-    kinds = [lambda feature: isinstance(feature, datasets.ClassLabel), integers]
-    return _column(features, asked, kinds, "label", key)
-
-
-def _column(
-    features: Any, asked: str | None, kinds: Sequence[Callable[[Any], bool]], name: str, key: str
-) -> str:
-    listed = ", ".join(f"{column} ({_type(feature)})" for column, feature in features.items())
-    fitting: list[str] = []
-    for kind in kinds:
-        fitting = fitting or [column for column, feature in features.items() if kind(feature)]
-    if asked is not None:
-        if asked in features and any(kind(features[asked]) for kind in kinds):
-            return asked
-        reason = f"is not a column of {name}s" if asked in features else "does not exist"
-        raise UserError(f"{key}.{name}_column={asked} {reason}; the columns are {listed}")
-    if len(fitting) != 1:
-        reason = "several columns can be the" if fitting else "no column can be the"
-        prefix = f"{key}.labels=true: " if name == "label" else f"{key}: "
+    classes = [n for n, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    chosen = asked
+    if asked is None:
+        fitting = [name for name in features if name.lower() in LABELS] or classes
+        if len(fitting) != 1:
+            reason = f"{' and '.join(fitting)} can both be" if fitting else "no column is called as"
+            raise UserError(
+                f"{key}.labels=true: {reason} the labels ({', '.join(LABELS)}); set "
+                f"{key}.label_column; {_columns(features)}"
+            )
+        chosen = fitting[0]
+    where = f"{key}.label_column={chosen}"
+    if chosen not in features:
+        raise UserError(f"{where} does not exist; {_columns(features)}")
+    kind = _type(features[chosen])
+    if chosen in classes or (isinstance(features[chosen], datasets.Value) and "int" in kind):
+        return str(chosen)
+    if kind in ("string", "large_string"):
         raise UserError(
-            f"{prefix}{reason} {name}s; set {key}.{name}_column; the columns are {listed}"
+            f"{where} holds words, and labels are whole numbers; number the classes 0 to K - 1 (with "
+            f"datasets: rows.class_encode_column({chosen!r}), then to_parquet)"
         )
-    return fitting[0]
+    raise UserError(f"{where} is not a column of labels, but of {kind}; {_columns(features)}")
+
+
+def _columns(features: Any) -> str:
+    listed = ", ".join(f"{column} ({_type(feature)})" for column, feature in features.items())
+    return f"the columns are {listed}"
 
 
 def _type(feature: Any) -> str:
     return str(getattr(feature, "dtype", None) or type(feature).__name__)
 
 
-def digest_files(folder: Path, files: Iterable[Path]) -> str:
-    """Hash files: their relative names, sizes and contents.
-
-    Of files with more than 1 GiB in total only 1 GiB is read, in pieces of 1 MiB evenly spaced over
-    each file. Contents of more than 1,024 such files are not read.
+def label_values(rows: Any, column: str, key: str) -> np.ndarray:
+    """Read a column of labels.
 
     Args:
-        folder: to which the names are relative.
-        files: in their order.
+        rows: a datasets.Dataset.
+        column: name of the column.
+        key: the key of the data, for errors.
 
     Returns:
-        Hexadecimal sha256.
+        int64 [rows].
+
+    Raises:
+        UserError: naming the first row without a label.
     """
-    files = list(files)
-    sizes = [file.stat().st_size for file in files]
-    whole, pieces = sum(sizes) <= HASHED, HASHED // PIECE // max(1, len(files))
-    sha = hashlib.sha256()
-    for file, size in zip(files, sizes, strict=True):
-        name = file.relative_to(folder).as_posix() if len(files) > 1 else "one file, whatever name"
-        sha.update(f"{name}\0{size}\n".encode())
-        if not whole and not pieces:
-            continue
-        with open(file, "rb") as stream:
-            if whole or size <= pieces * PIECE:
-                sha.update(hashlib.file_digest(stream, "sha256").digest())
-                continue
-            for number in range(pieces):
-                stream.seek((size - PIECE) * number // max(1, pieces - 1))
-                sha.update(stream.read(PIECE))
-    return sha.hexdigest()
+    stored = rows.select_columns([column]).with_format("arrow")[:][column]
+    if stored.null_count:
+        raise UserError(
+            f"{key}.label_column={column}: {stored.null_count} of {len(rows)} rows have no label, first "
+            f"row {stored.to_pylist().index(None)}; give every row one, or leave these rows out"
+        )
+    values: np.ndarray = stored.to_numpy()
+    return values
 
 
 def digest_rows(rows: Any, image: str, label: str | None) -> str:

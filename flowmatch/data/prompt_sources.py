@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from flowmatch.config import NotReady, UserError, require
-from flowmatch.data import hub
+from flowmatch.data import hub, whole
 from flowmatch.data.config import PromptsConfig
+from flowmatch.data.files import local_files
 
 GUESSED = ("prompt", "caption", "text", "txt")  # columns that hold the prompts where none is named
 SAVED = ("dataset_info.json", "dataset_dict.json")  # a folder that datasets saved has one of them
@@ -27,13 +28,13 @@ class Source:
 
 def open_sources(path: str, config: PromptsConfig, where: str, key: str) -> Iterator[Source]:
     """Find the files or the dataset that a path names. where: the key and path, for errors."""
-    place = Path(path).expanduser()
+    place = Path(path)
     known, suffix = {*READERS, ".parquet"}, place.suffix.lower()
     if suffix in known and not place.exists() and not set(path) & set("*?["):
         raise NotReady(f"{where} does not exist; expected a list of prompts", [place])
-    local = hub.local_files(path, key)
+    local = local_files(path, key)
     saved = place.is_dir() and any((place / name).is_file() for name in SAVED)
-    files = [] if local is None else [f for f in local[1] if f.suffix.lower() in known]
+    files = [] if local is None else [f for f in local.files if f.suffix.lower() in known]
     suffixes = {file.suffix.lower().replace(".jsonl", ".json") for file in files}
     if local is None or saved or suffixes == {".parquet"}:
         yield Source(where, "row", _pick(_rows(place, config, saved, where, key), config, where))
@@ -52,7 +53,7 @@ def open_sources(path: str, config: PromptsConfig, where: str, key: str) -> Iter
             f"{where} has one prompt a line; remove {key}.column and {key}.weight_column"
         )
     for file in files:
-        name = where if len(files) == 1 else f"{where}: {file.relative_to(local[0])}"
+        name = where if len(files) == 1 else f"{where}: {file.relative_to(local.folder)}"
         unit = "line" if suffixes <= {".txt", ".json"} else "row"
         yield Source(name, unit, _pick(READERS[file.suffix.lower()](file), config, name))
 
@@ -98,7 +99,7 @@ def _rows(
             )
         rows = splits[config.split]
     else:
-        rows, _ = hub.open_rows(str(place), config.split, config.subset, config.revision, key)
+        rows, _, _ = hub.open_rows(str(place), config, key)
     names = [_column(rows.column_names, config, where), config.weight_column]
     for part in rows.select_columns([name for name in names if name]).iter(1000):
         yield from (dict(zip(part, row, strict=True)) for row in zip(*part.values(), strict=True))
@@ -144,6 +145,9 @@ def _csv(file: Path) -> Iterator[Any]:
 def _tar(file: Path) -> Iterator[Any]:
     """Read the .txt and .json members of a webdataset tar; the others are passed over."""
     import webdataset
+
+    for _ in whole.members(file, "prompts"):
+        pass
 
     def wanted(name: str) -> bool:
         return name.lower().endswith((".txt", ".json"))

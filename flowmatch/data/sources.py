@@ -10,7 +10,7 @@ import math
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -20,6 +20,7 @@ import numpy as np
 from flowmatch.config import UserError, require
 from flowmatch.data import hub, images
 from flowmatch.data.config import IDX_NAMES
+from flowmatch.data.files import local_files
 from flowmatch.flow import noise
 from flowmatch.flow.toy import RING_MODES, RING_STD, ring_mixture
 
@@ -39,6 +40,7 @@ class SourceData:
         label: int64 [count], if the config asks for labels.
         classes: K, where labels are 0 to K - 1.
         latents: whether samples with three axes are latents, not images.
+        notes: what the plan says beside the count, such as files that are left out.
     """
 
     read: Callable[[np.ndarray], np.ndarray]
@@ -48,6 +50,7 @@ class SourceData:
     label: np.ndarray | None = None
     classes: int | None = None
     latents: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def ring_samples(ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -80,16 +83,15 @@ def digits(config: "DataConfig", key: str) -> SourceData:
 
 def idx(config: "DataConfig", key: str) -> SourceData:
     """Read a folder of gzipped IDX files, the format of MNIST."""
-    listed = hub.local_files(config.path, key)
-    if listed is None or not Path(config.path).expanduser().is_dir():
+    listed = local_files(config.path, key)
+    if listed is None or not listed.is_folder:
         raise UserError(
             f"{key}.path={config.path}: no such folder; Debian's package dataset-fashion-mnist installs "
             "one in /usr/share/datasets/fashion-mnist"
         )
-    folder, files = listed
-    x = _read_idx(config, key, files, "images")
-    label = _read_idx(config, key, files, "labels") if config.labels else None
-    return from_arrays(config, key, x, label, hub.digest_files(folder, files))
+    x = _read_idx(config, key, listed.files, "images")
+    label = _read_idx(config, key, listed.files, "labels") if config.labels else None
+    return from_arrays(config, key, x, label, listed.digest())
 
 
 def _read_idx(config: "DataConfig", key: str, files: list[Path], kind: str) -> np.ndarray:
@@ -101,8 +103,9 @@ def _read_idx(config: "DataConfig", key: str, files: list[Path], kind: str) -> n
             f"{key}.path={config.path}: expected one file {prefix}*.gz; the folder has "
             f"{', '.join(f.name for f in files[:8])}"
         )
+    compressed = _contents(fitting[0], f"{key}.path={config.path}")
     try:
-        content = gzip.decompress(fitting[0].read_bytes())
+        content = gzip.decompress(compressed)
         if content[:3] != b"\0\0\x08":
             raise ValueError(f"it starts with {content[:4].hex(' ')}, not 00 00 08")
         shape = struct.unpack_from(f">{content[3]}I", content, 4)
@@ -111,6 +114,15 @@ def _read_idx(config: "DataConfig", key: str, files: list[Path], kind: str) -> n
         raise UserError(
             f"{key}.path={config.path}: {fitting[0].name} is not a gzipped IDX file of bytes: {error}"
         ) from None
+
+
+def _contents(file: Path, where: str, size: int = -1) -> bytes:
+    """Read the beginning of a file, or all of it; raises UserError with the cause."""
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(size)
+    except OSError as error:
+        raise UserError(f"{where}: {file} cannot be read: {error.strerror}") from None
 
 
 def npz(config: "DataConfig", key: str) -> SourceData:
@@ -137,16 +149,25 @@ def latents(config: "DataConfig", key: str) -> SourceData:
 def _stored(config: "DataConfig", key: str, kind: str) -> tuple[np.ndarray, Any, str]:
     """Open an .npz or .npy file: (x, labels or None, digest). kind: another name for x."""
     where = f"{key}.path={config.path}"
-    listed = hub.local_files(config.path, key)
-    if listed is None or not Path(config.path).expanduser().is_file():
-        raise UserError(f"{where}: no such file; expected an .npz or .npy file")
+    listed = local_files(config.path, key)
+    file = Path(config.path)
+    if listed is None or listed.files != [file]:
+        reason = "is a folder" if file.is_dir() else "no such file"
+        raise UserError(f"{where}: {reason}; expected an .npz or .npy file")
+    head = _contents(file, where, 8)
+    if not head.startswith((b"PK\x03\x04", b"PK\x05\x06", b"\x93NUMPY")):
+        raise UserError(
+            f"{where} is no .npz or .npy file, which numpy.savez and numpy.save write: it starts with "
+            f"{head!r}"
+        )
     label = None
     try:
-        stored = np.load(listed[1][0], mmap_mode="r", allow_pickle=False)
+        stored = np.load(file, mmap_mode="r", allow_pickle=False)
         if isinstance(stored, np.ndarray):
             x = stored
             if config.labels:
                 raise UserError(f"{key}.labels=true: {where} is one array; save x and y as .npz")
+            _check_length(stored, file, where)
         else:
             x = stored[_array_name(stored.files, ("x", kind), where)]
             if config.labels:
@@ -155,12 +176,26 @@ def _stored(config: "DataConfig", key: str, kind: str) -> tuple[np.ndarray, Any,
     except (OSError, EOFError, ValueError, BadZipFile, zlib.error) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{where} is not an .npz or .npy file of plain numbers: {error}") from None
-    return x, label, hub.digest_files(*listed)
+        objects = "allow_pickle" in str(error) or "Python objects" in str(error)
+        reason = "it holds Python objects" if objects else str(error)
+        raise UserError(f"{where} is not an .npz or .npy file of plain numbers: {reason}") from None
+    return x, label, listed.digest()
+
+
+def _check_length(stored: np.ndarray, file: Path, where: str) -> None:
+    """Check that an .npy file holds its array and nothing more."""
+    assert isinstance(stored, np.memmap)
+    more = file.stat().st_size - stored.offset - stored.nbytes
+    if more > 0:
+        raise UserError(
+            f"{where} holds {more:,} bytes more than an array {list(stored.shape)}; save it again"
+        )
 
 
 def _array_name(held: list[str], names: tuple[str, str], where: str) -> str:
     fitting = [name for name in names if name in held]
+    if held == ["arr_0"] and names[0] == "x":  # numpy's name for an array without one
+        return held[0]
     if len(fitting) != 1:
         raise UserError(
             f"{where}: expected one array named {' or '.join(names)}; the file has "
@@ -199,6 +234,11 @@ def from_arrays(
         hint = "; move the channels to the last axis" if x.shape[1] in (1, 3) else ""
         raise UserError(
             f"{key}: the array is {list(x.shape)}; expected [N, H, W, C] with 1 or 3 channels{hint}"
+        )
+    if x.ndim == 3 and x.shape[2] in (1, 3, 4) and x.shape[1] != x.shape[2]:
+        raise UserError(
+            f"{key}: the array is {list(x.shape)}, likelier one picture than {len(x)} grey pictures of "
+            f"{x.shape[1]}x{x.shape[2]}; store [N, H, W, C], or [N, H, W, 1] if it is what it says"
         )
     if not integers:
         _check_floats(x, key)
@@ -280,13 +320,22 @@ def check_labels(
     low, high = int(label.min()), int(label.max())
     if low < 0 or (classes is not None and high >= classes):
         top = "K - 1" if classes is None else classes - 1
-        raise UserError(f"{key}: got labels from {low} to {high}; expected 0 to {top}")
+        bad = (label < 0) | (label >= (high + 1 if classes is None else classes))
+        raise UserError(
+            f"{key}: got labels from {low} to {high}; expected 0 to {top}; first sample "
+            f"{int(bad.argmax())}"
+        )
     used = np.unique(label)
     if classes is None and len(used) != high + 1:
         unused = next(k for k, value in enumerate(used) if k != value)
         raise UserError(
             f"{key}: labels go up to {high}, but only {len(used)} values are used, and for example not "
             f"{unused}; number the classes 0 to K - 1"
+        )
+    if classes is None and len(used) == count > 1:
+        raise UserError(
+            f"{key}: {count} samples have {count} different labels; these are numbers of samples, not "
+            "classes; name another column or array, or leave labels out"
         )
     return label.astype(np.int64), high + 1 if classes is None else classes
 
@@ -304,20 +353,23 @@ def hugging_face(config: "DataConfig", key: str) -> SourceData:
     require("datasets", "data", f"{key}.source=images")
     import datasets
 
-    rows, digest = hub.open_rows(config.path, config.split, config.subset, config.revision, key)
+    rows, digest, notes = hub.open_rows(
+        config.path, config, key, config.image_column, config.labels
+    )
+    if not len(rows):
+        raise UserError(f"{key}.path={config.path} holds no rows")
     image = hub.image_column(rows.features, config.image_column, key)
     label = hub.label_column(rows.features, config.label_column, key) if config.labels else None
     rows = rows.cast_column(image, datasets.Image())
     digest = digest or hub.digest_rows(rows, image, label)
-    memory = config.memory << 20
-    read = images.Rows(rows, image, config.size, config.channels, memory, config.threads, key)
+    read = images.Rows(rows, image, config, key)
+    found = SourceData(read, len(rows), read.shape, digest, notes=(*notes, *read.notes))
     if label is None:
-        return SourceData(read, len(rows), read.shape, digest)
+        return found
     feature = rows.features[label]
     known = feature.num_classes if isinstance(feature, datasets.ClassLabel) else None
-    values = np.array(rows.with_format("numpy")[label][:])
-    values, classes = check_labels(values, len(rows), key, known)
-    return SourceData(read, len(rows), read.shape, digest, values, classes)
+    values, classes = check_labels(hub.label_values(rows, label, key), len(rows), key, known)
+    return replace(found, label=values, classes=classes)
 
 
 SOURCES: dict[str, Callable[["DataConfig", str], SourceData]] = {

@@ -162,6 +162,8 @@ def test_lists_that_cannot_be_read(inside):
     lines("a.txt", *TEXTS)
     lines("c.jsonl", json.dumps({"caption": "fox", "text": "owl", "n": 1}))
     lines("d.jsonl", json.dumps({"n": 1}))
+    tar_of("cut.tar", [{"txt": text} for text in TEXTS])
+    (inside / "cut.tar").write_bytes((inside / "cut.tar").read_bytes()[:2048])
     lines("broken.csv", "prompt", '"fox')
     (inside / "broken.tar").write_bytes(b"no tar" * 200)
     (inside / "broken.parquet").write_bytes(b"no parquet")
@@ -176,8 +178,9 @@ def test_lists_that_cannot_be_read(inside):
         "c.jsonl": "several columns can be the prompts; set column; the columns are caption, text, n",
         "d.jsonl": "no column can be the prompts; set column; the columns are n",
         "broken.csv": "broken.csv cannot be read: unexpected end of data",
-        "broken.tar": "broken.tar cannot be read: ",
-        "broken.parquet": "cannot be read: ",
+        "broken.tar": "broken.tar is not a whole tar: it begins like no tar",
+        "cut.tar": "cut.tar is not a whole tar: it is cut off",
+        "broken.parquet": "broken.parquet is not a whole parquet file: ",
         "saved": "saved cannot be read: ",
         "a/b/c": "does not exist; expected a folder, a file, a glob, or a name on the hub",
         "an-owner/a-set": "the hub cannot be reached",
