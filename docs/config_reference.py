@@ -9,6 +9,7 @@ from flowmatch.config import Config, describe
 STAGES = {  # stage -> its config, and the section of an experiment that holds it
     "train_flow": ("FlowConfig", "flow"),
     "generate_pairs": ("PairsConfig", "pairs"),
+    "encode_prompts": ("EncodeConfig", "conditions"),
     "train_classifier": ("ClassifierConfig", "features, classifier"),
     "reflow": ("ReflowConfig", "reflow"),
     "evaluate": ("EvaluateConfig", "evaluate"),

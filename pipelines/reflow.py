@@ -86,6 +86,12 @@ class ReflowConfig(StageConfig):
         None, "the prompts of the pairs, for a pipeline that reads text"
     )
     call: CallConfig = option(CallConfig(), "with prompts: arguments of the pipeline's call")
+    conditions: str | None = option(
+        None,
+        "with prompts: a finished encode_prompts of them, so that no text encoder is loaded; default: "
+        "encode the prompts of each batch",
+        run=True,
+    )
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -206,7 +212,8 @@ def load(config: ReflowConfig, device: str) -> "Teacher":
     from flowmatch.models import text
 
     prompts, call, place = config.prompts, config.call, config.pipeline
-    return text.load(config.start, "start", prompts, call, pipeline=place, device=device)
+    more: Any = {"pipeline": place, "rows": config.conditions, "device": device}
+    return text.load(config.start, "start", prompts, call, **more)
 
 
 def run(plan: Plan) -> None:

@@ -1,7 +1,15 @@
 """Stages in this process, and the small U-Net that tests give them."""
 
 from flowmatch.runs.command import execute, load
-from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
+from pipelines import (
+    encode_prompts,
+    evaluate,
+    export,
+    generate_pairs,
+    reflow,
+    train_classifier,
+    train_flow,
+)
 
 UNET = {
     "block_out_channels": [8, 8],
@@ -15,6 +23,7 @@ MODELS = {
     train_flow: train_flow.FlowConfig,
     train_classifier: train_classifier.ClassifierConfig,
     generate_pairs: generate_pairs.PairsConfig,
+    encode_prompts: encode_prompts.EncodeConfig,
     reflow: reflow.ReflowConfig,
     evaluate: evaluate.EvaluateConfig,
     export: export.ExportConfig,

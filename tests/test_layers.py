@@ -23,7 +23,15 @@ ALONE = (  # copied beside weights, or run as a script
 )
 SLOW = {"diffusers", "accelerate", "datasets", "torchmetrics", "scipy", "sklearn", "matplotlib"}
 SLOW |= {"torchdiffeq"}  # it brings scipy
-STAGES = ["train_flow", "generate_pairs", "reflow", "train_classifier", "evaluate", "export"]
+STAGES = [
+    "train_flow",
+    "generate_pairs",
+    "encode_prompts",
+    "reflow",
+    "train_classifier",
+    "evaluate",
+    "export",
+]
 MODULES = sorted(p for p in (ROOT / "flowmatch").glob("*/*.py") if p.stem != "__init__")
 
 

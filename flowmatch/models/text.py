@@ -23,9 +23,10 @@ from flowmatch.data.config import PromptsConfig
 from flowmatch.data.prompts import PromptList
 from flowmatch.flow.config import SolverConfig
 from flowmatch.models import learn, networks
-from flowmatch.models.conditions import Encoded
+from flowmatch.models.conditions import Conditions, Encoded
 from flowmatch.models.config import CallConfig
 from flowmatch.models.digest import module_digest, network_digest
+from flowmatch.models.rows import Stored
 from flowmatch.models.script import Script
 from flowmatch.models.teachers import TRAINED, Teacher, run_of
 from flowmatch.models.text_velocity import TextVelocity, ZeroTerminal, betas_of
@@ -96,6 +97,7 @@ class TextTeacher(Teacher):
         call: Arguments of its call.
         prompts: The prompts.
         schedule: Where its network predicts v for a student's form: after a reflow of a diffusion.
+        table: Conditions that were encoded before; then `pipe` has no text encoders, and is not run.
     """
 
     pipe: Any = None
@@ -103,6 +105,7 @@ class TextTeacher(Teacher):
     call: dict[str, Any] = None  # type: ignore[assignment]
     prompts: PromptList = None  # type: ignore[assignment]
     schedule: ZeroTerminal | None = None
+    table: Conditions | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -152,7 +155,11 @@ class TextTeacher(Teacher):
         negative = self.prompts.negative
         return self.call | ({} if negative is None else {"negative_prompt": negative})
 
-    def conditions(self) -> Encoded:
+    def conditions(self) -> Conditions:
+        """Return its conditions: a table that was made before, or encoded when they are asked for."""
+        return self.table or self.encoded()
+
+    def encoded(self) -> Encoded:
         """Return its conditions, encoded when they are asked for."""
         prompts = self.prompts
         null = prompts.negative or ""
@@ -200,7 +207,10 @@ def is_pipeline(path: str | os.PathLike[str]) -> bool:
 
 
 def open_pipeline(
-    path: str | os.PathLike[str], key: str, dtype: torch.dtype = torch.float32
+    path: str | os.PathLike[str],
+    key: str,
+    dtype: torch.dtype = torch.float32,
+    texts: bool = True,
 ) -> Any:
     """Load a diffusers pipeline from a folder or from the hub.
 
@@ -208,6 +218,7 @@ def open_pipeline(
         path: A folder, or a name on the hub.
         key: Name of the config's key, for the messages.
         dtype: Of its weights.
+        texts: Whether its text encoders are loaded.
 
     Returns:
         The pipeline, on the CPU.
@@ -221,7 +232,12 @@ def open_pipeline(
     from flowmatch.models.diffusion import read_index
 
     index = read_index(path, key)
-    empty = {name: None for name, value in index.items() if value == [None, None]}
+    encoders = () if texts else ("text_encoder", "vae", "image_encoder", "safety_checker")
+    empty = {
+        name: None
+        for name, value in index.items()
+        if value == [None, None] or (isinstance(value, list) and name.startswith(encoders))
+    }
     try:
         with quiet():
             return diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **empty)
@@ -237,6 +253,7 @@ def load(
     call: CallConfig,
     *,
     pipeline: str | None = None,
+    rows: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> TextTeacher:
@@ -249,6 +266,8 @@ def load(
         prompts: The prompts.
         call: Arguments of the pipeline's call.
         pipeline: The pipeline of a run folder.
+        rows: A sealed folder of encode_prompts, made with this pipeline and call. Its text encoders are
+            not loaded then, and nothing is run.
         dtype: Of the weights of a teacher.
         device: Where it is watched; it stays there.
 
@@ -267,10 +286,15 @@ def load(
     if trained is None and not is_pipeline(path) and Path(path).is_dir():
         raise UserError(f"{where} is no pipeline with a text encoder; leave prompts out")
     listed, given = lists.load(prompts), call.model_dump()
-    pipe = open_pipeline(source, key if trained is None else "pipeline", dtype)
+    table = None if rows is None else Stored(rows, "conditions", device)
+    pipe = open_pipeline(source, key if trained is None else "pipeline", dtype, table is None)
     pipe.to(device)
-    script = learn.learn(pipe, given | _negative(listed), where)
-    if not prompts.truncate:
+    if table is None:
+        script = learn.learn(pipe, given | _negative(listed), where)
+    else:
+        script = Script.of(table.sealed["facts"]["script"])
+        check_rows(table, pipe, listed, given)
+    if table is None and not prompts.truncate:
         check_lengths(pipe, listed, given, "prompts")
     net, schedule, round_ = getattr(pipe, script.network), None, 0
     features: tuple[str, ...] = ()
@@ -292,7 +316,31 @@ def load(
         call=given,
         prompts=listed,
         schedule=schedule,
+        table=table,
     )
+
+
+def check_rows(table: Stored, pipe: Any, prompts: PromptList, call: dict[str, Any]) -> None:
+    """Check that stored conditions were made with a pipeline, a list of prompts, and a call.
+
+    Raises:
+        UserError: They were made with others.
+    """
+    facts = table.sealed["facts"]
+    ours = {
+        "pipeline": type(pipe).__name__,
+        "call": call,
+        "prompts": {"count": len(prompts), "digest": prompts.digest},
+    }
+    theirs = {"pipeline": facts["script"]["pipeline"]} | {n: facts[n] for n in ("call", "prompts")}
+    faults = [
+        f"conditions={table.folder} was made with {name} {theirs[name]}; here it is {ours[name]}: "
+        "repeat encode_prompts with these, or leave conditions out"
+        for name in ours
+        if ours[name] != theirs[name]
+    ]
+    if faults:
+        raise UserError(faults)
 
 
 def _negative(prompts: PromptList) -> dict[str, str]:

@@ -19,6 +19,7 @@ CHAIN = {  # section -> its stage, in the order of the chain
     "flow": "train_flow",
     "pairs": "generate_pairs",
     "features": "train_classifier",
+    "conditions": "encode_prompts",
     "reflow": "reflow",
     "classifier": "train_classifier",
     "evaluate": "evaluate",
@@ -225,6 +226,8 @@ class Experiment:
             found["teacher" if stage == "generate_pairs" else "start"] = start
         elif stage == "reflow" and "teacher" in self.shared:
             found["start"] = self.shared["teacher"]
+        if stage == "reflow" and self.has("conditions"):
+            found["conditions"] = "conditions"
         if stage == "reflow":
             found["pairs"] = ["pairs" if k == 1 else f"pairs_{k}"]
             loss = values.get("loss")
@@ -248,7 +251,7 @@ class Experiment:
             known = isinstance(value, str) and self.has(value)
             return self.folder(value) if known else value
 
-        for key in ("teacher", "start", "student", "evaluation", "classifier"):
+        for key in ("teacher", "start", "student", "evaluation", "classifier", "conditions"):
             if key in values:
                 values[key] = place(values[key])
         if isinstance(pairs := values.get("pairs"), str | dict):

@@ -15,7 +15,7 @@ from flowmatch.models.config import CallConfig
 from flowmatch.models.watch import run as run_pipeline
 from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import manifest
-from pipelines import generate_pairs, reflow
+from pipelines import encode_prompts, generate_pairs, reflow
 from tests import forked
 from tests.stages import run
 from tests.tiny import TINY
@@ -176,3 +176,68 @@ def test_a_list_that_grew_at_its_end_serves_the_pairs_of_before(made, tmp_path):
     listed, call = PromptsConfig(path=str(longer)), CallConfig(**call_of(name))
     start = text.load(folder / "pipe", "start", listed, call)
     reflow.check_match(start, [PairData(folder / "pairs")])
+
+
+def encode_words(name, folder, place, *more):
+    sizes = ["shard_size=4", "batch_size=2"]
+    return words(name, folder, f"teacher={folder}/pipe", f"run_dir={folder}/{place}", *sizes, *more)
+
+
+def test_stored_conditions_are_the_encoded_ones(made):
+    """Row by row, in any order and for the null prompt; and two workers write the same bytes."""
+    name, folder = made
+    run(encode_prompts, *encode_words(name, folder, "rows"))
+    listed, call = PromptsConfig(path=f"{folder}/prompts.txt"), CallConfig(**call_of(name))
+    live = text.load(folder / "pipe", "start", listed, call).conditions()
+    start = text.load(folder / "pipe", "start", listed, call, rows=f"{folder}/rows")
+    stored = start.conditions()
+    assert start.pipe.text_encoder is None
+    ids = torch.tensor([5, 0, 3, 3])  # 5 is the null prompt
+    assert_close(stored.rows(ids), live.rows(ids))
+    fit = ["fit.steps=3", "fit.batch_size=4", "fit.log_every=1"]
+    base = words(name, folder, f"start={folder}/pipe", f"pairs={folder}/pairs", *fit)
+    run(reflow, *base, f"run_dir={folder}/live")
+    run(reflow, *base, f"run_dir={folder}/stored", f"conditions={folder}/rows")
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / place / "metrics.jsonl").open()]
+        for place in ("live", "stored")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def assert_close(ours, theirs):
+    if isinstance(ours, torch.Tensor):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_close(ours[key], theirs[key])
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_close(one, other)
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.slow
+def test_two_workers_encode_the_same_bytes(made):
+    name, folder = made
+    run(encode_prompts, *encode_words(name, folder, "one"))
+    module = "pipelines.encode_prompts"
+    forked.run_ranks(2, [module, *encode_words(name, folder, "both", "device=cpu")], check=True)
+    files = sorted(p.name for p in (folder / "one").glob("*.safetensors"))
+    assert len(files) == 3
+    for file in [*files, "manifest.json"]:
+        assert (folder / "one" / file).read_bytes() == (folder / "both" / file).read_bytes()
+
+
+def test_stored_conditions_of_something_else_are_refused(made, tmp_path):
+    name, folder = made
+    run(encode_prompts, *encode_words(name, folder, "rows"))
+    other = tmp_path / "prompts.txt"
+    other.write_text("a dog\n")
+    base = [f"start={folder}/pipe", f"pairs={folder}/pairs", f"run_dir={tmp_path}/reflow"]
+    base += ["fit.steps=1", "fit.batch_size=4", f"conditions={folder}/rows"]
+    with pytest.raises(UserError, match="rows was made with prompts .* here it is"):
+        run(reflow, *words(name, folder, *base), f"prompts={other}")
