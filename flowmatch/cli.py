@@ -31,6 +31,8 @@ usage:
       --accelerate FILE  Accelerate's config file (default: one GPU, or two CPU processes)
       --launcher WORDS   start each stage with these words instead of `accelerate launch`
   flowmatch new NAME [--from EXPERIMENT]          write NAME.yaml, an experiment of your own
+  flowmatch new NAME --teacher PIPELINE --prompts LIST
+                                                  the same for a pipeline that reads text
   flowmatch STAGE CONFIG [key=value ...]          run one stage or section of an experiment
       --dry-run          print the config and the plan, and stop
       --help             print every key of the stage
