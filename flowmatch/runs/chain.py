@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmatch.config import NotReady, UserError, closest, dump, expanded, together, validate
-from flowmatch.runs import folder, storage
+from flowmatch.runs import command, folder, storage
 from flowmatch.runs.command import Stage, exit_codes
 from flowmatch.runs.config import PREEMPTED, StageConfig
 from flowmatch.runs.experiment import Experiment, find_config, root, stage_module
@@ -119,7 +120,7 @@ class Chain:
     def _prepare(self) -> None:
         """Choose the launcher, and how many processes it starts."""
         call = self.call
-        self.file, self.processes = "", call.processes or 1
+        self.file, self.processes, self.forks = "", call.processes or 1, False
         if call.launcher:
             return
         has_gpu = (
@@ -135,6 +136,8 @@ class Chain:
         self.processes = call.processes or int(read_yaml(self.file).get("num_processes", 1))
         if not has_gpu:
             os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the cores
+            # a fork of a process whose torch has had more threads than one waits for them for ever
+            self.forks = call.accelerate is None and os.environ["OMP_NUM_THREADS"] == "1"
 
     def _plan(self, todo: list[Link]) -> None:
         """Plan each stage; an input that an earlier stage makes may be missing."""
@@ -176,6 +179,10 @@ class Chain:
             os.environ.get("PYTHONPATH", ""),
         ]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        if self.forks:
+            return _fork(
+                partial(_ranks, link.stage, words, 1 if link.stage.alone else self.processes)
+            )
         if self.call.launcher:
             child = [*shlex.split(self.call.launcher), "-m", module, *words]
         elif link.stage.alone:
@@ -216,6 +223,37 @@ def _counted_as(processes: int) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def _ranks(stage: Stage, words: list[str], count: int) -> int:
+    """Run the ranks of a stage as forks of this process, which has imported their libraries."""
+    from torch.multiprocessing import (
+        ProcessExitedException,
+        ProcessRaisedException,
+        start_processes,
+    )
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def rank(number: int) -> None:
+        for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # not the chain's handlers
+            signal.signal(ending, signal.SIG_DFL)
+        if count > 1:
+            os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command.main(stage, words)
+
+    signal.signal(signal.SIGTERM, lambda *_: None)  # it comes to the ranks, too, which save
+    try:
+        start_processes(rank, nprocs=count, start_method="fork")
+    except ProcessExitedException as error:
+        return error.exit_code if error.exit_code >= 0 else 128 - error.exit_code
+    except ProcessRaisedException as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def _accelerate(file: str, module: str, words: list[str], environment: dict[str, str]) -> int:

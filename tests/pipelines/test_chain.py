@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 import flowmatch
 from flowmatch import cli
 from flowmatch.pairs.dataset import PairData
-from flowmatch.runs import manifest
+from flowmatch.runs import chain, manifest
 from tests import forked
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def call(folder, *words, **environment):
 
 @pytest.fixture(scope="module")
 def two_rounds(tmp_path_factory):
-    """A small ring in two rounds, each stage by `accelerate launch` with two processes."""
+    """A small ring in two rounds, each stage in two processes that the command forks."""
     folder = tmp_path_factory.mktemp("two rounds")
     few = "pairs_2.solver={name: ab2, grid: shift, shift: 9, steps: 2}"
     words = ["run", "ring", *SMALL, few, "reflow_2.fit.steps=3", "pairs.seed=5"]
@@ -195,6 +196,27 @@ def test_version_help_and_completion(capsys, monkeypatch):
     assert complete("flowmatch distil digits times.ze") == ["times.zero="]
 
 
+@pytest.mark.parametrize(("end", "status"), [("exit", 75), ("kill", 137), ("raise", 1)])
+def test_ranks_are_forks_and_the_first_that_fails_ends_them(end, status, tmp_path, monkeypatch):
+    here = {"of": "this process"}
+
+    def stage(_, words):
+        rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        (tmp_path / rank).write_text(f"{words} {size} {here}")
+        while rank == "0" or not (tmp_path / "0").exists():
+            time.sleep(0.01)
+        if end == "raise":
+            raise OSError("the cause of it all")
+        if end == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        sys.exit(75)
+
+    monkeypatch.setattr(chain.command, "main", stage)
+    child = chain._fork(partial(chain._ranks, None, ["a=1"], 2))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+    assert {(tmp_path / rank).read_text() for rank in "01"} == {f"['a=1'] 2 {here}"}
+
+
 @pytest.mark.slow
 def test_a_chain_that_is_stopped_saves_and_goes_on(tmp_path):
     """SIGTERM to the command alone: the stage saves, exit 75; the same command resumes."""
@@ -229,10 +251,11 @@ def test_a_chain_that_is_stopped_saves_and_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stage_that_fails_ends_the_chain_with_its_own_exit_code(tmp_path):
-    """Two processes under `accelerate launch`: 2, not the launcher's 1, and no later stage."""
+@pytest.mark.parametrize("way", [[], ["--accelerate", str(ROOT / "configs/accelerate/cpu_2.yaml")]])
+def test_a_stage_that_fails_ends_the_chain_with_its_own_exit_code(way, tmp_path):
+    """Two processes, forked or by `accelerate launch`: 2, not the launcher's 1; no later stage."""
     words = ["run", "ring", *SMALL, "flow.fit.lr=1e30", "flow.fit.steps=50", "flow.fit.log_every=5"]
-    done = call(tmp_path, *words)
+    done = call(tmp_path, *words, *way)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "not finite" in done.stderr
     assert "pairs (2 of" not in done.stdout
