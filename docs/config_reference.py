@@ -13,6 +13,7 @@ STAGES = {  # stage -> its config, and the section of an experiment that holds i
     "train_classifier": ("ClassifierConfig", "features, classifier"),
     "reflow": ("ReflowConfig", "reflow"),
     "evaluate": ("EvaluateConfig", "evaluate"),
+    "evaluate_prompts": ("EvaluatePromptsConfig", "evaluate (stage: evaluate_prompts)"),
     "export": ("ExportConfig", "export"),
 }
 

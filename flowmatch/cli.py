@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,10 @@ def find_command(name: str, words: list[str]) -> Callable[[list[str]], object]:
         return sample.main
     if name == "completion":
         return completion
-    if name in STAGES:
+    section = None
+    with suppress(UserError):  # of a config, which the stage reports
+        section = section_stage(name, words)  # `evaluate` may be a section of another stage
+    if name in STAGES and section in (None, name):
         return lambda rest: command.main(stage_of(name), rest)
     section = section_stage(name, words)
     if section is None:

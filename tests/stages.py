@@ -4,6 +4,7 @@ from flowmatch.runs.command import execute, load
 from pipelines import (
     encode_prompts,
     evaluate,
+    evaluate_prompts,
     export,
     generate_pairs,
     reflow,
@@ -26,6 +27,7 @@ MODELS = {
     encode_prompts: encode_prompts.EncodeConfig,
     reflow: reflow.ReflowConfig,
     evaluate: evaluate.EvaluateConfig,
+    evaluate_prompts: evaluate_prompts.EvaluatePromptsConfig,
     export: export.ExportConfig,
 }
 

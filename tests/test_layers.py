@@ -30,6 +30,7 @@ STAGES = [
     "reflow",
     "train_classifier",
     "evaluate",
+    "evaluate_prompts",
     "export",
 ]
 MODULES = sorted(p for p in (ROOT / "flowmatch").glob("*/*.py") if p.stem != "__init__")

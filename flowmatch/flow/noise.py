@@ -19,6 +19,7 @@ RING = 6  # samples of the 2-D ring
 DIRECTIONS = 7  # projections of the sliced Wasserstein distance
 TOY = 8  # exact samples of a closed-form target
 GROUP = 9  # order within a group of shards
+BOOTSTRAP = 10  # samples of a bootstrap
 
 
 def generator(seed: int, i: int, stream: int) -> np.random.Generator:

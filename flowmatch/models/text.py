@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +278,7 @@ def load(
         UserError: It cannot be loaded or learnt.
         NotReady: It is not made yet.
     """
-    where, (folder, name) = f"{key}={path}", run_of(path)
+    where, (folder, _) = f"{key}={path}", run_of(path)
     trained = manifest.find(folder, key, TRAINED) if manifest.sealed(folder) else None
     source = path if trained is None else pipeline
     if source is None:
@@ -296,27 +296,42 @@ def load(
         check_rows(table, pipe, listed, given)
     if table is None and not prompts.truncate:
         check_lengths(pipe, listed, given, "prompts")
-    net, schedule, round_ = getattr(pipe, script.network), None, 0
-    features: tuple[str, ...] = ()
-    if trained is not None:
-        manifest.verify(folder, key, trained)
-        facts = trained["facts"]
-        net = networks.load(folder / name, key).to(device, dtype)
-        setattr(pipe, script.network, net)
-        round_, features = facts["round"], tuple(facts.get("features", ()))
-        if facts.get("form") == "v":
-            schedule = ZeroTerminal(betas_of(pipe.scheduler))
-    return TextTeacher(
-        net.eval(),
+    teacher = TextTeacher(
+        getattr(pipe, script.network).eval(),
         digest_of(pipe, script),
-        round_,
-        features=features,
+        0,
         pipe=pipe,
         script=script,
         call=given,
         prompts=listed,
-        schedule=schedule,
         table=table,
+    )
+    if trained is None:
+        return teacher
+    student = with_network(teacher, path, key, trained)
+    setattr(pipe, script.network, student.net)
+    return replace(student, digest=digest_of(pipe, script))
+
+
+def with_network(
+    teacher: TextTeacher, path: str | os.PathLike[str], key: str, sealed: dict[str, Any]
+) -> TextTeacher:
+    """Load the network of a sealed run folder, with all else of a pipeline, which stays as it is."""
+    folder, name = run_of(path)
+    manifest.verify(folder, key, sealed)
+    weights, facts = next(teacher.net.parameters()), sealed["facts"]
+    net = networks.load(folder / name, key).to(weights.device).eval()
+    if weights.dtype != torch.float32:
+        net.to(weights.dtype)
+    schedule = ZeroTerminal(betas_of(teacher.pipe.scheduler)) if facts.get("form") == "v" else None
+    return replace(
+        teacher,
+        net=net,
+        digest=network_digest(net),
+        round=facts["round"],
+        one_step=facts.get("one_step", False),
+        features=tuple(facts.get("features", ())),
+        schedule=schedule,
     )
 
 
@@ -341,6 +356,42 @@ def check_rows(table: Stored, pipe: Any, prompts: PromptList, call: dict[str, An
     ]
     if faults:
         raise UserError(faults)
+
+
+TERMS = (
+    *("pipeline", "network", "sample", "time", "kind", "slope", "offset", "sign", "half"),
+    *("direction", "shape"),
+)  # of a script: how a network is called
+
+
+def load_student(teacher: TextTeacher, path: str | os.PathLike[str], key: str) -> TextTeacher:
+    """Load a student of a pipeline, with which it shares all but the network.
+
+    Args:
+        teacher: The pipeline.
+        path: A sealed run folder of a training stage with prompts.
+        key: Name of the config's key, for the messages.
+
+    Returns:
+        The student; its digest is that of its network.
+
+    Raises:
+        UserError: It is of another pipeline, or of none.
+        NotReady: It is not made yet.
+    """
+    folder, _ = run_of(path)
+    sealed = manifest.read(folder, key, TRAINED)
+    script, own = sealed["facts"].get("script"), teacher.script.entries()
+    if script is None:
+        raise UserError(
+            f"{key}={path} was trained without prompts; name a run of reflow with prompts"
+        )
+    terms = [f"{n}: {own[n]} -> {script.get(n)}" for n in TERMS if script.get(n) != own[n]]
+    if terms:
+        raise UserError(
+            f"{key}={path} is of another pipeline than teacher: {'; '.join(terms)}; name its own teacher"
+        )
+    return with_network(teacher, path, key, sealed)
 
 
 def _negative(prompts: PromptList) -> dict[str, str]:

@@ -37,6 +37,12 @@ class ZeroTerminal:
         steps = np.arange(len(self.times))[::-1]
         return torch.from_numpy(np.interp(t.double().cpu().numpy(), self.times, steps)).to(t)
 
+    def grid(self, steps: int) -> Tensor:
+        """Return the times of so many steps of DDIM with trailing spacing, float64 [steps + 1]."""
+        count = len(self.times)
+        chosen = np.round(np.arange(count, 0, -count / steps))[:steps].astype(int) - 1
+        return torch.tensor([*self.times[count - 1 - chosen], 1.0], dtype=torch.float64)
+
 
 class TextVelocity(Velocity):
     """The velocity of a pipeline's network, in the terms that were learnt by watching.

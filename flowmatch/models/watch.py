@@ -95,6 +95,10 @@ class Watch:
         first_only: Stop at the first call of the network.
         count: Stop after so many steps.
         before: Called before each call of the network; it may raise.
+        end: Replaces the state after each step, and so what the pipeline decodes.
+
+    Attributes:
+        result: What the pipeline returned, where it ran to its end.
     """
 
     pipe: Any
@@ -104,6 +108,8 @@ class Watch:
     first_only: bool = False
     count: int | None = None
     before: Callable[[], None] | None = None
+    end: Tensor | None = None
+    result: Any = None
     steps: list[Step] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)  # since the last step
     _undo: list[Callable[[], None]] = field(default_factory=list)
@@ -175,6 +181,12 @@ class Watch:
             before = sample.detach().clone()
             result = step(*given.args, **given.kwargs)
             after = result[0] if isinstance(result, tuple) else result.prev_sample
+            if self.end is not None:
+                after = self.end.to(after)
+                if isinstance(result, tuple):
+                    result = (after, *result[1:])
+                else:
+                    result.prev_sample = after
             self.steps.append(
                 Step(
                     self.calls,
@@ -222,8 +234,11 @@ def run(
     first_only: bool = False,
     count: int | None = None,
     before: Callable[[], None] | None = None,
+    end: Tensor | None = None,
 ) -> Watch:
-    """Run a pipeline on prompts and watch it; pictures are not decoded where it can be helped.
+    """Run a pipeline on prompts and watch it.
+
+    Pictures are not decoded where it can be helped, unless the state at the end is given: `end`.
 
     Args:
         pipe: The pipeline.
@@ -237,6 +252,7 @@ def run(
         first_only: As in `Watch`.
         count: As in `Watch`.
         before: As in `Watch`.
+        end: As in `Watch`; the result then holds arrays.
 
     Returns:
         What was seen.
@@ -248,7 +264,7 @@ def run(
             arguments[name] = [call[name]] * len(prompts)
     usual = {
         "generator": torch.Generator().manual_seed(seed),
-        "output_type": "latent",
+        "output_type": "latent" if end is None else "np",
         "latents": None
         if inject or latents is None
         else latents.clone(),  # changed in place by some
@@ -256,10 +272,10 @@ def run(
     arguments |= {name: value for name, value in usual.items() if name in known}
     pipe.set_progress_bar_config(disable=True)
     put = latents if inject else None
-    watch = Watch(pipe, network, put, answer, first_only, count, before)
+    watch = Watch(pipe, network, put, answer, first_only, count, before, end)
     with torch.random.fork_rng(devices=[]), watch as seen:
         torch.default_generator.manual_seed(seed)  # of what takes no generator
-        pipe(**arguments)
+        seen.result = pipe(**arguments)
     return seen
 
 

@@ -20,7 +20,7 @@ from flowmatch.config import NotReady, UserError, closest, dump, expanded, toget
 from flowmatch.runs import command, folder, storage
 from flowmatch.runs.command import Stage, exit_codes
 from flowmatch.runs.config import PREEMPTED, StageConfig
-from flowmatch.runs.experiment import Experiment, find_config, root, stage_module
+from flowmatch.runs.experiment import EVALUATIONS, Experiment, find_config, root, stage_module
 from flowmatch.runs.process import say
 from flowmatch.runs.values import parse_word, read_yaml
 
@@ -195,7 +195,7 @@ class Chain:
         tables = [
             Path(link.config.run_dir) / "table.md"
             for link in self.links
-            if link.stage.name == "evaluate"
+            if link.stage.name in EVALUATIONS
         ]
         for table in tables[-1:]:
             if table.is_file():

@@ -25,12 +25,14 @@ CHAIN = {  # section -> its stage, in the order of the chain
     "evaluate": "evaluate",
     "export": "export",
 }
-STAGES = tuple(dict.fromkeys(CHAIN.values()))
+STAGES = (*dict.fromkeys(CHAIN.values()), "evaluate_prompts")
+EVALUATIONS = ("evaluate", "evaluate_prompts")
 _FIELDS = (
     "data net fit coupling times loss teacher shards shard_size block compute_batch solver guidance "
     "dtype precision compile lease_seconds start objective student reference samples steps "
     "student_solver converged_solver converged_steps converged_tolerance distance training_samples "
-    "inception_weights held_out batch_size lr evaluation device seed prompts call pipeline x0"
+    "inception_weights held_out batch_size lr evaluation device seed prompts call pipeline x0 "
+    "per_prompt classes judge"
 )
 SHARED = set(_FIELDS.split())  # the fields of all stages that may stand at the top of an experiment
 FOLDERS = (
@@ -158,8 +160,8 @@ class Experiment:
     def section_for(self, stage: str, asked: str | None = None) -> str:
         """Choose the section that a stage reads. Raises UserError where there is none."""
         if asked is None:
-            for section, name in CHAIN.items():
-                if name == stage and self.has(section):
+            for section in CHAIN:
+                if self.has(section) and self.stage_of(section) == stage:
                     return section
             known = ", ".join(self.sections)
             raise UserError(f"{self.file}: no section for {stage}; sections: {known}")
@@ -204,7 +206,7 @@ class Experiment:
         if k > 1:
             first = {n: v for n, v in self.sections.get(base, {}).items() if n not in FOLDERS}
             values = merge({n: v for n, v in values.items() if n not in FOLDERS}, deepcopy(first))
-            if "teacher" in self.shared and stage == "evaluate":
+            if "teacher" in self.shared and stage in EVALUATIONS:
                 values["teacher"] = self.shared["teacher"]
             if stage == "generate_pairs":
                 values["seed"] = values.get("seed", 0) + k - 1
@@ -233,9 +235,9 @@ class Experiment:
             loss = values.get("loss")
             if isinstance(loss, dict) and loss.get("name") == "feature" and self.has("features"):
                 values["loss"] = {"features": self.folder("features")} | loss
-        if stage in ("evaluate", "export") and self.has("reflow"):
+        if stage in (*EVALUATIONS, "export") and self.has("reflow"):
             found["student"] = last
-        if stage == "evaluate":
+        if stage in EVALUATIONS:
             if self.has("flow"):
                 found["teacher"] = "flow"
             if self.has("classifier") and values.get("features", "classifier") == "classifier":

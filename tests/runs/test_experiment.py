@@ -18,6 +18,7 @@ from flowmatch.runs.values import parse_word, read_yaml
 from pipelines import (
     encode_prompts,
     evaluate,
+    evaluate_prompts,
     export,
     generate_pairs,
     reflow,
@@ -30,6 +31,7 @@ MODELS = {
     for module in (
         encode_prompts,
         evaluate,
+        evaluate_prompts,
         export,
         generate_pairs,
         reflow,
@@ -75,6 +77,20 @@ def test_the_table_of_shared_fields_is_that_of_the_stages():
     fields = {name for model in MODELS.values() for name in model.model_fields}
     assert fields - set(CHAIN) - {"run_dir"} == SHARED
     assert set(STAGES) == set(MODELS)
+
+
+def test_the_section_of_evaluation_may_be_on_prompts():
+    texts = {"path": "p.txt", "held_out": 0.1}
+    evaluation = {"stage": "evaluate_prompts", "classes": ["zero", "one"], "samples": 8}
+    mine = make(evaluate=evaluation, teacher="a/pipeline", prompts=texts, without=("flow",))
+    assert mine.section_for("evaluate_prompts") == "evaluate"
+    assert "evaluate" in mine.chain(1)
+    with pytest.raises(UserError, match="no section for evaluate;"):
+        mine.section_for("evaluate")
+    found = config(mine, "evaluate")
+    assert (found.teacher, found.student) == ("a/pipeline", "runs/mine/reflow")
+    assert (found.prompts.held_out, found.reference.path) == (0.1, "b")
+    assert found.run_dir == "runs/mine/evaluate"
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -1,0 +1,450 @@
+"""Evaluation on prompts, without a reference set: how near a student is to its teacher's own run.
+
+Held-out prompts, the same noise for all rows, from a stream that no pair uses. The teacher's own run,
+with its scheduler and its guidance, is the target; the teacher with fewer steps stands beside the
+student. Pictures are decoded by the pipeline itself. Nothing is trained here.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from flowmatch.config import UserError, dump, option, require, required, together
+from flowmatch.data.config import DataConfig, PromptsConfig
+from flowmatch.models.config import CallConfig, Precision
+from flowmatch.runs import command, folder, process
+from flowmatch.runs.config import StageConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flowmatch.data.dataset import Data
+    from flowmatch.evaluation.feature_choice import FeatureChoice
+    from flowmatch.evaluation.prompt_rows import Draw, Row
+    from flowmatch.evaluation.prompt_scoring import Judge, Scores
+    from flowmatch.models.decoding import Decoder
+    from flowmatch.models.text import TextTeacher
+
+
+class EvaluatePromptsConfig(StageConfig):
+    """Config of the evaluation on prompts."""
+
+    stage: ClassVar[str] = "evaluate_prompts"
+
+    teacher: str = required(
+        "the teacher: a pipeline that reads text, or a finished training stage of one", run=True
+    )
+    student: str | None = option(
+        None,
+        "the student: a finished reflow with prompts; null measures the teacher alone",
+        run=True,
+    )
+    pipeline: str | None = option(
+        None, "with a run folder as the teacher: the pipeline of its network", run=True
+    )
+    prompts: PromptsConfig = required("the prompts; those of prompts.held_out are drawn")
+    call: CallConfig = option(CallConfig(), "arguments of the pipeline's call, those of the pairs")
+    steps: list[int] = option(
+        [1, 2, 4], "numbers of steps: a row of the teacher and of the student for each"
+    )
+    samples: int = option(256, "samples a row: pairs of a prompt and noise", ge=2)
+    per_prompt: int = option(
+        4, "samples of the same prompt, for the diversity within it; 1 does not measure it", ge=1
+    )
+    compute_batch: int = option(16, "samples that are run together", ge=1)
+    precision: Precision = option(
+        "fp32", "the pipeline's arithmetic; bf16: its weights are loaded in bfloat16"
+    )
+    classifier: str | None = option(
+        None,
+        "finished folder of train_classifier on pictures like those of the pipeline: the features of "
+        "the distance to reference, and the judge with classes",
+        run=True,
+    )
+    classes: list[str] = option(
+        [],
+        "a word for each class of classifier, in order: a picture is right if its class is the one "
+        "whose word its prompt has",
+    )
+    judge: str | None = option(
+        None,
+        "flowmatch.MODULE:FUNCTION that judges pictures [B, C, H, W] in [-1, 1], called with them, "
+        "their prompts and the classifier; it returns names and 1 (right), 0, or NaN (not asked for)",
+    )
+    reference: DataConfig | None = option(
+        None, "real pictures, of the size that the pipeline makes, for a Frechet distance"
+    )
+    features: Literal["classifier", "values", "inception"] = option(
+        "classifier", "with reference: features of the Frechet distance, as in evaluate"
+    )
+    inception_weights: str | None = option(
+        None, "file of Inception's weights from torch-fidelity; nothing is downloaded", run=True
+    )
+
+
+@dataclass
+class Plan(folder.Plan):
+    """The models, what decodes and judges their samples, and the draw of noise and prompts.
+
+    decode: None where the pipeline returns no pictures.
+    """
+
+    teacher: "TextTeacher"
+    student: "TextTeacher | None"
+    decode: "Decoder | None"
+    draw: "Draw"
+    real: "Data | None"
+    choice: "FeatureChoice"
+    judge: "Judge | None"
+
+
+def plan(config: EvaluatePromptsConfig) -> Plan:
+    """Check the config, and load models, data and judges."""
+    from flowmatch.data import dataset
+    from flowmatch.evaluation import feature_choice
+    from flowmatch.evaluation.prompt_rows import Draw
+    from flowmatch.models import text
+
+    def check_config() -> str:
+        require("matplotlib", "eval", "evaluate_prompts")
+        require("torchmetrics", "eval", "evaluate_prompts")
+        faults = []
+        if not config.steps or min(config.steps) < 1:
+            faults.append(f"steps={config.steps}: expected one or more numbers, from 1")
+        for name in ("samples", "compute_batch"):
+            if (given := getattr(config, name)) % config.per_prompt:
+                faults.append(
+                    f"{name}={given}: expected a multiple of per_prompt={config.per_prompt}"
+                )
+        if config.classes and config.judge:
+            faults.append("classes and judge both judge the pictures; leave one out")
+        if config.classes and config.classifier is None:
+            faults.append("classes are those of a classifier; set classifier=")
+        if config.classifier and not (config.classes or config.judge or config.reference):
+            faults.append("classifier has no effect; set classes= or reference=, or leave it out")
+        for name in ("features", "inception_weights"):
+            default = EvaluatePromptsConfig.model_fields[name].default
+            if config.reference is None and getattr(config, name) != default:
+                faults.append(f"{name} has no effect without reference; leave it out")
+        if faults:
+            raise UserError(faults)
+        return process.worker_device(process.pick_device(config.device))
+
+    def load_models() -> "tuple[TextTeacher, TextTeacher | None]":
+        teacher = load_teacher(config)
+        if config.student is None:
+            return teacher, None
+        return teacher, text.load_student(teacher, config.student, "student")
+
+    def load_reference() -> "Data | None":
+        if config.reference is None:
+            return None
+        return dataset.load(config.reference, "reference")
+
+    device, (teacher, student), real = together(check_config, load_models, load_reference)
+    draw = Draw(
+        config.seed, config.samples, config.per_prompt, teacher.prompts.texts, teacher.shape
+    )
+    decode, shape, reason = find_decoder(teacher)
+    choice, judge = together(
+        partial(choose_features, config, real, shape, reason),
+        partial(find_judge, config, shape, reason),
+    )
+    inputs = {"teacher": teacher.digest, "prompts": teacher.facts["prompts"]["digest"]}
+    if student is not None:
+        inputs["student"] = student.digest
+    if real is not None:
+        inputs["reference"] = real.digest
+    models: Any = {"teacher": teacher} | ({} if student is None else {"student": student})
+    if choice.module is not None:
+        feature_choice.check_independent(choice.module, models)
+    if config.classifier is not None:
+        from flowmatch.runs import manifest
+
+        inputs["classifier"] = manifest.digest(config.classifier)
+    inputs |= choice.inputs
+    groups = config.samples // config.per_prompt
+    shown = f"{reason}; compared as latents alone" if decode is None else f"{list(shape)}"
+    lines = [
+        f"{config.samples:,} samples a row: {groups:,} prompts, {config.per_prompt} of each, of "
+        f"{len(teacher.prompts):,} held out; pictures: {shown}",
+        f"{evaluations(config, teacher, student):,} network evaluations a sample in all rows, on "
+        f"{device}",
+        *teacher.lines[:1],
+    ]
+    if student is not None:
+        lines += remarks(config, teacher, student)
+    return Plan(config, inputs, lines, teacher, student, decode, draw, real, choice, judge)
+
+
+def load_teacher(config: EvaluatePromptsConfig) -> "TextTeacher":
+    """Load the teacher, with the held-out prompts in the place of those of training."""
+    import torch
+
+    from flowmatch.data.prompts import PromptList
+    from flowmatch.models import text
+
+    teacher = text.load(
+        config.teacher,
+        "teacher",
+        config.prompts,
+        config.call,
+        pipeline=config.pipeline,
+        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        device=process.worker_device(process.pick_device(config.device)),
+    )
+    texts = teacher.prompts.held_out
+    if not texts:
+        raise UserError(
+            "prompts has no held-out ones, and a student looks better on prompts of its training; set "
+            "prompts.held_out to a share such as 0.1, or to the path of another list"
+        )
+    listed = PromptList(texts, [], negative=teacher.prompts.negative)
+    if not config.prompts.truncate:
+        text.check_lengths(teacher.pipe, listed, teacher.call, "prompts.held_out")
+    return replace(teacher, prompts=listed)
+
+
+def find_decoder(teacher: "TextTeacher") -> "tuple[Decoder | None, tuple[int, ...], str]":
+    """Decode one sample; return the decoder, the shape of a picture, and why there is none."""
+    import torch
+
+    from flowmatch.models.decoding import Decoder
+    from flowmatch.models.learn import FAILURES
+
+    decode = Decoder(teacher.pipe, teacher.script, teacher.call)
+    try:
+        shown = decode(torch.zeros(1, *teacher.shape), teacher.prompts.texts[:1])
+    except (*FAILURES, UserError) as error:
+        told = " ".join(str(error).split())[:200]
+        return None, (), f"{teacher.script.pipeline} does not decode a state: {told}"
+    return decode, tuple(shown.shape[1:]), ""
+
+
+def choose_features(
+    config: EvaluatePromptsConfig, real: "Data | None", shape: tuple[int, ...], reason: str
+) -> "FeatureChoice":
+    """Choose the features of the distance to the reference."""
+    from flowmatch.evaluation import feature_choice
+
+    if real is None:
+        return feature_choice.FeatureChoice()
+    if shape[-3:] != real.shape:
+        made = reason or f"the pipeline makes {list(shape)}"
+        raise UserError(f"reference: holds {list(real.shape)}; {made}")
+    classifier = config.classifier if config.features == "classifier" else None
+    words = (config.features, classifier, config.inception_weights)
+    choice = feature_choice.choose_features(*words, "frechet", real)
+    if choice.untrained:
+        raise UserError(
+            "reference with features=classifier needs classifier=, a finished folder of "
+            "train_classifier; or use features=values, or features=inception with its weights"
+        )
+    return choice
+
+
+def find_judge(
+    config: EvaluatePromptsConfig, shape: tuple[int, ...], reason: str
+) -> "Judge | None":
+    """Load the judge, where there is one."""
+    import importlib
+
+    from flowmatch.evaluation import features, prompt_scoring
+
+    if not config.classes and config.judge is None:
+        return None
+    if reason:
+        raise UserError(f"there are no pictures to judge: {reason}; leave classes and judge out")
+    net = None
+    if config.classifier is not None:
+        net, facts = features.load(config.classifier, "classifier", shape[-3:])
+        net.to(process.worker_device(process.pick_device(config.device)))
+        if config.classes and len(config.classes) != facts["classes"]:
+            raise UserError(
+                f"classes={config.classes}: {len(config.classes)} words; the classifier has "
+                f"{facts['classes']} classes"
+            )
+    if config.judge is None:
+        assert net is not None, "checked before"
+        return prompt_scoring.by_words(net, config.classes)
+    module, _, name = config.judge.partition(":")
+    if not module.startswith("flowmatch.") or not name:
+        raise UserError(f"judge={config.judge}: expected flowmatch.MODULE:FUNCTION")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"judge={config.judge}: {error}") from None
+    return lambda pictures, prompts: function(pictures, prompts, net)
+
+
+def evaluations(
+    config: EvaluatePromptsConfig, teacher: "TextTeacher", student: "TextTeacher | None"
+) -> int:
+    """Count the network's evaluations of a sample in all rows, by the numbers of steps."""
+    each = teacher.script.evaluations // teacher.script.steps
+    few = sum(config.steps)
+    return teacher.script.evaluations + few * each + (0 if student is None else few)
+
+
+def remarks(
+    config: EvaluatePromptsConfig, teacher: "TextTeacher", student: "TextTeacher"
+) -> list[str]:
+    """Say what makes a comparison with this student unusual: one step only, another call."""
+    from flowmatch.config import differences
+    from flowmatch.evaluation import tables
+    from flowmatch.models import teachers
+    from flowmatch.runs import manifest
+
+    lines = [tables.ONE_STEP] if student.one_step and config.steps != [1] else []
+    facts = manifest.read(teachers.run_of(str(config.student))[0], "student")["facts"]
+    changed = differences(facts["call"], teacher.call)
+    if changed:
+        lines.append(f"the student's pairs were made with another call: {'; '.join(changed)}")
+    return lines
+
+
+def run(plan: Plan) -> None:
+    """Run all rows batch by batch, measure them, and seal the folder."""
+    if not process.leads():
+        return
+    from flowmatch.evaluation import prompt_results, report
+
+    config: EvaluatePromptsConfig = plan.config
+    with folder.RunFolder("evaluate_prompts", config, plan.inputs) as opened:
+        command.exit_on_sigterm()
+        rows, refused = rows_of(plan)
+        scores, pictures, prompts = sampled(plan, rows)
+        result = summary(plan, rows, refused, scores)
+        device = plan.teacher.pipe._execution_device
+        place = Path(opened.folder)
+        facts = report.machine(device, 1)
+        prompt_results.write(place, result, pictures, prompts, dump(config), facts)
+        opened.seal(["metrics.json"])
+        process.say(f"\n{prompt_results.markdown(result)}\nreport: {place / 'report.html'}")
+
+
+def rows_of(plan: Plan) -> "tuple[list[Row], dict[int, str]]":
+    """List the rows, and the numbers of steps that the teacher's pipeline cannot run."""
+    from flowmatch.evaluation import prompt_rows, tables
+
+    rows, refused = [prompt_rows.teacher_row(plan.teacher)], {}
+    for steps in plan.config.steps:
+        try:
+            shorter = prompt_rows.with_steps(plan.teacher, steps)
+        except UserError as error:
+            refused[steps] = str(error)
+            told = tables.steps_name(steps)
+            process.say(f"evaluate_prompts: the teacher has no row of {told}: {error}")
+            continue
+        row = prompt_rows.teacher_row(shorter, own=False)
+        rows.append(replace(row, steps=steps))
+    if plan.student is not None:
+        rows += [prompt_rows.student_row(plan.student, steps) for steps in plan.config.steps]
+    return rows, refused
+
+
+def sampled(plan: Plan, rows: "list[Row]") -> "tuple[Scores, dict[str, Tensor], list[str]]":
+    """Run all rows batch by batch; return their scores, and pictures of the first prompts."""
+    import torch
+    from tqdm import tqdm
+
+    from flowmatch.evaluation.prompt_results import COLUMNS
+    from flowmatch.evaluation.prompt_scoring import Scores
+    from flowmatch.models.precision import arithmetic, deterministic
+
+    config, texts = plan.config, plan.draw.texts
+    device = plan.teacher.pipe._execution_device
+    module = plan.choice.module
+    scores = Scores(
+        config.per_prompt,
+        plan.judge,
+        embedded=plan.real is not None,
+        module=None if module is None else module.to(device),
+        device=device,
+    )
+    kept: dict[str, list[Tensor]] = {row.name: [] for row in rows}
+    prompts: list[str] = []
+    total = config.samples * sum(row.evaluations for row in rows)
+    with (
+        torch.inference_mode(),
+        arithmetic(config.precision, device),
+        deterministic(),
+        tqdm(total=total, unit="evaluation", unit_scale=True, **process.bar_options()) as bar,
+    ):
+        for ids, x0, numbers in plan.draw.batches(config.compute_batch):
+            words = [texts[i] for i in numbers.tolist()]
+            shown = ids % config.per_prompt == 0
+            for row in rows:
+                bar.set_description(row.name)
+                x = row.carry(x0.to(device), numbers).float()
+                if not x.isfinite().all():
+                    raise UserError(f"{row.name}: samples contain NaN or inf; check the model")
+                seen = None if plan.decode is None else plan.decode(x, words)
+                if row.own:
+                    scores.begin(numbers, x, seen)
+                scores.add(row.name, x, seen, words)
+                if seen is not None and len(prompts) < COLUMNS:
+                    still = seen if seen.ndim == 4 else seen[:, seen.shape[1] // 2]
+                    kept[row.name] += still[torch.from_numpy(shown)]
+                bar.update(row.evaluations * len(ids))
+            if len(prompts) < COLUMNS:
+                prompts += [word for word, first in zip(words, shown, strict=True) if first]
+            told = [f"{r.name} {scores.rms(r.name):.3g}" for r in rows if not r.own]
+            bar.set_postfix_str(", ".join(told), refresh=False)
+    first = {name: torch.stack(found[:COLUMNS]) for name, found in kept.items() if found}
+    return scores, first, prompts[:COLUMNS]
+
+
+def summary(
+    plan: Plan, rows: "list[Row]", refused: dict[int, str], scores: "Scores"
+) -> dict[str, Any]:
+    """Gather the content of metrics.json."""
+    from flowmatch.data import dataset
+    from flowmatch.evaluation import features, metrics
+    from flowmatch.flow import noise
+
+    config, teacher, student = plan.config, plan.teacher, plan.student
+    protocol: dict[str, Any] = {
+        "samples": config.samples,
+        "prompts": len(set(plan.draw.numbers().tolist())),
+        "per_prompt": config.per_prompt,
+        "noise": f"Philox, seed {config.seed}, stream {noise.EVALUATION}",
+        "pipeline": teacher.script.pipeline,
+        "call": teacher.whole_call,
+        "arithmetic": config.precision,
+        "state": list(teacher.shape),
+        "deviation": scores.deviation,
+    }
+    if refused:
+        protocol["not_run"] = {str(steps): reason for steps, reason in refused.items()}
+    result: dict[str, Any] = {"protocol": protocol}
+    if student is not None:
+        result["student"] = {"round": student.round, "form": student.student_facts["form"]}
+        if student.one_step:
+            result["student"]["one_step"] = True
+    result["rows"] = []
+    real: Tensor | None = None
+    if plan.real is not None:
+        n = min(plan.real.count, max(config.samples, 2))
+        device = teacher.pipe._execution_device
+        pictures = dataset.reference(replace(plan.real, flip=False), n, config.seed)["x1"]
+        real = features.embed(pictures.to(device), plan.choice.module)
+        half = len(real) // 2
+        result["floor"] = {"distance": metrics.frechet(real[:half], real[half:])}
+        protocol |= {"reference": plan.real.digest, "real_samples": n}
+        protocol["features"] = {"name": config.features, **plan.choice.facts}
+    for row in rows:
+        found = {"name": row.name, "model": row.model, "steps": row.steps, "own": row.own}
+        found |= {"evaluations": row.evaluations}
+        found |= scores.measures(row.name, rows[0].name, config.seed)
+        if real is not None:
+            found["distance"] = {"value": scores.distance(row.name, real)}
+        result["rows"].append(found)
+    return result
+
+
+STAGE = command.Stage("evaluate_prompts", EvaluatePromptsConfig, plan, run, __doc__, alone=True)
+
+if __name__ == "__main__":
+    command.main(STAGE)
