@@ -8,79 +8,22 @@ student. Pictures are decoded by the pipeline itself. Nothing is trained here.
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
-from flowmatch.config import UserError, dump, option, require, required, together
-from flowmatch.data.config import DataConfig, PromptsConfig
-from flowmatch.models.config import CallConfig, Precision
+from flowmatch.config import UserError, dump, require, together
+from flowmatch.evaluation.config import EvaluatePromptsConfig
 from flowmatch.runs import command, folder, process
-from flowmatch.runs.config import StageConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flowmatch.data.dataset import Data
     from flowmatch.evaluation.feature_choice import FeatureChoice
+    from flowmatch.evaluation.judges import Judge
     from flowmatch.evaluation.prompt_rows import Draw, Row
-    from flowmatch.evaluation.prompt_scoring import Judge, Scores
+    from flowmatch.evaluation.prompt_scoring import Scores
     from flowmatch.models.decoding import Decoder
     from flowmatch.models.text import TextTeacher
-
-
-class EvaluatePromptsConfig(StageConfig):
-    """Config of the evaluation on prompts."""
-
-    stage: ClassVar[str] = "evaluate_prompts"
-
-    teacher: str = required(
-        "the teacher: a pipeline that reads text, or a finished training stage of one", run=True
-    )
-    student: str | None = option(
-        None,
-        "the student: a finished reflow with prompts; null measures the teacher alone",
-        run=True,
-    )
-    pipeline: str | None = option(
-        None, "with a run folder as the teacher: the pipeline of its network", run=True
-    )
-    prompts: PromptsConfig = required("the prompts; those of prompts.held_out are drawn")
-    call: CallConfig = option(CallConfig(), "arguments of the pipeline's call, those of the pairs")
-    steps: list[int] = option(
-        [1, 2, 4], "numbers of steps: a row of the teacher and of the student for each"
-    )
-    samples: int = option(256, "samples a row: pairs of a prompt and noise", ge=2)
-    per_prompt: int = option(
-        4, "samples of the same prompt, for the diversity within it; 1 does not measure it", ge=1
-    )
-    compute_batch: int = option(16, "samples that are run together", ge=1)
-    precision: Precision = option(
-        "fp32", "the pipeline's arithmetic; bf16: its weights are loaded in bfloat16"
-    )
-    classifier: str | None = option(
-        None,
-        "finished folder of train_classifier on pictures like those of the pipeline: the features of "
-        "the distance to reference, and the judge with classes",
-        run=True,
-    )
-    classes: list[str] = option(
-        [],
-        "a word for each class of classifier, in order: a picture is right if its class is the one "
-        "whose word its prompt has",
-    )
-    judge: str | None = option(
-        None,
-        "flowmatch.MODULE:FUNCTION that judges pictures [B, C, H, W] in [-1, 1], called with them, "
-        "their prompts and the classifier; it returns names and 1 (right), 0, or NaN (not asked for)",
-    )
-    reference: DataConfig | None = option(
-        None, "real pictures, of the size that the pipeline makes, for a Frechet distance"
-    )
-    features: Literal["classifier", "values", "inception"] = option(
-        "classifier", "with reference: features of the Frechet distance, as in evaluate"
-    )
-    inception_weights: str | None = option(
-        None, "file of Inception's weights from torch-fidelity; nothing is downloaded", run=True
-    )
 
 
 @dataclass
@@ -102,9 +45,9 @@ class Plan(folder.Plan):
 def plan(config: EvaluatePromptsConfig) -> Plan:
     """Check the config, and load models, data and judges."""
     from flowmatch.data import dataset
-    from flowmatch.evaluation import feature_choice
+    from flowmatch.evaluation import feature_choice, judges
     from flowmatch.evaluation.prompt_rows import Draw
-    from flowmatch.models import text
+    from flowmatch.models import decoding, students
 
     def check_config() -> str:
         require("matplotlib", "eval", "evaluate_prompts")
@@ -135,7 +78,7 @@ def plan(config: EvaluatePromptsConfig) -> Plan:
         teacher = load_teacher(config)
         if config.student is None:
             return teacher, None
-        return teacher, text.load_student(teacher, config.student, "student")
+        return teacher, students.load(teacher, config.student, "student")
 
     def load_reference() -> "Data | None":
         if config.reference is None:
@@ -146,10 +89,10 @@ def plan(config: EvaluatePromptsConfig) -> Plan:
     draw = Draw(
         config.seed, config.samples, config.per_prompt, teacher.prompts.texts, teacher.shape
     )
-    decode, shape, reason = find_decoder(teacher)
+    decode, shape, reason = decoding.find(teacher)
     choice, judge = together(
         partial(choose_features, config, real, shape, reason),
-        partial(find_judge, config, shape, reason),
+        partial(judges.find, config, shape, reason, device),
     )
     inputs = {"teacher": teacher.digest, "prompts": teacher.facts["prompts"]["digest"]}
     if student is not None:
@@ -183,7 +126,7 @@ def load_teacher(config: EvaluatePromptsConfig) -> "TextTeacher":
     import torch
 
     from flowmatch.data.prompts import PromptList
-    from flowmatch.models import text
+    from flowmatch.models import conditions, text
 
     teacher = text.load(
         config.teacher,
@@ -202,24 +145,8 @@ def load_teacher(config: EvaluatePromptsConfig) -> "TextTeacher":
         )
     listed = PromptList(texts, [], negative=teacher.prompts.negative)
     if not config.prompts.truncate:
-        text.check_lengths(teacher.pipe, listed, teacher.call, "prompts.held_out")
+        conditions.check_lengths(teacher.pipe, listed, teacher.call, "prompts.held_out")
     return replace(teacher, prompts=listed)
-
-
-def find_decoder(teacher: "TextTeacher") -> "tuple[Decoder | None, tuple[int, ...], str]":
-    """Decode one sample; return the decoder, the shape of a picture, and why there is none."""
-    import torch
-
-    from flowmatch.models.decoding import Decoder
-    from flowmatch.models.learn import FAILURES
-
-    decode = Decoder(teacher.pipe, teacher.script, teacher.call)
-    try:
-        shown = decode(torch.zeros(1, *teacher.shape), teacher.prompts.texts[:1])
-    except (*FAILURES, UserError) as error:
-        told = " ".join(str(error).split())[:200]
-        return None, (), f"{teacher.script.pipeline} does not decode a state: {told}"
-    return decode, tuple(shown.shape[1:]), ""
 
 
 def choose_features(
@@ -242,40 +169,6 @@ def choose_features(
             "train_classifier; or use features=values, or features=inception with its weights"
         )
     return choice
-
-
-def find_judge(
-    config: EvaluatePromptsConfig, shape: tuple[int, ...], reason: str
-) -> "Judge | None":
-    """Load the judge, where there is one."""
-    import importlib
-
-    from flowmatch.evaluation import features, prompt_scoring
-
-    if not config.classes and config.judge is None:
-        return None
-    if reason:
-        raise UserError(f"there are no pictures to judge: {reason}; leave classes and judge out")
-    net = None
-    if config.classifier is not None:
-        net, facts = features.load(config.classifier, "classifier", shape[-3:])
-        net.to(process.worker_device(process.pick_device(config.device)))
-        if config.classes and len(config.classes) != facts["classes"]:
-            raise UserError(
-                f"classes={config.classes}: {len(config.classes)} words; the classifier has "
-                f"{facts['classes']} classes"
-            )
-    if config.judge is None:
-        assert net is not None, "checked before"
-        return prompt_scoring.by_words(net, config.classes)
-    module, _, name = config.judge.partition(":")
-    if not module.startswith("flowmatch.") or not name:
-        raise UserError(f"judge={config.judge}: expected flowmatch.MODULE:FUNCTION")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"judge={config.judge}: {error}") from None
-    return lambda pictures, prompts: function(pictures, prompts, net)
 
 
 def evaluations(
@@ -308,12 +201,14 @@ def run(plan: Plan) -> None:
     """Run all rows batch by batch, measure them, and seal the folder."""
     if not process.leads():
         return
-    from flowmatch.evaluation import prompt_results, report
+    from flowmatch.evaluation import prompt_results, prompt_rows, report
 
     config: EvaluatePromptsConfig = plan.config
     with folder.RunFolder("evaluate_prompts", config, plan.inputs) as opened:
         command.exit_on_sigterm()
-        rows, refused = rows_of(plan)
+        rows, refused = prompt_rows.all_rows(plan.teacher, plan.student, config.steps)
+        for steps, reason in refused.items():
+            process.say(f"evaluate_prompts: the teacher has no row of {steps} steps: {reason}")
         scores, pictures, prompts = sampled(plan, rows)
         result = summary(plan, rows, refused, scores)
         device = plan.teacher.pipe._execution_device
@@ -322,26 +217,6 @@ def run(plan: Plan) -> None:
         prompt_results.write(place, result, pictures, prompts, dump(config), facts)
         opened.seal(["metrics.json"])
         process.say(f"\n{prompt_results.markdown(result)}\nreport: {place / 'report.html'}")
-
-
-def rows_of(plan: Plan) -> "tuple[list[Row], dict[int, str]]":
-    """List the rows, and the numbers of steps that the teacher's pipeline cannot run."""
-    from flowmatch.evaluation import prompt_rows, tables
-
-    rows, refused = [prompt_rows.teacher_row(plan.teacher)], {}
-    for steps in plan.config.steps:
-        try:
-            shorter = prompt_rows.with_steps(plan.teacher, steps)
-        except UserError as error:
-            refused[steps] = str(error)
-            told = tables.steps_name(steps)
-            process.say(f"evaluate_prompts: the teacher has no row of {told}: {error}")
-            continue
-        row = prompt_rows.teacher_row(shorter, own=False)
-        rows.append(replace(row, steps=steps))
-    if plan.student is not None:
-        rows += [prompt_rows.student_row(plan.student, steps) for steps in plan.config.steps]
-    return rows, refused
 
 
 def sampled(plan: Plan, rows: "list[Row]") -> "tuple[Scores, dict[str, Tensor], list[str]]":

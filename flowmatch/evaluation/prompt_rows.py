@@ -4,7 +4,7 @@ The teacher's own run is the target. Beside it stand the teacher with fewer step
 and the student, by Euler on the grid that its export uses.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,3 +133,24 @@ def student_row(student: TextTeacher, steps: int) -> Row:
         return solvers.integrate(lambda x, t: v(x, t, {"label": numbers}), x0, grid)
 
     return Row("student", steps, steps, carry)
+
+
+def all_rows(
+    teacher: TextTeacher, student: TextTeacher | None, steps: Sequence[int]
+) -> tuple[list[Row], dict[int, str]]:
+    """List the rows of an evaluation, the teacher's own run first.
+
+    Returns:
+        The rows; and the numbers of steps that the teacher's pipeline cannot run, with the reason.
+    """
+    rows, refused = [teacher_row(teacher)], {}
+    for number in steps:
+        try:
+            row = teacher_row(with_steps(teacher, number), own=False)
+        except UserError as error:
+            refused[number] = str(error)
+        else:
+            rows.append(replace(row, steps=number))
+    if student is not None:
+        rows += [student_row(student, number) for number in steps]
+    return rows, refused

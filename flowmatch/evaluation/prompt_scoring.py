@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from flowmatch.evaluation import features, metrics
 from flowmatch.evaluation.intervals import mean_interval
+from flowmatch.evaluation.judges import ALL, Judge, judged
 
 LARGEST_PSNR = 100.0  # of equal pictures
 WINDOW = 11  # pixels: sides of SSIM's window
-Judge = Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
-ALL = "accuracy"  # the name of a judge's verdict on all that a prompt asks for
 
 
 def spread(x: Tensor, group: int) -> Tensor:
@@ -56,30 +55,6 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     found = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
     assert isinstance(found, Tensor), "without the whole picture"
     return found.reshape(len(x), -1).double().mean(1)
-
-
-def by_words(net: nn.Module, words: Sequence[str]) -> Judge:
-    """Return a judge that compares a classifier's class with the one that a prompt names.
-
-    Args:
-        net: A classifier, `features.Classifier`.
-        words: Of its classes, in their order; a prompt names the only one of them that it contains.
-    """
-
-    def judge(pictures: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        wanted = torch.tensor([named(prompt, words) for prompt in prompts])
-        found = net.logits(pictures).argmax(1).cpu()  # type: ignore[operator]
-        right = (found == wanted).double()
-        return {ALL: torch.where(wanted < 0, torch.nan, right)}
-
-    return judge
-
-
-def named(prompt: str, words: Sequence[str]) -> int:
-    """Return the place of the only one of some words that a prompt contains, or -1."""
-    there = set("".join(c if c.isalnum() else " " for c in prompt.lower()).split())
-    found = [i for i, word in enumerate(words) if word.lower() in there]
-    return found[0] if len(found) == 1 else -1
 
 
 class Scores:
@@ -199,16 +174,3 @@ class Scores:
     def distance(self, row: str, real: Tensor) -> float:
         """Return the Frechet distance of a row to real features, [N, D]."""
         return metrics.frechet(real, torch.cat(self.features[row]))
-
-
-def judged(verdicts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add the verdict on all that a prompt asks for, where a judge has more than one."""
-    each = {
-        name if name == ALL else f"{ALL}: {name}": v.double().cpu() for name, v in verdicts.items()
-    }
-    if ALL in each:
-        return each
-    table = torch.stack(list(each.values()))
-    wrong = ((table < 0.5) & ~table.isnan()).any(0)
-    asked = ~table.isnan().all(0)
-    return {ALL: torch.where(asked, (~wrong).double(), torch.nan)} | each

@@ -11,9 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flowmatch.config import UserError
+from flowmatch.data.prompts import PromptList
 from flowmatch.models.script import Script, conditions
 
 Arguments = dict[str, Any]
+SHOWN = 8  # faults of a list of prompts
 
 
 class Conditions(Protocol):
@@ -133,3 +136,32 @@ class Encoded:
         if not self.script.rides:
             return self.encode(prompts)
         return without_last(self.encode([*prompts, self.longest]), self.axes)
+
+
+def check_lengths(pipe: Any, prompts: PromptList, call: dict[str, Any], key: str) -> None:
+    """Check that a tokenizer of the pipeline keeps each prompt whole.
+
+    Raises:
+        UserError: One is longer; the message names it, its tokens and the limit.
+    """
+    limits = []
+    for name, part in pipe.components.items():
+        if name.startswith("tokenizer") and callable(getattr(part, "tokenize", None)):
+            asked = call.get("max_sequence_length", part.model_max_length)
+            limits.append((min(part.model_max_length, asked), part))
+    if not limits or max(limits, key=lambda pair: pair[0])[0] > 10**6:
+        return
+    limit, tokenizer = max(limits, key=lambda pair: pair[0])
+    faults = []
+    for number, words in enumerate(prompts.texts):
+        if len(words) + 2 > limit:  # a token has one character at least
+            tokens = len(tokenizer(words).input_ids)
+            if tokens > limit:
+                faults.append(
+                    f"{key}: prompt {number + 1} has {tokens} tokens, of which {limit} are kept: "
+                    f"{words[:60]!r}; shorten it, or set prompts.truncate=true"
+                )
+    if len(faults) > SHOWN:
+        faults[SHOWN:] = [f"{key}: and {len(faults) - SHOWN:,} more prompts are too long"]
+    if faults:
+        raise UserError(faults)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from flowmatch.config import UserError
+from flowmatch.models.learn import FAILURES
 from flowmatch.models.script import Script, dtype_of, few_steps, unguided
+from flowmatch.models.text import TextTeacher
 from flowmatch.models.watch import quiet, run
 
 
@@ -81,3 +83,18 @@ def pictures(result: Any) -> Tensor:
     if found.ndim not in (4, 5) or found.shape[-1] not in (1, 3):
         raise UserError(f"the pipeline returns {list(found.shape)}; expected pictures")
     return torch.from_numpy(np.moveaxis(found.astype(np.float32), -1, -3).copy())
+
+
+def find(teacher: TextTeacher) -> tuple[Decoder | None, tuple[int, ...], str]:
+    """Decode one sample, to see what a pipeline makes of its states.
+
+    Returns:
+        The decoder, the shape of a picture and ""; or None, () and why there are no pictures.
+    """
+    decode = Decoder(teacher.pipe, teacher.script, teacher.call)
+    try:
+        shown = decode(torch.zeros(1, *teacher.shape), teacher.prompts.texts[:1])
+    except (*FAILURES, UserError) as error:
+        told = " ".join(str(error).split())[:200]
+        return None, (), f"{teacher.script.pipeline} does not decode a state: {told}"
+    return decode, tuple(shown.shape[1:]), ""

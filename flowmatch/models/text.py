@@ -23,7 +23,7 @@ from flowmatch.data.config import PromptsConfig
 from flowmatch.data.prompts import PromptList
 from flowmatch.flow.config import SolverConfig
 from flowmatch.models import learn, networks
-from flowmatch.models.conditions import Conditions, Encoded
+from flowmatch.models.conditions import Conditions, Encoded, check_lengths
 from flowmatch.models.config import CallConfig
 from flowmatch.models.digest import module_digest, network_digest
 from flowmatch.models.rows import Stored
@@ -34,7 +34,6 @@ from flowmatch.models.velocity import Condition, Velocity
 from flowmatch.models.watch import quiet, run
 from flowmatch.runs import manifest
 
-SHOWN = 8  # faults of a list of prompts
 OWN = "own"  # solver.name of the pipeline's own run
 DECODERS = ("vae", "vqvae", "vocoder", "safety_checker", "feature_extractor", "image_encoder")
 
@@ -358,73 +357,8 @@ def check_rows(table: Stored, pipe: Any, prompts: PromptList, call: dict[str, An
         raise UserError(faults)
 
 
-TERMS = (
-    *("pipeline", "network", "sample", "time", "kind", "slope", "offset", "sign", "half"),
-    *("direction", "shape"),
-)  # of a script: how a network is called
-
-
-def load_student(teacher: TextTeacher, path: str | os.PathLike[str], key: str) -> TextTeacher:
-    """Load a student of a pipeline, with which it shares all but the network.
-
-    Args:
-        teacher: The pipeline.
-        path: A sealed run folder of a training stage with prompts.
-        key: Name of the config's key, for the messages.
-
-    Returns:
-        The student; its digest is that of its network.
-
-    Raises:
-        UserError: It is of another pipeline, or of none.
-        NotReady: It is not made yet.
-    """
-    folder, _ = run_of(path)
-    sealed = manifest.read(folder, key, TRAINED)
-    script, own = sealed["facts"].get("script"), teacher.script.entries()
-    if script is None:
-        raise UserError(
-            f"{key}={path} was trained without prompts; name a run of reflow with prompts"
-        )
-    terms = [f"{n}: {own[n]} -> {script.get(n)}" for n in TERMS if script.get(n) != own[n]]
-    if terms:
-        raise UserError(
-            f"{key}={path} is of another pipeline than teacher: {'; '.join(terms)}; name its own teacher"
-        )
-    return with_network(teacher, path, key, sealed)
-
-
 def _negative(prompts: PromptList) -> dict[str, str]:
     return {} if prompts.negative is None else {"negative_prompt": prompts.negative}
-
-
-def check_lengths(pipe: Any, prompts: PromptList, call: dict[str, Any], key: str) -> None:
-    """Check that a tokenizer of the pipeline keeps each prompt whole.
-
-    Raises:
-        UserError: One is longer; the message names it, its tokens and the limit.
-    """
-    limits = []
-    for name, part in pipe.components.items():
-        if name.startswith("tokenizer") and callable(getattr(part, "tokenize", None)):
-            asked = call.get("max_sequence_length", part.model_max_length)
-            limits.append((min(part.model_max_length, asked), part))
-    if not limits or max(limits, key=lambda pair: pair[0])[0] > 10**6:
-        return
-    limit, tokenizer = max(limits, key=lambda pair: pair[0])
-    faults = []
-    for number, words in enumerate(prompts.texts):
-        if len(words) + 2 > limit:  # a token has one character at least
-            tokens = len(tokenizer(words).input_ids)
-            if tokens > limit:
-                faults.append(
-                    f"{key}: prompt {number + 1} has {tokens} tokens, of which {limit} are kept: "
-                    f"{words[:60]!r}; shorten it, or set prompts.truncate=true"
-                )
-    if len(faults) > SHOWN:
-        faults[SHOWN:] = [f"{key}: and {len(faults) - SHOWN:,} more prompts are too long"]
-    if faults:
-        raise UserError(faults)
 
 
 def freeze_unused(net: Any, field: Callable[[Any], Velocity], shape: tuple[int, ...]) -> list[str]:

@@ -9,7 +9,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from flowmatch.config import UserError
-from flowmatch.evaluation import intervals, prompt_rows, prompt_scoring
+from flowmatch.evaluation import intervals, judges, prompt_rows, prompt_scoring
+from flowmatch.evaluation.config import EvaluatePromptsConfig
 from flowmatch.flow import noise
 from flowmatch.models import networks, text
 from flowmatch.models.digest import network_digest
@@ -45,7 +46,7 @@ def made(tmp_path_factory):
     pipe.save_pretrained(folder / "pipe")
     (folder / "train.txt").write_text("a blue dog\n")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    config, _ = load(evaluate_prompts.EvaluatePromptsConfig, ["device=cpu", *words(folder, "none")])
+    config, _ = load(EvaluatePromptsConfig, ["device=cpu", *words(folder, "none")])
     teacher = evaluate_prompts.load_teacher(config)
     script = teacher.script.entries()
     for name, terms in (("reflow", script), ("other", script | {"time": "t"}), ("plain", None)):
@@ -141,11 +142,11 @@ def test_measures_have_their_closed_forms():
     assert prompt_scoring.psnr(x, x).tolist() == [100] * 4
     assert prompt_scoring.psnr(x[2:], x[2:] + 0.1) == pytest.approx(20, abs=1e-4)
     verdicts = {"digit": torch.tensor([1.0, 1, 0]), "colour": torch.tensor([1.0, 0, torch.nan])}
-    found = prompt_scoring.judged(verdicts)
+    found = judges.judged(verdicts)
     assert found["accuracy"].tolist() == [1, 0, 0]
     assert list(found) == ["accuracy", "accuracy: digit", "accuracy: colour"]
     words = ["zero", "one", "two"]
-    named = [prompt_scoring.named(p, words) for p in ("A one, thin", "one or two", "someone")]
+    named = [judges.named(p, words) for p in ("A one, thin", "one or two", "someone")]
     assert named == [1, -1, -1]
 
 
