@@ -180,10 +180,18 @@ def load(folder: str | os.PathLike[str], key: str, subfolder: str = "") -> Any:
     from flowmatch.models.mlp import VelocityMLP
 
     try:
-        where = {"subfolder": subfolder} if subfolder else {}
+        where: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
         config = VelocityMLP.load_config(folder, **where)
         model = network_class(config.get("_class_name", "?"))
-        net = model.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False, **where)
+        try:
+            where |= {"use_safetensors": True}
+            net = model.from_pretrained(folder, low_cpu_mem_usage=False, **where)
+        except (
+            ValueError
+        ) as error:  # classes that keep some modules in float32 want it the other way
+            if "low_cpu_mem_usage" not in str(error):
+                raise
+            net = model.from_pretrained(folder, low_cpu_mem_usage=True, **where)
     except (OSError, json.JSONDecodeError) as error:
         kind = UserError if Path(folder).is_dir() else NotReady
         reason = " ".join(str(error).split())
