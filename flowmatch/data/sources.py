@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -173,9 +172,9 @@ def _stored(config: "DataConfig", key: str, kind: str) -> tuple[np.ndarray, Any,
             if config.labels:
                 where_labels = f"{key}.labels=true: {where}"
                 label = stored[_array_name(stored.files, ("y", "labels"), where_labels)]
-    except (OSError, EOFError, ValueError, BadZipFile, zlib.error) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # numpy and zipfile raise anything on a damaged header
         objects = "allow_pickle" in str(error) or "Python objects" in str(error)
         reason = "it holds Python objects" if objects else str(error)
         raise UserError(f"{where} is not an .npz or .npy file of plain numbers: {reason}") from None

@@ -479,6 +479,16 @@ def test_arrays_that_are_no_data(tmp_path, x, fault):
     assert fault in refusal(source="npz", path=str(tmp_path / "a.npy"))
 
 
+@pytest.mark.parametrize("shape", ["(24, 2", "(10000000000000000000000, 2)", "(-1, 2)", "(2**99,)"])
+def test_a_damaged_header_of_an_array_is_named(tmp_path, shape):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(192)
+    (tmp_path / "a.npy").write_bytes(content)
+    assert "a.npy is not an .npz or .npy file" in refusal(
+        source="npz", path=str(tmp_path / "a.npy")
+    )
+
+
 def test_floats_are_neither_resized_nor_recoloured_and_points_not_flipped(tmp_path):
     np.save(tmp_path / "a.npy", np.linspace(-1, 1, 75).reshape(3, 5, 5))
     for values in ({"size": 4}, {"channels": 3}):
