@@ -1,7 +1,6 @@
 """Damage at random: whatever stands in the files, readers answer with our error, and execute nothing."""
 
 import json
-import math
 import os
 import pickle
 from contextlib import suppress
@@ -14,6 +13,8 @@ from flowmatch.evaluation import figures
 from flowmatch.pairs import shards
 from flowmatch.pairs.dataset import PairData
 from pipelines import inspect_pairs, verify_pairs
+from scripts.torture import damage
+from scripts.torture.damage import bytes_at_random
 from tests import pairset
 from tests.pairset import LAYOUT, contents, copy, generate
 
@@ -24,24 +25,6 @@ FILES = {
     "manifest": "manifest.json",
     "config": "config.yaml",
 }
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    2,
-    1.5,
-    1e308,
-    math.nan,
-    2**70,
-    "",
-    "9",
-    "a" * 64,
-    [],
-    {},
-    [[]],
-    {"a": {}},
-]
 
 
 @pytest.fixture(scope="module")
@@ -56,46 +39,6 @@ def whole(tmp_path_factory):
 def no_pictures(monkeypatch):
     monkeypatch.setattr(figures, "pairs", lambda *_: None)
     monkeypatch.setattr(figures, "costs", lambda *_: None)
-
-
-def bytes_at_random(raw, rng):
-    """Flip, cut, insert, blank, move."""
-    raw, a = bytearray(raw), int(rng.integers(len(raw)))
-    b = min(len(raw), a + int(2 ** rng.uniform(0, 12)))
-    match int(rng.integers(7)):
-        case 0:
-            for place in rng.integers(len(raw), size=int(rng.integers(1, 9))):
-                raw[place] ^= 1 << int(rng.integers(8))
-        case 1:
-            del raw[a:]
-        case 2:
-            del raw[a:b]
-        case 3:
-            raw[a:b] = bytes(b - a)
-        case 4:
-            raw[a:b] = rng.bytes(b - a)
-        case 5:
-            raw[a:a] = rng.bytes(b - a)
-        case 6:
-            raw[a:a] = raw[a:b]
-    return bytes(raw)
-
-
-def value_at_random(raw, rng):
-    """Put an odd value in the place of one of a JSON document, or take one away."""
-    document = inner = json.loads(raw)
-    while True:
-        keys = list(inner) if isinstance(inner, dict) else range(len(inner))
-        key = keys[int(rng.integers(len(keys)))]
-        below = inner[key]
-        if not (isinstance(below, (dict, list)) and below) or rng.random() < 0.2:
-            break
-        inner = below
-    if rng.random() < 0.2:
-        del inner[key]
-    else:
-        inner[key] = ODD[int(rng.integers(len(ODD)))]
-    return json.dumps(document).encode()
 
 
 def read_all(folder):
@@ -126,10 +69,10 @@ def look(folder, root, capsys):
     return sound
 
 
-@pytest.mark.parametrize("how", [bytes_at_random, value_at_random], ids=["bytes", "values"])
+@pytest.mark.parametrize("how", [bytes_at_random, damage.value], ids=["bytes", "values"])
 @pytest.mark.parametrize("kind", FILES)
 def test_damage_at_random_is_never_more_than_our_error(whole, tmp_path, capsys, kind, how):
-    if how is value_at_random and kind in ("tar", "config"):
+    if how is damage.value and kind in ("tar", "config"):
         pytest.skip("no JSON")
     folder = copy(whole, tmp_path)
     path, rng = folder / FILES[kind], np.random.default_rng(list(FILES).index(kind))
