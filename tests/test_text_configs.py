@@ -9,7 +9,7 @@ from flowmatch.runs import new
 from flowmatch.runs.command import execute
 from flowmatch.runs.experiment import Experiment, find_config
 from flowmatch.runs.values import parse_word, read_yaml
-from pipelines import encode_prompts, generate_pairs, reflow
+from pipelines import encode_prompts, evaluate_prompts, generate_pairs, reflow
 from tests.tiny import TINY
 
 CLASSES = {
@@ -22,6 +22,7 @@ CLASSES = {
 }
 PROMPTS = [f"a cat number {number}" for number in range(12)]
 STAGES = {"pairs": generate_pairs, "conditions": encode_prompts, "reflow": reflow}
+STAGES["evaluate"] = evaluate_prompts
 
 
 def experiment_of(file, folder, tiny, *more):
@@ -59,6 +60,9 @@ def test_an_experiment_of_a_large_pipeline_is_planned(tmp_path, monkeypatch, nam
     for section in ("pairs", "conditions"):
         plan(experiment, section, dry_run=False)
     plan(experiment, "reflow")
+    experiment.apply("evaluate.student", None)
+    experiment.apply("evaluate.compute_batch", 2)
+    plan(experiment, "evaluate")
     said = capsys.readouterr().out
     assert f"{CLASSES[name]}: " in said
     assert "4 pairs of" in said

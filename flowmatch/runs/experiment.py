@@ -228,6 +228,9 @@ class Experiment:
             found["teacher" if stage == "generate_pairs" else "start"] = start
         elif stage == "reflow" and "teacher" in self.shared:
             found["start"] = self.shared["teacher"]
+        later = k > 1 and stage in ("generate_pairs", "reflow")
+        if {"teacher", "prompts"} <= self.shared.keys() and (later or stage == "export"):
+            found["pipeline"] = self.shared["teacher"]  # of a run folder's network
         if stage == "reflow" and self.has("conditions"):
             found["conditions"] = "conditions"
         if stage == "reflow":

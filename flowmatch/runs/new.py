@@ -56,6 +56,13 @@ reflow:  # stage three: the student, from the teacher's weights
     precision: fp32  # bf16 on a GPU
     checkpointing: true
 
+evaluate:  # the student against its teacher's own run, on held-out prompts
+  stage: evaluate_prompts
+  samples: 64
+  per_prompt: 2
+  steps: [1, 2, 4]
+  compute_batch: 4
+
 export: {{}}  # the pipeline's own class, with the student in the place of its network
 """
 
