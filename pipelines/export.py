@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from flowmatch.config import LocalPath, UserError, option, required, together
 from flowmatch.runs import command, folder, manifest, process
 from flowmatch.runs.config import StageConfig
-from flowmatch.runs.files import write_atomic
+from flowmatch.runs.files import allow_readers, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,7 +128,9 @@ def run(plan: Plan) -> None:
                 f"export: warning: with the folder's own scheduler pixels differ by more than "
                 f"{WARNING:.0%}; use scheduler_N/ where N is one of {config.steps}"
             )
-        opened.seal(written, round=student.round)
+        facts: dict[str, Any] = {"one_step": True} if student.one_step else {}
+        facts |= {"features": sorted(student.features)} if student.features else {}
+        opened.seal(written, round=student.round, **facts)
     process.say(f"\n{kind.snippet.replace('FOLDER', config.run_dir)}")
 
 
@@ -177,6 +179,7 @@ def write(folder: Path, student: "Teacher", kind: "Kind", steps: list[int]) -> l
     names = ["model_index.json", "pipeline.py"]
     for part in ("unet", "scheduler", "scheduler_flowmatch", *(f"scheduler_{n}" for n in steps)):
         names += [f"{part}/{p.name}" for p in (folder / part).iterdir() if p.is_file()]
+    allow_readers(*(folder / name for name in names))
     return sorted(set(names))
 
 

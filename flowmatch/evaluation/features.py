@@ -19,6 +19,7 @@ from flowmatch.data.dataset import Data
 from flowmatch.flow import noise
 from flowmatch.models.digest import module_digest
 from flowmatch.runs import manifest
+from flowmatch.runs.files import allow_readers
 
 WEIGHTS = "classifier.safetensors"
 BATCH = 256  # samples that a feature network processes together
@@ -350,6 +351,7 @@ def save(net: Classifier, folder: Path) -> list[str]:
     from safetensors.torch import save_file
 
     save_file(net.state_dict(), folder / WEIGHTS)
+    allow_readers(folder / WEIGHTS)
     return [WEIGHTS]
 
 

@@ -232,7 +232,7 @@ class ReflowPipeline(DiffusionPipeline):
                 f"output_type={output_type!r}: expected one of {', '.join(kinds)} for samples of "
                 f"shape {list(shape[1:])}"
             )
-        if output_type == "pil" and shape[1] not in (1, 3, 4):
+        if output_type == "pil" and shape[1] not in (1, 3):
             raise ValueError(
                 f"output_type='pil': cannot make pictures of {shape[1]} channels; expected 'latent', "
                 "'np' or 'pt'"

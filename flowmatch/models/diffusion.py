@@ -226,7 +226,8 @@ def read_pipeline(
     """
     import diffusers
 
-    parts = {name for name, value in index.items() if isinstance(value, list) and value[0]}
+    listed = {name: value for name, value in index.items() if not name.startswith("_")}
+    parts = {name for name, value in listed.items() if isinstance(value, list) and value[0]}
     nets = [name for name in NETWORKS if name in parts]
     if len(nets) != 1 or "scheduler" not in parts or parts - OTHERS - set(nets):
         raise UserError(

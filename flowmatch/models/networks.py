@@ -5,7 +5,6 @@ noise - data), so that its export is `save_pretrained`. `Velocity` turns them in
 """
 
 import inspect
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,18 @@ from flowmatch.models import precision, two_time
 from flowmatch.models.config import NetConfig
 from flowmatch.models.network import Network
 from flowmatch.models.velocity import Velocity
+from flowmatch.runs.files import allow_readers
 
+BROKEN = (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError)  # of diffusers
 LABEL_KEYS = {"num_class_embeds", "num_embeds_ada_norm"}  # how diffusers' models count classes
 
 
-def network_class(name: str) -> Any:
+def network_class(name: str, where: str = "net.name") -> Any:
     """Return the class of a network by name: VelocityMLP, or any model class of diffusers.
+
+    Args:
+        name: Of the class.
+        where: What names the class, for the messages.
 
     Raises:
         UserError: There is no such class.
@@ -31,13 +36,41 @@ def network_class(name: str) -> Any:
 
     from flowmatch.models.mlp import VelocityMLP
 
-    model = VelocityMLP if name == "VelocityMLP" else getattr(diffusers, name, None)
+    model = VelocityMLP if name == "VelocityMLP" else getattr(diffusers, str(name), None)
     if not (inspect.isclass(model) and issubclass(model, diffusers.ModelMixin)):
         raise UserError(
-            f"net.name={name!r}: expected VelocityMLP or a diffusers model class, such as UNet2DModel "
+            f"{where}={name!r}: expected VelocityMLP or a diffusers model class, such as UNet2DModel "
             "or DiTTransformer2DModel"
         )
     return model
+
+
+def check_inputs(model: Any, where: str) -> None:
+    """Check that a network takes a sample, a timestep and perhaps labels, and needs nothing else.
+
+    Args:
+        model: The class of the network.
+        where: What names it, for the messages.
+
+    Raises:
+        UserError: It reads text, needs another condition, or takes no timestep.
+    """
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters]
+    needed = [
+        p.name for p in parameters[2:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    needed += [name for name in names if name == "encoder_hidden_states" and name not in needed]
+    if needed:
+        raise UserError(
+            f"{where}: {model.__name__} needs {', '.join(needed)}; a network by itself takes a sample, "
+            "a timestep and perhaps labels. If it reads text, name its whole pipeline, and set prompts"
+        )
+    if len(names) < 2 or "timestep" not in names[1]:
+        raise UserError(
+            f"{where}: {model.__name__} takes {', '.join(names[:3])}; expected a network that takes a "
+            "sample and a timestep"
+        )
 
 
 def build(config: NetConfig, shape: tuple[int, ...], classes: int | None, seed: int) -> Any:
@@ -59,6 +92,7 @@ def build(config: NetConfig, shape: tuple[int, ...], classes: int | None, seed: 
         UserError: The class or a key is unknown, or the network's output has another shape.
     """
     model = network_class(config.name)
+    check_inputs(model, f"net.name={config.name}")
     arguments = dict(config.model_extra or {})
     # reflow adds the second time, at `class_embed_type` in a UNet2DModel
     known = set(inspect.signature(model.__init__).parameters) - {"self", *two_time.KEYS}
@@ -83,7 +117,7 @@ def build(config: NetConfig, shape: tuple[int, ...], classes: int | None, seed: 
     try:
         with precision.seeded(seed):
             net = model(**(arguments | facts))
-    except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:
+    except (*BROKEN, IndexError, ArithmeticError, NotImplementedError) as error:
         raise UserError(f"net: {config.name} refuses these arguments: {error}") from None
     silence_label_drop(net)
     check_output(net, shape, classes)
@@ -121,7 +155,7 @@ def check_output(net: Network, shape: tuple[int, ...], classes: int | None) -> N
     try:
         with torch.no_grad():
             out = Velocity(net)(x, 0.5, cond)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except BROKEN as error:
         raise UserError(
             f"net: {type(net).__name__} fails on a sample of shape {list(shape)}: {error}"
         ) from None
@@ -159,7 +193,9 @@ def save(net: Any, folder: str | os.PathLike[str]) -> list[str]:
     """
     net.register_to_config(_name_or_path="")
     net.save_pretrained(folder, safe_serialization=True)
-    return sorted(file.name for file in Path(folder).iterdir() if file.is_file())
+    files = [file for file in Path(folder).iterdir() if file.is_file()]
+    allow_readers(*files)
+    return sorted(file.name for file in files)
 
 
 def load(folder: str | os.PathLike[str], key: str, subfolder: str = "") -> Any:
@@ -179,22 +215,31 @@ def load(folder: str | os.PathLike[str], key: str, subfolder: str = "") -> Any:
     """
     from flowmatch.models.mlp import VelocityMLP
 
+    where = f"{key}={folder}"
+    inside: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
     try:
-        where: dict[str, Any] = {"subfolder": subfolder} if subfolder else {}
-        config = VelocityMLP.load_config(folder, **where)
-        model = network_class(config.get("_class_name", "?"))
+        config = VelocityMLP.load_config(folder, **inside)
+        model = network_class(config.get("_class_name", "?"), f"{where}: its class")
+        inside |= {"use_safetensors": True, "output_loading_info": True}
         try:
-            where |= {"use_safetensors": True}
-            net = model.from_pretrained(folder, low_cpu_mem_usage=False, **where)
-        except (
-            ValueError
-        ) as error:  # classes that keep some modules in float32 want it the other way
+            net, told = model.from_pretrained(folder, low_cpu_mem_usage=False, **inside)
+        except ValueError as error:  # classes that keep some modules in float32 want it otherwise
             if "low_cpu_mem_usage" not in str(error):
                 raise
-            net = model.from_pretrained(folder, low_cpu_mem_usage=True, **where)
-    except (OSError, json.JSONDecodeError) as error:
+            net, told = model.from_pretrained(folder, low_cpu_mem_usage=True, **inside)
+    except UserError:
+        raise
+    except BROKEN as error:
         kind = UserError if Path(folder).is_dir() else NotReady
         reason = " ".join(str(error).split())
-        raise kind(f"{key}={folder}: no diffusers model could be read there: {reason}") from None
+        raise kind(f"{where}: no diffusers model could be read there: {reason}") from None
+    if missing := [*told["missing_keys"], *told["mismatched_keys"]]:  # diffusers draws them
+        raise UserError(
+            f"{where}: {len(missing)} weights are missing, first {missing[0]}: config.json and weights "
+            "do not belong together; save the model again"
+        )
+    bad = [name for name, value in net.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise UserError(f"{where}: its weights {bad[0]} hold NaN or infinity ({len(bad)} such)")
     silence_label_drop(net)
     return net.float().eval()

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ from flowmatch.models.velocity import Velocity, classes_of, sample_shape
 from flowmatch.runs import manifest
 
 TRAINED = ("train_flow", "reflow")
+OWN_WEIGHTS = (
+    "weights alone do not say their network: build it, load them, save_pretrained() a folder and name "
+    "that"
+)
 NETS = ("net", "net_2")  # folders of a training stage: EMA weights, and those of a second width
 
 
@@ -135,13 +139,23 @@ def load(path: str | os.PathLike[str], key: str) -> Teacher:
         try:
             index = read_index(path, key)
         except NotReady:
-            return _flow(networks.load(path, key))
+            return _flow(networks.load(path, key), f"{key}={path}")
         return _pipeline(path, key, index)
     run, name = run_of(folder)
-    if (folder / "model_index.json").is_file() and not manifest.sealed(folder):
-        return _pipeline(path, key, read_index(path, key))
+    if folder.is_file():
+        raise UserError(f"{key}={path} is a file; {OWN_WEIGHTS}")
+    if (folder / "model_index.json").is_file():
+        found = _pipeline(path, key, read_index(path, key))
+        sealed = manifest.find(folder, key, ("export",))
+        return found if sealed is None else _exported(found, folder, key, sealed)
     if (folder / "config.json").is_file() and run == folder:
-        return _flow(networks.load(path, key))
+        return _flow(networks.load(path, key), f"{key}={path}")
+    names = [file.name for file in folder.glob("[!.]*")]
+    if names and run == folder and not {manifest.NAME, "config.yaml"} & set(names):
+        raise UserError(
+            f"{key}={path} holds neither {manifest.NAME} (a finished stage), config.json (a diffusers "
+            f"model) nor model_index.json (a pipeline); {OWN_WEIGHTS}"
+        )
     sealed = manifest.read(run, key, TRAINED)
     manifest.verify(run, key, sealed)
     facts, net = sealed["facts"], networks.load(run / name, key)
@@ -154,14 +168,31 @@ def load(path: str | os.PathLike[str], key: str) -> Teacher:
     )
 
 
-def _flow(net: Any) -> Teacher:
+def _exported(found: Teacher, folder: Path, key: str, sealed: dict[str, Any]) -> Teacher:
+    """Return the network of an export with the facts of its training."""
+    manifest.verify(folder, key, sealed)
+    facts, index = sealed["facts"], read_index(folder, key)
+    # exports of 0.1.0 do not say so; a DDPMPipeline's own scheduler is this one for one step only
+    euler = index.get("scheduler", [""])[-1] == "FlowMatchEulerDiscreteScheduler"
+    old = euler and index.get("_class_name") == "DDPMPipeline"
+    return replace(
+        found,
+        round=facts["round"],
+        one_step=facts.get("one_step", old),
+        features=tuple(facts.get("features", ())),
+    )
+
+
+def _flow(net: Any, where: str) -> Teacher:
+    networks.check_inputs(type(net), where)
     return Teacher(net, network_digest(net), 0)
 
 
 def _pipeline(path: str | os.PathLike[str], key: str, index: dict[str, Any]) -> Teacher:
     net, diffusion = read_pipeline(path, key, index)
     if diffusion is None:
-        return _flow(net)
+        return _flow(net, f"{key}={path}")
+    networks.check_inputs(type(net), f"{key}={path}")
     if net.config.out_channels not in (net.config.in_channels, 2 * net.config.in_channels):
         raise UserError(
             f"{key}={path}: its network has {net.config.out_channels} output channels for "

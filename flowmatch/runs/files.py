@@ -10,6 +10,8 @@ from typing import BinaryIO
 
 from flowmatch.config import UserError
 
+UMASK = os.umask(0o077)
+os.umask(UMASK)
 HOST_SPACE = 0xEFFFFFFC  # inode of Linux's initial PID namespace
 
 
@@ -50,6 +52,12 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def allow_readers(*files: str | os.PathLike[str]) -> None:
+    """Give files the mode of any new file: safetensors writes 0600, which nobody else can read."""
+    for file in files:
+        os.chmod(file, 0o666 & ~UMASK)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from flowmatch import config as configs
 from flowmatch.config import UserError
 from flowmatch.runs import manifest, storage
 from flowmatch.runs.config import PREEMPTED, StageConfig
-from flowmatch.runs.files import sync_folder, worker, write_atomic
+from flowmatch.runs.files import allow_readers, sync_folder, worker, write_atomic
 from flowmatch.runs.process import leads, say
 from flowmatch.runs.storage import Store
 
@@ -101,6 +101,7 @@ class RunFolder:
         for stem, group in tensors.items():
             file = temporary / f"{stem}.safetensors"
             save_file({name: t.detach().contiguous() for name, t in group.items()}, file)
+            allow_readers(file)
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         sync_folder(temporary)

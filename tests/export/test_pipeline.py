@@ -273,6 +273,7 @@ def test_a_scheduler_that_leaves_the_uniform_grid_is_refused(scheduler, message)
         (tiny_dit, {"class_labels": 0.5}, "expected one integer"),
         (lambda: tiny_unet(sample_size=None), {}, "sample_size=None in its config"),
         (lambda: tiny_unet(in_channels=2, out_channels=2), {"output_type": "pil"}, "2 channels"),
+        (lambda: tiny_unet(in_channels=4, out_channels=4), {"output_type": "pil"}, "4 channels"),
         (lambda: tiny_unet(out_channels=2), {}, "expected the same shape"),
         (lambda: tiny_dit(sample_size=9), {}, "a size divisible by its patch size"),
         (lambda: tiny_unet(class_embed_type="timestep"), {}, "class_embed_type='timestep'"),

@@ -1,10 +1,14 @@
 """The bridge between diffusers' terms and the math's, and the label traps of diffusers' networks."""
 
+import json
+import os
+import shutil
 from typing import ClassVar
 
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
+from safetensors.torch import load_file, save_file
 
 from flowmatch.config import UserError
 from flowmatch.models import networks, two_time
@@ -132,14 +136,15 @@ def test_the_data_decides_sizes_and_contradictions_are_named():
         ("VelocityMLP", (1, 8, 8), None, "does not take samples of shape"),
         ("UNet2DModel", (2,), None, "does not take samples of shape"),
         ("DiTTransformer2DModel", (1, 8, 8), None, "needs labels"),
-        ("UNet2DConditionModel", (4, 8, 8), None, "fails on a sample"),
+        ("UNet2DConditionModel", (4, 8, 8), None, "needs encoder_hidden_states; .* set prompts"),
+        ("SD3Transformer2DModel", (4, 8, 8), None, "needs encoder_hidden_states"),
+        ("ControlNetModel", (4, 8, 8), None, "needs encoder_hidden_states, controlnet_cond"),
+        ("AutoencoderKL", (3, 8, 8), None, "takes sample, sample_posterior.*a timestep"),
     ],
 )
 def test_networks_that_do_not_fit_are_refused(name, shape, classes, message):
-    small = {"block_out_channels": [8] * 4, "norm_num_groups": 4, "cross_attention_dim": 8}
-    values = small if name == "UNet2DConditionModel" else {}
     with pytest.raises(UserError, match=message):
-        networks.build(NetConfig(name=name, **values), shape, classes, 0)
+        networks.build(NetConfig(name=name), shape, classes, 0)
 
 
 def test_a_size_that_the_patch_does_not_divide_is_refused():
@@ -177,6 +182,62 @@ def test_the_same_seed_gives_the_same_weights():
     assert network_digest(unet()) == network_digest(unet())
 
 
-def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(UserError, match="teacher=.*no diffusers model could be read"):
-        networks.load(tmp_path, "teacher")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def without_a_weight(folder):
+    weights = load_file(folder / WEIGHTS)
+    del weights["conv_out.bias"]
+    save_file(weights, folder / WEIGHTS)
+
+
+def with_a_nan(folder):
+    weights = load_file(folder / WEIGHTS)
+    weights["conv_out.bias"][0] = torch.nan
+    save_file(weights, folder / WEIGHTS)
+
+
+def of_another_width(folder):
+    weights = load_file(folder / WEIGHTS)
+    save_file(weights | {"conv_out.bias": torch.zeros(3)}, folder / WEIGHTS)
+
+
+def cut(folder):
+    os.truncate(folder / WEIGHTS, 5000)
+
+
+def configured(**values):
+    def edit(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (without_a_weight, "1 weights are missing, first conv_out.bias"),  # random ones before
+        (with_a_nan, "its weights conv_out.bias hold NaN or infinity"),
+        (of_another_width, "no diffusers model could be read there: .*size mismatch"),
+        (cut, "no diffusers model could be read there"),
+        (configured(act_fn=-0.5), "no diffusers model could be read there"),
+        (configured(_class_name="CLIPTextModel"), "its class='CLIPTextModel': expected"),
+        (configured(_class_name=None), "its class=None: expected"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON"),
+        (shutil.rmtree, "no diffusers model could be read there"),
+    ],
+)
+def test_a_folder_without_a_sound_model_is_named(tmp_path, harm, message):
+    networks.save(unet(), tmp_path / "net")
+    harm(tmp_path / "net")
+    (tmp_path / "net").mkdir(exist_ok=True)
+    with pytest.raises(UserError, match=f"^teacher={tmp_path}/net: .*{message}"):
+        networks.load(tmp_path / "net", "teacher")
+
+
+def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path):
+    networks.save(unet(), tmp_path / "net")
+    (tmp_path / "new").touch()
+    modes = {file.stat().st_mode for file in [*(tmp_path / "net").iterdir(), tmp_path / "new"]}
+    assert len(modes) == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flowmatch.models import teachers
 from flowmatch.runs import manifest
 from tests import forked
 
@@ -84,6 +85,11 @@ def test_the_chain_is_sealed_and_names_its_inputs(chain):
         assert {"config.yaml", "manifest.json"} <= files
         assert ("metrics.jsonl" in files) == (stage in ("train_flow", "reflow"))
         assert str(chain) not in (chain / folder / "manifest.json").read_text()
+
+
+def test_the_export_is_the_teacher_that_its_student_is(chain):
+    student, exported = (teachers.load(chain / name, "teacher") for name in ("reflow", "export"))
+    assert (exported.digest, exported.round) == (student.digest, 1)
 
 
 def test_repeating_a_sealed_stage_does_nothing(chain):
