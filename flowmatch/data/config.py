@@ -9,7 +9,7 @@ import pydantic
 from flowmatch.config import Config, Place, expanded, option, used
 
 IDX_NAMES = {"train": "train", "test": "t10k"}  # split -> how its files' names begin
-EMBEDDED = ("digits", "ring")
+EMBEDDED = ("digits", "digits_text", "ring")
 LARGEST = 10_000_000  # prompts that templates may make; all are held in memory
 
 
@@ -18,9 +18,10 @@ class DataConfig(Config):
 
     called: ClassVar[str] = "source"
 
-    source: Literal["digits", "ring", "idx", "npz", "latents", "images"] = option(
+    source: Literal["digits", "digits_text", "ring", "idx", "npz", "latents", "images"] = option(
         "images",
-        "digits: sklearn's 8x8 digits; ring: 2-D Gaussians on a circle; idx: a folder of gzipped "
+        "digits: sklearn's 8x8 digits; digits_text: these in colour at places of a square, with "
+        "captions; ring: 2-D Gaussians on a circle; idx: a folder of gzipped "
         "IDX files (MNIST's format); npz: an .npz or .npy file; latents: an .npz or .npy file of scaled "
         "latents; images: image files, parquet files, webdataset tars or a dataset on the hub",
     )
@@ -39,6 +40,15 @@ class DataConfig(Config):
     )
     label_column: str | None = option(
         None, "name of the column of labels; default: the only such column"
+    )
+    caption_column: str | None = option(
+        None,
+        "name of the column of captions, which train_flow reads with start; default: the only one of "
+        "prompt, caption, text and txt",
+        run=True,
+    )
+    truncate: bool = option(
+        False, "allow captions that are longer than what the tokenizer keeps", run=True
     )
     size: int | None = option(
         None,
@@ -72,7 +82,7 @@ class DataConfig(Config):
         return path
 
     @pydantic.field_validator(
-        "samples", "seed", "subset", "revision", "image_column", "label_column"
+        "samples", "seed", "subset", "revision", "image_column", "label_column", "caption_column"
     )
     @classmethod
     def _used(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
@@ -95,8 +105,10 @@ class DataConfig(Config):
         source, name = info.data.get("source"), info.field_name
         if name == "split" and source in ("digits", "ring", "npz", "latents") and value != "train":
             raise ValueError(f"source {source} has one split, train")
-        if name == "split" and source == "idx" and value not in IDX_NAMES:
-            raise ValueError(f"source idx has the splits {' and '.join(IDX_NAMES)}")
+        if name == "split" and source in ("idx", "digits_text") and value not in IDX_NAMES:
+            raise ValueError(f"source {source} has the splits {' and '.join(IDX_NAMES)}")
+        if source == "digits_text" and name == "flip" and value:
+            raise ValueError("captions of digits_text say left and right; remove flip")
         if source in ("ring", "latents") and name in ("size", "channels", "flip") and value:
             what = "the ring's samples are points" if source == "ring" else "latents are encoded"
             raise ValueError(f"{what}, not images; remove {name}")

@@ -147,6 +147,34 @@ def load(config: PromptsConfig, key: str = "prompts") -> PromptList:
     return PromptList([texts[i] for i in kept], held_out, drawn, config.negative)
 
 
+def numbered(rows: Iterable[Any], where: str) -> tuple[list[str], np.ndarray]:
+    """Number the captions of pictures.
+
+    Args:
+        rows: the caption of each picture.
+        where: key and value of the data, for errors.
+
+    Returns:
+        The distinct captions in the order of their first use, and the number of each picture's, int64
+        [N].
+
+    Raises:
+        UserError: Some are empty or no plain text; the message names the first rows.
+    """
+    known: dict[str, int] = {}
+    numbers, faults = array("q"), []
+    for row, text in enumerate(rows):
+        if flaw := _flaw(text):
+            faults.append(f"{where}: the caption of row {row} {flaw}")
+        else:
+            numbers.append(known.setdefault(text, len(known)))
+    if len(faults) > SHOWN:
+        faults[SHOWN:] = [f"{where}: {len(faults) - SHOWN:,} more faults like these"]
+    if faults:
+        raise UserError(faults)
+    return list(known), np.array(numbers, dtype=np.int64)
+
+
 def _place(text: str) -> float:
     """Return the place of a prompt in [0, 1), from its text."""
     return (int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) + 0.5) / 2**48

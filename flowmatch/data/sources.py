@@ -9,22 +9,27 @@ import hashlib
 import math
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowmatch.config import UserError, require
-from flowmatch.data import hub, images
+from flowmatch.data import digits_text, hub, images
 from flowmatch.data.config import IDX_NAMES
 from flowmatch.data.files import local_files
+from flowmatch.data.labels import check_labels
 from flowmatch.flow import noise
 from flowmatch.flow.toy import RING_MODES, RING_STD, ring_mixture
 
 if TYPE_CHECKING:
     from flowmatch.data.config import DataConfig
+
+
+Table = dict[str, Callable[[], Iterable[Any]]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class SourceData:
         classes: K, where labels are 0 to K - 1.
         latents: whether samples with three axes are latents, not images.
         notes: what the plan says beside the count, such as files that are left out.
+        table: what reads each column of the source by its name, for captions; None without columns.
     """
 
     read: Callable[[np.ndarray], np.ndarray]
@@ -50,6 +56,7 @@ class SourceData:
     classes: int | None = None
     latents: bool = False
     notes: tuple[str, ...] = ()
+    table: Table | None = None
 
 
 def ring_samples(ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -78,6 +85,14 @@ def digits(config: "DataConfig", key: str) -> SourceData:
     stored = load_digits()
     x = (stored.images / 8 - 1).astype(np.float32)
     return from_arrays(config, key, x, stored.target, _digest(x, stored.target), 10)
+
+
+def captioned_digits(config: "DataConfig", key: str) -> SourceData:
+    """Compose pictures of digits in colour with captions (`flowmatch.data.digits_text`)."""
+    require("sklearn", "eval", f"{key}.source=digits_text")
+    x, digit, captions = digits_text.pictures(config.split)
+    source = from_arrays(config, key, x, digit, _digest(x, digit), 10)
+    return replace(source, table={"caption": lambda: captions})
 
 
 def idx(config: "DataConfig", key: str) -> SourceData:
@@ -295,50 +310,6 @@ def _check_floats(x: np.ndarray, key: str, latents: bool = False) -> None:
         )
 
 
-def check_labels(
-    label: np.ndarray, count: int, key: str, classes: int | None = None
-) -> tuple[np.ndarray, int]:
-    """Check that labels are 0 to K - 1.
-
-    Args:
-        label: of any integer dtype.
-        count: number of samples.
-        key: the key of the data, for errors.
-        classes: K, if it is known. Otherwise K is the largest label + 1, and every class must be used.
-
-    Returns:
-        The labels, int64 [count], and K.
-
-    Raises:
-        UserError: for labels that are none of these.
-    """
-    if label.shape != (count,) or label.dtype.kind not in "iu":
-        raise UserError(
-            f"{key}: the labels are {label.dtype} {list(label.shape)}; expected {count} integers"
-        )
-    low, high = int(label.min()), int(label.max())
-    if low < 0 or (classes is not None and high >= classes):
-        top = "K - 1" if classes is None else classes - 1
-        bad = (label < 0) | (label >= (high + 1 if classes is None else classes))
-        raise UserError(
-            f"{key}: got labels from {low} to {high}; expected 0 to {top}; first sample "
-            f"{int(bad.argmax())}"
-        )
-    used = np.unique(label)
-    if classes is None and len(used) != high + 1:
-        unused = next(k for k, value in enumerate(used) if k != value)
-        raise UserError(
-            f"{key}: labels go up to {high}, but only {len(used)} values are used, and for example not "
-            f"{unused}; number the classes 0 to K - 1"
-        )
-    if classes is None and len(used) == count > 1:
-        raise UserError(
-            f"{key}: {count} samples have {count} different labels; these are numbers of samples, not "
-            "classes; name another column or array, or leave labels out"
-        )
-    return label.astype(np.int64), high + 1 if classes is None else classes
-
-
 def _digest(*arrays: np.ndarray) -> str:
     sha = hashlib.sha256()
     for array in arrays:
@@ -361,8 +332,11 @@ def hugging_face(config: "DataConfig", key: str) -> SourceData:
     label = hub.label_column(rows.features, config.label_column, key) if config.labels else None
     rows = rows.cast_column(image, datasets.Image())
     digest = digest or hub.digest_rows(rows, image, label)
+    columns = rows.remove_columns(image)
+    table: Table = {name: partial(columns.__getitem__, name) for name in columns.column_names}
     read = images.Rows(rows, image, config, key)
-    found = SourceData(read, len(rows), read.shape, digest, notes=(*notes, *read.notes))
+    noted = (*notes, *read.notes)
+    found = SourceData(read, len(rows), read.shape, digest, notes=noted, table=table)
     if label is None:
         return found
     feature = rows.features[label]
@@ -373,6 +347,7 @@ def hugging_face(config: "DataConfig", key: str) -> SourceData:
 
 SOURCES: dict[str, Callable[["DataConfig", str], SourceData]] = {
     "digits": digits,
+    "digits_text": captioned_digits,
     "ring": ring,
     "idx": idx,
     "npz": npz,
