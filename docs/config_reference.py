@@ -7,6 +7,7 @@ from pathlib import Path
 from flowmatch.config import Config, describe
 
 STAGES = {  # stage -> its config, and the section of an experiment that holds it
+    "tiny_pipeline": ("TinyConfig", "tiny"),
     "train_flow": ("FlowConfig", "flow"),
     "generate_pairs": ("PairsConfig", "pairs"),
     "encode_prompts": ("EncodeConfig", "conditions"),

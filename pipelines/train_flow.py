@@ -2,21 +2,27 @@
 
 x_t = (1 - t) x0 + t x1 with fresh noise x0 for each image x1; the network learns x1 - x0. Its EMA
 weights, in `run_dir/net`, are the teacher of the next stages.
+
+With `start`, a pipeline that reads prompts: its network is trained on pictures with captions, as the
+latents of its VAE, under what its text encoders say of the captions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flowmatch.config import UserError, option, required, together
+import pydantic
+
+from flowmatch.config import Place, UserError, option, required, together
 from flowmatch.data.config import DataConfig
 from flowmatch.flow.config import CouplingConfig, LossConfig, ObjectiveConfig, TimesConfig
-from flowmatch.models.config import NetConfig
+from flowmatch.models.config import CallConfig, NetConfig
 from flowmatch.runs import command, folder, process
 from flowmatch.runs.config import StageConfig
 from flowmatch.training.config import FitConfig
 
 if TYPE_CHECKING:
     from flowmatch.data.dataset import Data
+    from flowmatch.models.text import TextTeacher
 
 
 class FlowConfig(StageConfig):
@@ -25,19 +31,51 @@ class FlowConfig(StageConfig):
     stage: ClassVar[str] = "train_flow"
 
     data: DataConfig = required("training data")
-    net: NetConfig = required("the network")
+    start: Place | None = option(
+        None,
+        "a pipeline that reads prompts, a folder or a name on the hub: train its network, from its own "
+        "weights, on pictures with captions",
+        run=True,
+        shared=False,
+    )
+    call: CallConfig = option(
+        CallConfig(), "with start: arguments of the pipeline's call", validate_default=True
+    )
+    fresh: bool = option(
+        False, "with start: random weights in place of the network's own", validate_default=True
+    )
+    net: NetConfig | None = option(
+        None, "the network; left out with start, which has one", validate_default=True
+    )
     fit: FitConfig = required("the training loop")
     coupling: CouplingConfig = option(CouplingConfig(), "how noise is paired with data")
     times: TimesConfig = option(TimesConfig(), "density of the training times")
     loss: LossConfig = option(LossConfig(), "loss on the velocity")
 
+    @pydantic.field_validator("call", "fresh")
+    @classmethod
+    def _with_start(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        if value not in (False, CallConfig()) and not info.data.get("start"):
+            raise ValueError("for a pipeline that reads text; set start")
+        return value
+
+    @pydantic.field_validator("net")
+    @classmethod
+    def _one_network(cls, net: NetConfig | None, info: pydantic.ValidationInfo) -> Any:
+        if net is None and not info.data.get("start"):
+            raise ValueError("missing; set net.name, a class of diffusers, or start, a pipeline")
+        if net is not None and info.data.get("start"):
+            raise ValueError("the pipeline of start has a network; remove net or start")
+        return net
+
 
 @dataclass
 class Plan(folder.Plan):
-    """Opened data and an untrained network."""
+    """Opened data and an untrained network; of a pipeline, what was learnt of it."""
 
     data: "Data"
     net: Any
+    teacher: "TextTeacher | None"
 
 
 def plan(config: FlowConfig) -> Plan:
@@ -54,22 +92,80 @@ def plan(config: FlowConfig) -> Plan:
         coupling.check(config.coupling, micro)
         return device
 
-    def open_data() -> tuple["Data", Any]:
+    def open_data() -> Opened:
         data = dataset.load(config.data)
-        net = networks.build(config.net, data.shape, data.classes, config.seed)
-        loop.check_net(config.fit, net, data.classes)
-        return data, net
+        if config.start is not None:
+            opened = open_captioned(config, data)
+        else:
+            assert config.net is not None
+            net = networks.build(config.net, data.shape, data.classes, config.seed)
+            labels = "no labels" if data.classes is None else f"{data.classes} classes"
+            opened = Opened(data, net, None, {"data": data.digest}, labels)
+        loop.check_net(config.fit, opened.net, opened.data.classes)
+        return opened
 
-    device, _, (data, net) = together(check_loop, lambda: check_pairless(config), open_data)
+    device, _, opened = together(check_loop, lambda: check_pairless(config), open_data)
+    data, net, teacher = opened.data, opened.net, opened.teacher
     seen = config.fit.steps * config.fit.batch_size
-    labels = "no labels" if data.classes is None else f"{data.classes} classes"
     lines = [
-        f"{len(data)} samples of {list(data.shape)}, {labels}",
-        f"{config.net.name} of {net.num_parameters():,} parameters, on {device}",
+        f"{len(data)} samples of {list(data.shape)}, {opened.labels}",
+        f"{type(net).__name__} of {net.num_parameters():,} parameters, on {device}",
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / len(data):.1f} epochs",
         *data.notes,
+        *(teacher.lines if teacher else []),
     ]
-    return Plan(config, {"data": data.digest}, lines, data, net)
+    return Plan(config, opened.inputs, lines, data, net, teacher)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a config names: data, a network, its pipeline, their digests, and words on the labels."""
+
+    data: "Data"
+    net: Any
+    teacher: "TextTeacher | None"
+    inputs: dict[str, str]
+    labels: str
+
+
+def open_captioned(config: FlowConfig, pictures: "Data") -> Opened:
+    """Learn the pipeline of `start`, and turn pictures with captions into its states.
+
+    Raises UserError where there are no captions, or where it is no flow model that has a VAE.
+    """
+    from flowmatch.data import captions
+    from flowmatch.data.prompts import PromptList
+    from flowmatch.models import latents, precision, text
+    from flowmatch.models.digest import module_digest
+
+    assert config.start is not None
+    where = f"start={config.start}"
+    captioned, texts, digest = captions.read(pictures, config.data)
+    teacher = text.load(
+        config.start,
+        "start",
+        PromptList(texts, []),
+        config.call,
+        truncate="" if config.data.truncate else "data",
+        run_folder="expected a pipeline",
+        device=process.worker_device(process.pick_device(config.device)),
+    )
+    if teacher.script.kind != "flow":
+        raise UserError(
+            f"{where}: its network predicts {teacher.script.kind}, and train_flow trains a flow; give "
+            "the pipeline a scheduler of a flow, such as DPMSolverMultistepScheduler with "
+            "use_flow_sigmas and prediction_type flow_prediction, and set fresh=true"
+        )
+    if config.fresh:
+        with precision.seeded(config.seed):
+            net = type(teacher.net).from_config(teacher.net.config).to(teacher.net.device)
+        setattr(teacher.pipe, teacher.script.network, net)
+        teacher = replace(teacher, net=net)
+    data = latents.encoded(teacher, captioned, config.data.memory, where)
+    inputs = {"data": data.digest, "captions": digest, "start": teacher.digest}
+    inputs["vae"] = module_digest(teacher.pipe.vae)
+    words = f"from pictures of {list(pictures.shape)}, with {len(texts):,} captions"
+    return Opened(data, teacher.net, teacher, inputs, words)
 
 
 def check_pairless(config: FlowConfig) -> None:
@@ -88,10 +184,12 @@ def run(plan: Plan) -> None:
     from flowmatch.flow.noise import Order
     from flowmatch.models import networks
     from flowmatch.models.digest import network_digest
+    from flowmatch.models.velocity import Velocity
     from flowmatch.training.loop import fit
 
     config: FlowConfig = plan.config
     order = Order(len(plan.data), config.seed)
+    teacher = plan.teacher
     with folder.RunFolder("train_flow", config, plan.inputs) as opened:
         files = fit(
             plan.net,
@@ -103,10 +201,12 @@ def run(plan: Plan) -> None:
             objectives.build(ObjectiveConfig(), config.loss),
             seed=config.seed,
             device=config.device,
+            field=Velocity if teacher is None else teacher.field(plan.net),
         )
         if process.leads():
             net = networks.load(opened.folder / "net", "net")
-            opened.seal(files, round=0, net=network_digest(net))
+            facts = {} if teacher is None else teacher.student_facts
+            opened.seal(files, round=0, net=network_digest(net), **facts)
 
 
 STAGE = command.Stage("train_flow", FlowConfig, plan, run, __doc__)

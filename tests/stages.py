@@ -8,6 +8,7 @@ from pipelines import (
     export,
     generate_pairs,
     reflow,
+    tiny_pipeline,
     train_classifier,
     train_flow,
 )
@@ -21,6 +22,7 @@ UNET = {
     "add_attention": False,
 }
 MODELS = {
+    tiny_pipeline: tiny_pipeline.TinyConfig,
     train_flow: train_flow.FlowConfig,
     train_classifier: train_classifier.ClassifierConfig,
     generate_pairs: generate_pairs.PairsConfig,

@@ -24,6 +24,7 @@ ALONE = (  # copied beside weights, or run as a script
 SLOW = {"diffusers", "accelerate", "datasets", "torchmetrics", "scipy", "sklearn", "matplotlib"}
 SLOW |= {"torchdiffeq"}  # it brings scipy
 STAGES = [
+    "tiny_pipeline",
     "train_flow",
     "generate_pairs",
     "encode_prompts",

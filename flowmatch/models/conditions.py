@@ -159,7 +159,7 @@ def check_lengths(pipe: Any, prompts: PromptList, call: dict[str, Any], key: str
             if tokens > limit:
                 faults.append(
                     f"{key}: prompt {number + 1} has {tokens} tokens, of which {limit} are kept: "
-                    f"{words[:60]!r}; shorten it, or set prompts.truncate=true"
+                    f"{words[:60]!r}; shorten it, or set {key}.truncate=true"
                 )
     if len(faults) > SHOWN:
         faults[SHOWN:] = [f"{key}: and {len(faults) - SHOWN:,} more prompts are too long"]

@@ -202,9 +202,11 @@ def read_index(path: str | os.PathLike[str], key: str) -> dict[str, Any]:
     try:
         return diffusers.DiffusionPipeline.load_config(path)
     except (OSError, json.JSONDecodeError) as error:
-        kind = UserError if Path(path).is_dir() else NotReady
         reason = " ".join(str(error).split())
-        raise kind(f"{key}={path}: no diffusers pipeline could be read there: {reason}") from None
+        message = f"{key}={path}: no diffusers pipeline could be read there: {reason}"
+        if Path(path).is_dir():
+            raise UserError(message) from None
+        raise NotReady(message, [path]) from None
 
 
 def read_pipeline(

@@ -34,6 +34,7 @@ from flowmatch.models.velocity import Condition, Velocity
 from flowmatch.models.watch import quiet, run
 from flowmatch.runs import manifest
 
+BUILT = "tiny_pipeline"  # the stage whose folder is a pipeline
 OWN = "own"  # solver.name of the pipeline's own run
 DECODERS = ("vae", "vqvae", "vocoder", "safety_checker", "feature_extractor", "image_encoder")
 
@@ -194,7 +195,7 @@ class TextTeacher(Teacher):
 def is_pipeline(path: str | os.PathLike[str]) -> bool:
     """Return whether a folder holds a diffusers pipeline with a text encoder or a tokenizer."""
     file = Path(path) / "model_index.json"
-    if not file.is_file() or manifest.sealed(Path(path)):
+    if not file.is_file():
         return False
     try:
         index = json.loads(file.read_text())
@@ -248,9 +249,11 @@ def open_pipeline(
 def load(
     path: str | os.PathLike[str],
     key: str,
-    prompts: PromptsConfig,
+    prompts: PromptsConfig | PromptList,
     call: CallConfig,
     *,
+    truncate: str = "prompts",
+    run_folder: str = "set pipeline= to the pipeline of its network",
     pipeline: str | None = None,
     rows: str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -262,8 +265,10 @@ def load(
         path: A pipeline; or a sealed run folder of a training stage, whose network is put in the place
             of that of `pipeline`.
         key: Name of the config's key, for the messages.
-        prompts: The prompts.
+        prompts: The prompts, or the captions of pictures.
         call: Arguments of the pipeline's call.
+        truncate: The key whose `truncate` allows prompts to be cut, for the messages; "" to allow it.
+        run_folder: What to do where `path` is a run folder and `pipeline` is missing, for the message.
         pipeline: The pipeline of a run folder.
         rows: A sealed folder of encode_prompts, made with this pipeline and call. Its text encoders are
             not loaded then, and nothing is run.
@@ -277,24 +282,33 @@ def load(
         UserError: It cannot be loaded or learnt.
         NotReady: It is not made yet.
     """
-    where, (folder, _) = f"{key}={path}", run_of(path)
-    trained = manifest.find(folder, key, TRAINED) if manifest.sealed(folder) else None
+    where, (folder, _), trained = f"{key}={path}", run_of(path), None
+    unfinished = (folder / "config.yaml").is_file() and not is_pipeline(folder)
+    if unfinished or manifest.sealed(folder):
+        made = manifest.read(folder, key, (*TRAINED, BUILT))
+        if made["stage"] == BUILT:
+            manifest.verify(folder, key, made)
+        else:
+            trained = made
     source = path if trained is None else pipeline
     if source is None:
-        raise UserError(f"{where} is a run folder; set pipeline= to the pipeline of its network")
+        raise UserError(f"{where} is a run folder; {run_folder}")
     if trained is None and not is_pipeline(path) and Path(path).is_dir():
         raise UserError(f"{where} is no pipeline with a text encoder; leave prompts out")
-    listed, given = lists.load(prompts), call.model_dump()
+    if isinstance(prompts, PromptsConfig):
+        truncate = "" if prompts.truncate else truncate
+        prompts = lists.load(prompts)
+    given = call.model_dump()
     table = None if rows is None else Stored(rows, "conditions", device)
     pipe = open_pipeline(source, key if trained is None else "pipeline", dtype, table is None)
     pipe.to(device)
     if table is None:
-        script = learn.learn(pipe, given | _negative(listed), where)
+        script = learn.learn(pipe, given | _negative(prompts), where)
     else:
         script = Script.of(table.sealed["facts"]["script"])
-        check_rows(table, pipe, listed, given)
-    if table is None and not prompts.truncate:
-        check_lengths(pipe, listed, given, "prompts")
+        check_rows(table, pipe, prompts, given)
+    if table is None and truncate:
+        check_lengths(pipe, prompts, given, truncate)
     teacher = TextTeacher(
         getattr(pipe, script.network).eval(),
         digest_of(pipe, script),
@@ -302,7 +316,7 @@ def load(
         pipe=pipe,
         script=script,
         call=given,
-        prompts=listed,
+        prompts=prompts,
         table=table,
     )
     if trained is None:

@@ -16,6 +16,7 @@ from flowmatch.config import Config, UserError, closest, expanded, shared_fields
 from flowmatch.runs.values import assign, merge
 
 CHAIN = {  # section -> its stage, in the order of the chain
+    "tiny": "tiny_pipeline",
     "flow": "train_flow",
     "pairs": "generate_pairs",
     "features": "train_classifier",
@@ -32,7 +33,7 @@ _FIELDS = (
     "dtype precision compile lease_seconds start objective student reference samples steps "
     "student_solver converged_solver converged_steps converged_tolerance distance training_samples "
     "inception_weights held_out batch_size lr evaluation device seed prompts call pipeline x0 "
-    "per_prompt classes judge"
+    "per_prompt classes judge fresh width vae_channels vae_steps vae_batch vae_lr"
 )
 SHARED = set(_FIELDS.split())  # the fields of all stages that may stand at the top of an experiment
 FOLDERS = (
@@ -224,6 +225,13 @@ class Experiment:
         before = "reflow" if k == 2 else f"reflow_{k - 1}"
         found: dict[str, Any] = {}
         start = before if k > 1 else "flow"
+        if stage == "train_flow" and self.has("tiny"):
+            found["start"] = "tiny"
+        whole = self.sections.get("flow", {}).get("start", "tiny" if self.has("tiny") else None)
+        if stage in ("generate_pairs", "reflow", "evaluate_prompts", "export") and whole:
+            found["pipeline"] = whole  # that stage one trains a network of
+        if stage == "encode_prompts" and whole:
+            found["teacher"] = whole
         if stage in ("generate_pairs", "reflow") and (k > 1 or self.has("flow")):
             found["teacher" if stage == "generate_pairs" else "start"] = start
         elif stage == "reflow" and "teacher" in self.shared:
@@ -256,7 +264,16 @@ class Experiment:
             known = isinstance(value, str) and self.has(value)
             return self.folder(value) if known else value
 
-        for key in ("teacher", "start", "student", "evaluation", "classifier", "conditions"):
+        inputs = (
+            "teacher",
+            "start",
+            "pipeline",
+            "student",
+            "evaluation",
+            "classifier",
+            "conditions",
+        )
+        for key in inputs:
             if key in values:
                 values[key] = place(values[key])
         if isinstance(pairs := values.get("pairs"), str | dict):

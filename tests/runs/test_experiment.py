@@ -15,30 +15,10 @@ from flowmatch.runs.experiment import (
     shipped,
 )
 from flowmatch.runs.values import parse_word, read_yaml
-from pipelines import (
-    encode_prompts,
-    evaluate,
-    evaluate_prompts,
-    export,
-    generate_pairs,
-    reflow,
-    train_classifier,
-    train_flow,
-)
+from pipelines import reflow, train_classifier
+from tests.stages import MODELS as CONFIGS
 
-MODELS = {
-    module.STAGE.name: module.STAGE.config
-    for module in (
-        encode_prompts,
-        evaluate,
-        evaluate_prompts,
-        export,
-        generate_pairs,
-        reflow,
-        train_classifier,
-        train_flow,
-    )
-}
+MODELS = {module.STAGE.name: module.STAGE.config for module in CONFIGS}
 FIT = {"steps": 2, "batch_size": 4}
 VALUES = {
     "name": "mine",
@@ -150,6 +130,24 @@ def test_a_teacher_from_elsewhere_takes_the_place_of_stage_one():
     mine.sections["reflow_2"] = {}
     assert config(mine, "pairs_2").teacher == "runs/mine/reflow"
     assert config(mine, "evaluate_2").teacher == "google/ddpm-cifar10-32"
+
+
+def test_stages_of_a_pipeline_that_reads_prompts_know_it():
+    values = {"name": "mine", "prompts": "p.txt", "call": {"height": 8}, "pairs": {"shards": 1}}
+    values |= {"data": {"source": "digits_text"}, "reflow": {"fit": FIT}, "flow": {"fit": FIT}}
+    mine = Experiment(values | {"tiny": {"net": {"name": "UNet2DConditionModel"}}}, "mine.yaml")
+    assert mine.chain(1) == ["tiny", "flow", "pairs", "reflow"]
+    flow, pairs, reflowed = (config(mine, name) for name in ("flow", "pairs", "reflow"))
+    assert flow.start == pairs.pipeline == reflowed.pipeline == "runs/mine/tiny"
+    assert flow.call == pairs.call == reflowed.call
+    assert pairs.teacher == reflowed.start == "runs/mine/flow"
+    assert config(mine, "pairs_2").teacher == config(mine, "reflow_2").start == "runs/mine/reflow"
+    assert config(mine, "reflow_2").pipeline == "runs/mine/tiny"
+    own = Experiment(values | {"flow": {"fit": FIT, "start": "my/pipe"}}, "mine.yaml")
+    assert config(own, "flow").start == config(own, "pairs").pipeline == "my/pipe"
+    elsewhere = {key: value for key, value in values.items() if key != "flow"}
+    own = Experiment(elsewhere | {"teacher": "my/pipe"}, "mine.yaml")
+    assert config(own, "pairs").pipeline is None
 
 
 def test_rounds_inherit_from_the_first_and_follow_the_one_before():
