@@ -215,7 +215,8 @@ class Experiment:
         values.pop("stage", None)
         values.setdefault("run_dir", self.folder(section))
         for key, value in self._inputs(stage, section, values).items():
-            values.setdefault(key, value)
+            if key in model.model_fields:
+                values.setdefault(key, value)
         return self._resolved(values)
 
     def _inputs(self, stage: str, section: str, values: dict[str, Any]) -> dict[str, Any]:
