@@ -10,16 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowmatch.config import UserError, dump, require, together
+from flowmatch.config import UserError, content, dump, require, together
 from flowmatch.evaluation.config import EvaluatePromptsConfig
-from flowmatch.runs import command, folder, process
+from flowmatch.runs import command, folder, manifest, process
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flowmatch.data.dataset import Data
+    from flowmatch.evaluation.comparisons import Comparison
     from flowmatch.evaluation.feature_choice import FeatureChoice
     from flowmatch.evaluation.judges import Judge
+    from flowmatch.evaluation.picture_files import PictureFiles
     from flowmatch.evaluation.prompt_rows import Draw, Row
     from flowmatch.evaluation.prompt_scoring import Scores
     from flowmatch.models.decoding import Decoder
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 class Plan(folder.Plan):
     """The models, what decodes and judges their samples, and the draw of noise and prompts.
 
-    decode: None where the pipeline returns no pictures.
+    decode: None where the pipeline returns no pictures. compared: by key.
     """
 
     teacher: "TextTeacher"
@@ -40,12 +42,27 @@ class Plan(folder.Plan):
     real: "Data | None"
     choice: "FeatureChoice"
     judge: "Judge | None"
+    compared: "dict[str, Comparison]"
+
+    def reopen(self) -> bool | None:
+        """Run again for pictures that a finished evaluation has not written."""
+        from flowmatch.evaluation import picture_files
+
+        place = self.config.samples_to
+        if place is None or picture_files.written(place, self.fingerprint):
+            return None
+        return True
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the config's content and the inputs."""
+        return manifest.fingerprint({"config": content(self.config), "inputs": self.inputs})
 
 
 def plan(config: EvaluatePromptsConfig) -> Plan:
     """Check the config, and load models, data and judges."""
     from flowmatch.data import dataset
-    from flowmatch.evaluation import feature_choice, judges
+    from flowmatch.evaluation import comparisons, feature_choice, judges
     from flowmatch.evaluation.prompt_rows import Draw
     from flowmatch.models import decoding, students
 
@@ -90,10 +107,13 @@ def plan(config: EvaluatePromptsConfig) -> Plan:
         config.seed, config.samples, config.per_prompt, teacher.prompts.texts, teacher.shape
     )
     decode, shape, reason = decoding.find(teacher)
-    choice, judge = together(
-        partial(choose_features, config, real, shape, reason),
+    choice, judge, compared = together(
+        partial(feature_choice.choose_for_pictures, config, real, shape, reason),
         partial(judges.find, config, shape, reason, device),
+        partial(comparisons.find, config, shape, reason, device),
     )
+    if reason and config.samples_to is not None:
+        raise UserError(f"samples_to={config.samples_to}: there are no pictures: {reason}")
     inputs = {"teacher": teacher.digest, "prompts": teacher.facts["prompts"]["digest"]}
     if student is not None:
         inputs["student"] = student.digest
@@ -103,10 +123,8 @@ def plan(config: EvaluatePromptsConfig) -> Plan:
     if choice.module is not None:
         feature_choice.check_independent(choice.module, models)
     if config.classifier is not None:
-        from flowmatch.runs import manifest
-
         inputs["classifier"] = manifest.digest(config.classifier)
-    inputs |= choice.inputs
+    inputs |= choice.inputs | {name: found.digest for name, found in compared.items()}
     groups = config.samples // config.per_prompt
     shown = f"{reason}; compared as latents alone" if decode is None else f"{list(shape)}"
     lines = [
@@ -118,7 +136,10 @@ def plan(config: EvaluatePromptsConfig) -> Plan:
     ]
     if student is not None:
         lines += remarks(config, teacher, student)
-    return Plan(config, inputs, lines, teacher, student, decode, draw, real, choice, judge)
+    opened = (teacher, student, decode, draw, real, choice, judge, compared)
+    made = Plan(config, inputs, lines, *opened)
+    made.reopen()  # refuses a folder of other pictures
+    return made
 
 
 def load_teacher(config: EvaluatePromptsConfig) -> "TextTeacher":
@@ -149,28 +170,6 @@ def load_teacher(config: EvaluatePromptsConfig) -> "TextTeacher":
     return replace(teacher, prompts=listed)
 
 
-def choose_features(
-    config: EvaluatePromptsConfig, real: "Data | None", shape: tuple[int, ...], reason: str
-) -> "FeatureChoice":
-    """Choose the features of the distance to the reference."""
-    from flowmatch.evaluation import feature_choice
-
-    if real is None:
-        return feature_choice.FeatureChoice()
-    if shape[-3:] != real.shape:
-        made = reason or f"the pipeline makes {list(shape)}"
-        raise UserError(f"reference: holds {list(real.shape)}; {made}")
-    classifier = config.classifier if config.features == "classifier" else None
-    words = (config.features, classifier, config.inception_weights)
-    choice = feature_choice.choose_features(*words, "frechet", real)
-    if choice.untrained:
-        raise UserError(
-            "reference with features=classifier needs classifier=, a finished folder of "
-            "train_classifier; or use features=values, or features=inception with its weights"
-        )
-    return choice
-
-
 def evaluations(
     config: EvaluatePromptsConfig, teacher: "TextTeacher", student: "TextTeacher | None"
 ) -> int:
@@ -187,7 +186,6 @@ def remarks(
     from flowmatch.config import differences
     from flowmatch.evaluation import tables
     from flowmatch.models import teachers
-    from flowmatch.runs import manifest
 
     lines = [tables.ONE_STEP] if student.one_step and config.steps != [1] else []
     facts = manifest.read(teachers.run_of(str(config.student))[0], "student")["facts"]
@@ -201,31 +199,40 @@ def run(plan: Plan) -> None:
     """Run all rows batch by batch, measure them, and seal the folder."""
     if not process.leads():
         return
-    from flowmatch.evaluation import prompt_results, prompt_rows, report
+    from flowmatch.evaluation import picture_files, prompt_results, prompt_rows, report, tables
 
     config: EvaluatePromptsConfig = plan.config
     with folder.RunFolder("evaluate_prompts", config, plan.inputs) as opened:
         command.exit_on_sigterm()
         rows, refused = prompt_rows.all_rows(plan.teacher, plan.student, config.steps)
         for steps, reason in refused.items():
-            process.say(f"evaluate_prompts: the teacher has no row of {steps} steps: {reason}")
-        scores, pictures, prompts = sampled(plan, rows)
+            told = tables.steps_name(steps)
+            process.say(f"evaluate_prompts: the teacher has no row of {told}: {reason}")
+        to, texts = config.samples_to, plan.draw.texts
+        files = None
+        if to is not None and not picture_files.written(to, plan.fingerprint):
+            files = picture_files.PictureFiles(to, texts)
+        scores, pictures, prompts = sampled(plan, rows, files)
         result = summary(plan, rows, refused, scores)
         device = plan.teacher.pipe._execution_device
         place = Path(opened.folder)
         facts = report.machine(device, 1)
         prompt_results.write(place, result, pictures, prompts, dump(config), facts)
+        if files is not None:
+            files.close(plan.fingerprint, [row.entries() for row in rows])
         opened.seal(["metrics.json"])
         process.say(f"\n{prompt_results.markdown(result)}\nreport: {place / 'report.html'}")
 
 
-def sampled(plan: Plan, rows: "list[Row]") -> "tuple[Scores, dict[str, Tensor], list[str]]":
+def sampled(
+    plan: Plan, rows: "list[Row]", files: "PictureFiles | None"
+) -> "tuple[Scores, dict[str, Tensor], list[str]]":
     """Run all rows batch by batch; return their scores, and pictures of the first prompts."""
     import torch
     from tqdm import tqdm
 
     from flowmatch.evaluation.prompt_results import COLUMNS
-    from flowmatch.evaluation.prompt_scoring import Scores
+    from flowmatch.evaluation.prompt_scoring import Scores, still
     from flowmatch.models.precision import arithmetic, deterministic
 
     config, texts = plan.config, plan.draw.texts
@@ -234,6 +241,7 @@ def sampled(plan: Plan, rows: "list[Row]") -> "tuple[Scores, dict[str, Tensor], 
     scores = Scores(
         config.per_prompt,
         plan.judge,
+        [*plan.compared.values()],
         embedded=plan.real is not None,
         module=None if module is None else module.to(device),
         device=device,
@@ -257,11 +265,12 @@ def sampled(plan: Plan, rows: "list[Row]") -> "tuple[Scores, dict[str, Tensor], 
                     raise UserError(f"{row.name}: samples contain NaN or inf; check the model")
                 seen = None if plan.decode is None else plan.decode(x, words)
                 if row.own:
-                    scores.begin(numbers, x, seen)
+                    scores.begin(numbers, x, seen, words)
                 scores.add(row.name, x, seen, words)
                 if seen is not None and len(prompts) < COLUMNS:
-                    still = seen if seen.ndim == 4 else seen[:, seen.shape[1] // 2]
-                    kept[row.name] += still[torch.from_numpy(shown)]
+                    kept[row.name] += still(seen)[torch.from_numpy(shown)]
+                if seen is not None and files is not None:
+                    files.add(row.name, ids, numbers, seen)
                 bar.update(row.evaluations * len(ids))
             if len(prompts) < COLUMNS:
                 prompts += [word for word, first in zip(words, shown, strict=True) if first]
@@ -310,8 +319,7 @@ def summary(
         protocol |= {"reference": plan.real.digest, "real_samples": n}
         protocol["features"] = {"name": config.features, **plan.choice.facts}
     for row in rows:
-        found = {"name": row.name, "model": row.model, "steps": row.steps, "own": row.own}
-        found |= {"evaluations": row.evaluations}
+        found = row.entries()
         found |= scores.measures(row.name, rows[0].name, config.seed)
         if real is not None:
             found["distance"] = {"value": scores.distance(row.name, real)}

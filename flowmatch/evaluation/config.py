@@ -53,6 +53,23 @@ class EvaluatePromptsConfig(StageConfig):
         "flowmatch.MODULE:FUNCTION that judges pictures [B, C, H, W] in [-1, 1], called with them, "
         "their prompts and the classifier; it returns names and 1 (right), 0, or NaN (not asked for)",
     )
+    lpips: Literal["alex", "vgg", "squeeze"] | None = option(
+        None,
+        "perceptual distance of the pictures to the teacher's own, by this network of torchvision, "
+        "whose weights it downloads unless they are in TORCH_HOME",
+    )
+    dino: str | None = option(
+        None,
+        "similarity of the pictures to the teacher's own by an image network of transformers such as "
+        "facebook/dinov2-base: a folder, or a name on the hub",
+        run=True,
+    )
+    clip: str | None = option(
+        None,
+        "similarity to the teacher's own pictures and to the prompts by a CLIPModel of transformers: "
+        "a folder, or a name on the hub such as openai/clip-vit-large-patch14",
+        run=True,
+    )
     reference: DataConfig | None = option(
         None, "real pictures, of the size that the pipeline makes, for a Frechet distance"
     )
@@ -61,4 +78,10 @@ class EvaluatePromptsConfig(StageConfig):
     )
     inception_weights: Place | None = option(
         None, "file of Inception's weights from torch-fidelity; nothing is downloaded", run=True
+    )
+    samples_to: Place | None = option(
+        None,
+        "folder for all pictures, ROW/PROMPT/NUMBER.png with an index.json, for other benchmarks; made "
+        "when all are written",
+        run=True,
     )

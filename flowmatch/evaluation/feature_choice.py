@@ -9,6 +9,7 @@ from torch import nn
 from flowmatch.config import UserError
 from flowmatch.data.dataset import Data
 from flowmatch.evaluation import features, metrics
+from flowmatch.evaluation.config import EvaluatePromptsConfig
 from flowmatch.models.digest import module_digest
 from flowmatch.models.teachers import Teacher
 from flowmatch.runs import manifest
@@ -96,6 +97,28 @@ def choose_features(
         )
     features.check_images(data, "data")
     return FeatureChoice(untrained=True)
+
+
+def choose_for_pictures(
+    config: EvaluatePromptsConfig, real: Data | None, shape: tuple[int, ...], reason: str
+) -> FeatureChoice:
+    """Choose the features of the distance to the reference."""
+    if real is None:
+        return FeatureChoice()
+    if shape[-3:] != real.shape:
+        made = reason or f"the pipeline makes {list(shape)}"
+        raise UserError(
+            f"reference: holds {list(real.shape)}; {made}; set reference.size and reference.channels"
+        )
+    classifier = config.classifier if config.features == "classifier" else None
+    words = (config.features, classifier, config.inception_weights)
+    choice = choose_features(*words, "frechet", real)
+    if choice.untrained:
+        raise UserError(
+            "reference with features=classifier needs classifier=, a finished folder of "
+            "train_classifier; or use features=values, or features=inception with its weights"
+        )
+    return choice
 
 
 def train(

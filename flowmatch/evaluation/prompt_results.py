@@ -46,7 +46,8 @@ table.prompts { border-collapse: separate; border-spacing: .35rem; }
 table.prompts td, table.prompts th { border: 0; padding: 0; text-align: center; font-size: .8rem; }
 table.prompts th { font-weight: 400; max-width: 9rem; vertical-align: bottom; }
 table.prompts td:first-child { text-align: left; white-space: nowrap; padding-right: .5rem; }
-table.prompts img { width: 8.5rem; max-width: 100%; display: block; border-radius: .2rem; }
+table.prompts img { width: 8.5rem; min-width: 5rem; max-width: 100%; display: block;
+  border-radius: .2rem; }
 td small { color: var(--soft); white-space: nowrap; display: block; }
 """
 

@@ -47,6 +47,11 @@ class Row:
         """A name for files: teacher, teacher_1, student_1."""
         return self.model if self.own else f"{self.model}_{self.steps}"
 
+    def entries(self) -> dict[str, Any]:
+        """Return what metrics.json says of it beside its measures."""
+        names = ("name", "model", "steps", "own", "evaluations")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(frozen=True)
 class Draw:

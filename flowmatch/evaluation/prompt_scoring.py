@@ -4,7 +4,7 @@ Nothing but numbers is kept of a batch, so that samples may be large and many.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowmatch.evaluation import features, metrics
+from flowmatch.evaluation.comparisons import Comparison, coloured
 from flowmatch.evaluation.intervals import mean_interval
 from flowmatch.evaluation.judges import ALL, Judge, judged
 
@@ -32,6 +33,11 @@ def spread(x: Tensor, group: int) -> Tensor:
     flat = x.flatten(1).double().unflatten(0, (-1, group))
     apart = (flat[:, :, None] - flat[:, None]).square().mean(-1).sqrt()
     return (apart.sum((1, 2)) / (group * (group - 1))).repeat_interleave(group)
+
+
+def still(pictures: Tensor) -> Tensor:
+    """Return pictures [B, C, H, W]: of frames [B, F, C, H, W] the middle one."""
+    return pictures if pictures.ndim == 4 else pictures[:, pictures.shape[1] // 2]
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -64,7 +70,7 @@ class Scores:
         group: Samples of a prompt in a batch, consecutive.
         judge: Judges pictures [B, C, H, W] in [-1, 1] by their prompts: names of what is asked for -> 1
             right, 0 wrong, NaN not asked for, [B].
-        compared: Names -> measures of two batches of pictures in [0, 1], the row's and the teacher's.
+        compared: Comparisons with the teacher's own pictures.
         embedded: Whether features of the pictures are kept, for a distance of sets.
         module: The feature network of that, as `features.embed` takes it.
         device: Where feature networks run.
@@ -74,26 +80,32 @@ class Scores:
         self,
         group: int,
         judge: Judge | None = None,
-        compared: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
+        compared: Sequence[Comparison] = (),
         embedded: bool = False,
         module: nn.Module | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.group, self.judge, self.compared = group, judge, compared or {}
+        self.group, self.judge, self.compared = group, judge, compared
         self.embedded, self.module, self.device = embedded, module, device
         self.columns: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         self.features: dict[str, list[Tensor]] = defaultdict(list)
         self.clusters: list[Tensor] = []
         self._count, self._mean, self._moment = 0, torch.zeros(()), torch.zeros(())
 
-    def begin(self, numbers: Tensor, own: Tensor, own_pictures: Tensor | None) -> None:
+    def begin(
+        self, numbers: Tensor, own: Tensor, own_pictures: Tensor | None, prompts: Sequence[str]
+    ) -> None:
         """Begin a batch.
 
         Args:
             numbers: Of the prompts, int64 [B].
             own: States of the teacher's own run, [B, ...].
             own_pictures: Their pictures.
+            prompts: Their prompts.
         """
+        for comparison in self.compared:
+            assert own_pictures is not None, "of the same decoder"
+            comparison.begin(coloured(still(own_pictures)), prompts)
         self.clusters.append(numbers)
         self.own, self.own_pictures = own.double(), own_pictures
         for x in self.own.cpu():  # Welford's running moments
@@ -119,10 +131,9 @@ class Scores:
             found["psnr"] = psnr(pictures, self.own_pictures)
             if min(pictures.shape[-2:]) >= WINDOW:
                 found["ssim"] = ssim(pictures, self.own_pictures)
-            for name, measure in self.compared.items():
-                found[name] = measure(pictures, self.own_pictures)
-            still = pictures if pictures.ndim == 4 else pictures[:, pictures.shape[1] // 2]
-            wide = (2 * still - 1).to(self.device)
+            for comparison in self.compared:
+                found |= comparison.measure(coloured(still(pictures)))
+            wide = (2 * still(pictures) - 1).to(self.device)
             if self.judge is not None:
                 found |= judged(self.judge(wide, prompts))
             if self.embedded:
@@ -164,7 +175,7 @@ class Scores:
                 statistic=lambda means: means[..., 0] / means[..., 1],
             )
         for name in self.columns[row]:
-            alone = name.startswith(ALL)
+            alone = name.startswith(ALL) or name == "clip_text"
             if name in ("error", "spread") or (row == own and not alone):
                 continue
             if not np.isnan(column(name)).all():

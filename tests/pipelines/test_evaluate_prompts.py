@@ -1,6 +1,8 @@
 """Evaluation on prompts: closed forms of its measures, and a tiny SD3 pipeline from end to end."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,16 +11,24 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from flowmatch.config import UserError
-from flowmatch.evaluation import intervals, judges, prompt_rows, prompt_scoring
+from flowmatch.evaluation import (
+    comparisons,
+    features,
+    intervals,
+    judges,
+    metrics,
+    prompt_rows,
+    prompt_scoring,
+)
 from flowmatch.evaluation.config import EvaluatePromptsConfig
 from flowmatch.flow import noise
 from flowmatch.models import networks, text
-from flowmatch.models.digest import network_digest
+from flowmatch.models.digest import module_digest, network_digest
 from flowmatch.runs import manifest
 from flowmatch.runs.command import load
 from pipelines import evaluate_prompts
 from tests.stages import run
-from tests.tiny import TINY
+from tests.tiny import TINY, encoders, tokenizers
 
 PROMPTS = [f"a {colour} {thing}" for colour in ("red", "white") for thing in ("fox", "cat", "bird")]
 
@@ -99,7 +109,7 @@ def test_a_student_equal_to_its_teacher_has_no_error(made):
 
 def test_the_error_is_that_of_stock_calls(made):
     """By hand: a stock run from the same noise, one Euler step of the network, and their distance."""
-    result = json.loads((made / "one" / "metrics.json").read_text())
+    result = json.loads((made / "one" / "metrics.json").read_text())  # of the test before
     pipe = text.open_pipeline(made / "pipe", "teacher")
     scheduler = pipe.scheduler
     draw = prompt_rows.Draw(0, 12, 2, PROMPTS, (4, 8, 8))
@@ -157,21 +167,150 @@ def test_draws_give_each_prompt_its_turn():
     assert sorted(numbers[:12:2]) == sorted(numbers[12::2]) == list(range(6))
 
 
+@pytest.fixture(scope="module")
+def judges_folder(made):
+    """A classifier that sees class 1 everywhere, pictures to compare with, tiny networks of features."""
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        ViTConfig,
+        ViTImageProcessor,
+        ViTModel,
+    )
+
+    folder = made / "judges"
+    torch.manual_seed(0)
+    net = features.Classifier((3, 16, 16), 2)
+    with torch.no_grad():
+        net.head[1].bias[1] += 1000
+    (folder / "classifier").mkdir(parents=True)
+    files = features.save(net, folder / "classifier")
+    facts = {"accuracy": 0.5, "sha256": module_digest(net), "shape": [3, 16, 16], "classes": 2}
+    names = {"stage": "train_classifier", "config": {}, "inputs": {}, "outputs": files}
+    manifest.seal(folder / "classifier", **names, **facts)
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+    np.save(folder / "real.npy", pictures)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    image = {"image_size": 16, "patch_size": 8}
+    ViTModel(ViTConfig(**sizes, **image)).save_pretrained(folder / "vit")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    words = sizes | ends | {"vocab_size": encoders.VOCAB, "max_position_embeddings": 16}
+    config = CLIPConfig(text_config=words, vision_config=sizes | image, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder / "clip")
+    square = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPImageProcessor(**square).save_pretrained(folder / "clip")
+    tokenizers.clip(16).save_pretrained(folder / "clip")
+    return folder
+
+
+def test_judges_features_and_files(made, judges_folder):
+    """Accuracy and distances as by hand; what a folder of pictures holds; and pictures made later."""
+    more = [
+        *(f"classifier={judges_folder}/classifier", "classes=[white,red]"),
+        *("reference.source=npz", f"reference.path={judges_folder}/real.npy"),
+        *(f"dino={judges_folder}/vit", f"clip={judges_folder}/clip", "steps=[1,3]"),
+    ]
+    run(evaluate_prompts, *words(made, "judged", *more))
+    before = (made / "judged" / "metrics.json").read_bytes()
+    result = json.loads(before)
+    rows = {row["name"]: row for row in result["rows"]}
+    for row in rows.values():  # each half of the prompts names one of the two colours
+        assert row["accuracy"]["value"] == 0.5
+        assert row["accuracy"]["low"] < 0.5 < row["accuracy"]["high"]
+        assert row["distance"]["value"] > 0
+    same, one = rows["student_3"], rows["student_1"]
+    for name in ("dino", "clip"):
+        assert same[name]["value"] == pytest.approx(1, abs=1e-4)
+        assert one[name]["value"] < 1 - 1e-4
+    gap = one["clip_text"]["value"] - rows["teacher"]["clip_text"]["value"]
+    assert one["clip_text_difference"]["value"] == pytest.approx(gap)
+    inputs = manifest.read(made / "judged", "x")["inputs"]
+    assert {"teacher", "student", "prompts", "classifier", "reference", "dino", "clip"} == set(
+        inputs
+    )
+    run(evaluate_prompts, *words(made, "judged", *more, f"samples_to={made}/files"))
+    assert (made / "judged" / "metrics.json").read_bytes() == before
+    index = json.loads((made / "files" / "index.json").read_text())
+    assert index["prompts"]["00000-a-red-fox"] == "a red fox"
+    assert [row["name"] for row in index["rows"]] == list(rows)
+    found = sorted((made / "files").glob("*/*/*.png"))
+    assert len(found) == 12 * len(rows)
+    seen = torch.stack(
+        [torch.from_numpy(np.array(Image.open(p))) for p in found if "teacher/" in str(p)]
+    )
+    net, _ = features.load(str(judges_folder / "classifier"), "classifier", (3, 16, 16))
+    real = torch.from_numpy(np.load(judges_folder / "real.npy"))
+    order = noise.Order(20, 0)(np.arange(12))
+
+    def embedded(pictures):
+        return features.embed(pictures.permute(0, 3, 1, 2) / 127.5 - 1, net)
+
+    distance = metrics.frechet(embedded(real[order]), embedded(seen))
+    assert rows["teacher"]["distance"]["value"] == pytest.approx(distance, rel=0.02)
+    assert not (made / "files.partial").exists()
+    with pytest.raises(UserError, match="samples_to=.*holds other files"):
+        run(evaluate_prompts, *words(made, "later", f"samples_to={made}/files"))
+
+
+def test_the_perceptual_distance_is_that_of_torchmetrics(monkeypatch):
+    """On a stand-in for torchvision's network, whose weights are not here: 0 for equal pictures."""
+    from torch import nn
+    from torchmetrics.functional.image import lpips as functional
+    from torchmetrics.image import lpip
+
+    def alexnet(weights):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(64, 192, 1)]
+        layers += [nn.ReLU(), nn.Identity(), nn.Conv2d(192, 384, 1), nn.ReLU()]
+        layers += [nn.Conv2d(384, 256, 1), nn.ReLU(), nn.Conv2d(256, 256, 1), nn.ReLU()]
+        return SimpleNamespace(features=nn.Sequential(*layers))
+
+    models = SimpleNamespace(alexnet=alexnet, AlexNet_Weights=SimpleNamespace(DEFAULT=None))
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(models=models))
+    for module in (functional, lpip):
+        monkeypatch.setattr(module, "_TORCHVISION_AVAILABLE", True)
+    x, y = torch.rand(2, 3, 3, 16, 16)
+    found = comparisons.Lpips("alex", "cpu")
+    found.begin(y, ["a"] * 3)
+    assert found.measure(y)["lpips"].tolist() == [0, 0, 0]
+    far = found.measure(x)["lpips"]
+    assert far.shape == (3,)
+    assert (far > 0).all()
+    theirs = lpip.LearnedPerceptualImagePatchSimilarity("alex", normalize=True)(x, y)
+    assert far.mean() == pytest.approx(float(theirs))
+
+
 def test_what_cannot_be_evaluated_is_refused(made):
-    for more, message in [
-        (["prompts.held_out=0"], "prompts has no held-out ones"),
-        (["samples=5"], "samples=5: expected a multiple of per_prompt=2"),
-        (["steps=[]"], "steps=.*expected one or more"),
-        (["classes=[a,b]"], "classes are those of a classifier"),
-        (["classifier=x"], "classifier has no effect"),
-        (["judge=os:system", "samples=4"], "expected flowmatch.MODULE:FUNCTION"),
-        (["features=values"], "features has no effect without reference"),
-        (["reference.source=digits"], r"reference: holds \[1, 8, 8\]; the pipeline makes \[3, 16"),
-        (
-            [f"student={made}/other"],
-            "student=.*is of another pipeline than teacher: time: timestep",
-        ),
-        ([f"student={made}/plain"], "was trained without prompts"),
+    """Each line once; those of one run come together."""
+    faults = {
+        "prompts has no held-out ones": "prompts.held_out=0",
+        "samples=5: expected a multiple of per_prompt=2": "samples=5",
+        "steps=[]: expected one or more numbers": "steps=[]",
+        "classes are those of a classifier; set classifier=": "classes=[a,b]",
+        "features has no effect without reference": "features=values",
+    }
+    with pytest.raises(UserError) as error:
+        run(evaluate_prompts, *words(made, "wrong", *faults.values()))
+    for message in faults:
+        assert message in str(error.value)
+    faults = {
+        "expected flowmatch.MODULE:FUNCTION": "judge=os:system",
+        "reference: holds [1, 8, 8]; the pipeline makes [3, 16, 16]": "reference.source=digits",
+        "clip=nowhere: cannot be loaded": "clip=nowhere",
+        "lpips=vgg": "lpips=vgg",
+    }
+    with pytest.raises(UserError) as error:
+        run(evaluate_prompts, *words(made, "wrong", *faults.values()))
+    for message in faults:
+        assert message in str(error.value)
+    for student, message in [
+        ("other", "is of another pipeline than teacher: time: timestep -> t"),
+        ("plain", "was trained without prompts"),
     ]:
         with pytest.raises(UserError, match=message):
-            run(evaluate_prompts, *words(made, "wrong", *more))
+            run(
+                evaluate_prompts, *words(made, "wrong", f"student={made}/{student}", "classifier=x")
+            )
