@@ -55,7 +55,7 @@ def test_an_experiment_of_a_large_pipeline_is_planned(tmp_path, monkeypatch, nam
         "pairs.precision=fp32",
         "reflow.fit.batch_size=4",
     ]
-    small += ["reflow.fit.micro_batch=2", "reflow.fit.shard=false"]
+    small += ["evaluate.precision=fp32", "reflow.fit.micro_batch=2", "reflow.fit.shard=false"]
     experiment = experiment_of(find_config(name), tmp_path, TINY[CLASSES[name]], *small)
     for section in ("pairs", "conditions"):
         plan(experiment, section, dry_run=False)

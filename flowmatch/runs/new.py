@@ -62,6 +62,7 @@ evaluate:  # the student against its teacher's own run, on held-out prompts
   per_prompt: 2
   steps: [1, 2, 4]
   compute_batch: 4
+  precision: fp32  # that of the pairs
 
 export: {{}}  # the pipeline's own class, with the student in the place of its network
 """

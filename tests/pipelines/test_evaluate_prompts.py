@@ -314,3 +314,24 @@ def test_what_cannot_be_evaluated_is_refused(made):
             run(
                 evaluate_prompts, *words(made, "wrong", f"student={made}/{student}", "classifier=x")
             )
+
+
+def test_a_noise_teacher_alone_in_half_precision(tmp_path):
+    """Without a student, guided: the teacher's rows by its own scheduler, two evaluations a step."""
+    name = "StableDiffusionPipeline"
+    TINY[name].build().save_pretrained(tmp_path / "pipe")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    call = [f"call.{k}={json.dumps(v)}" for k, v in TINY[name].call.items() if k != "output_type"]
+    run(
+        evaluate_prompts,
+        *(f"teacher={tmp_path}/pipe", f"run_dir={tmp_path}/run", "precision=bf16"),
+        *(f"prompts.path={tmp_path}/prompts.txt", "prompts.held_out=0.5", "steps=2"),
+        *("samples=4", "per_prompt=1", "compute_batch=3", *call),
+    )
+    result = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    steps = TINY[name].call["num_inference_steps"]
+    found = [(row["name"], row["evaluations"]) for row in result["rows"]]
+    assert found == [("teacher", 2 * steps), ("teacher_2", 4)]
+    assert 0 < result["rows"][1]["rms"]["value"] < 2
+    assert "diversity" not in result["rows"][1]
+    assert "student" not in result
