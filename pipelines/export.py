@@ -6,20 +6,20 @@ own solver. model_index.json names stock classes wherever diffusers has a pipeli
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flowmatch.config import LocalPath, UserError, option, required, together
+from flowmatch.data.config import PromptsConfig
+from flowmatch.export.fresh import Fresh
+from flowmatch.models.config import CallConfig
 from flowmatch.runs import command, folder, manifest, process
 from flowmatch.runs.config import StageConfig
 from flowmatch.runs.files import allow_readers, write_atomic
+from flowmatch.runs.values import read_yaml
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,20 @@ class ExportConfig(StageConfig):
         None, "the student's finished evaluation, whose table goes into the card", run=True
     )
     steps: list[int] = option([1, 2, 4], "numbers of steps that get an exact stock scheduler")
+    pipeline: LocalPath | None = option(
+        None, "with prompts: the teacher's pipeline, of which all but the network is kept", run=True
+    )
+    prompts: PromptsConfig | None = option(
+        None, "the prompts of the student, for a pipeline that reads text"
+    )
+    call: CallConfig = option(
+        CallConfig(), "with prompts: arguments of the pipeline's call (default: the student's)"
+    )
+    push_to_hub: str | None = option(
+        None,
+        "name on the Hugging Face Hub, ORG/NAME, to which the sealed folder is uploaded",
+        run=True,
+    )
 
 
 @dataclass
@@ -49,25 +63,51 @@ class Plan(folder.Plan):
     """The student, the kind of its pipeline, and the table of its evaluation."""
 
     student: "Teacher"
-    kind: "Kind"
+    kind: "Kind | None"  # None for a student that reads prompts
     table: str
+
+    def reopen(self) -> bool | None:
+        """Make a sealed folder again where it is to be uploaded and has not been."""
+        name, written = self.config.push_to_hub, Path(self.config.run_dir) / "config.yaml"
+        if name is None or not written.is_file():
+            return None
+        return read_yaml(str(written)).get("push_to_hub") != name or None
 
 
 def plan(config: ExportConfig) -> Plan:
     """Check the config, and load the student and its evaluation."""
-    from flowmatch.export import model_card
+    from flowmatch.export import model_card, push
     from flowmatch.models import teachers, two_time
 
     def check_config() -> None:
         faults = []
         if not config.steps or min(config.steps) < 1:
             faults.append(f"steps={config.steps}: expected one or more numbers, from 1")
-        if config.device == "cuda":
+        if config.device == "cuda" and config.prompts is None:
             faults.append("device=cuda: an export is checked on the CPU; leave device out")
+        for key in ("pipeline", "call"):
+            given = config.call.model_dump() if key == "call" else config.pipeline
+            if given and config.prompts is None:
+                faults.append(f"{key}: for a student that reads prompts; set prompts, too")
         if faults:
             raise UserError(faults)
 
     def load_student() -> "tuple[Teacher, str]":
+        if config.prompts is not None:
+            from flowmatch.export import text_folder
+
+            device = process.worker_device(process.pick_device(config.device))
+            read = text_folder.open_student(
+                config.student, config.prompts, config.call, config.pipeline, device
+            )
+            check_steps(read)
+            return read, read.digest
+        found = manifest.find(teachers.run_of(config.student)[0], "student", teachers.TRAINED)
+        if found is not None and "script" in found["facts"]:
+            raise UserError(
+                f"student={config.student} reads prompts: set prompts= to their list, and pipeline= to "
+                f"the teacher's {found['facts']['script']['pipeline']}"
+            )
         student = teachers.load(config.student, "student")
         digest = student.digest
         if student.diffusion is not None:
@@ -78,29 +118,39 @@ def plan(config: ExportConfig) -> Plan:
         if student.two_times:  # stock networks take one time: r = 1 goes into a bias
             folded = two_time.fold(student.net)
             student = dataclasses.replace(student, net=folded, one_step=True)
+        check_steps(student)
+        return student, digest
+
+    def check_steps(student: "Teacher") -> None:
         if student.one_step and config.steps != [1]:
             raise UserError(
                 f"steps={config.steps}: the student is for one step only; use steps=[1]"
             )
-        return student, digest
+
+    def check_upload() -> None:
+        if config.push_to_hub is not None:
+            push.check_push(config.push_to_hub)
 
     def read_evaluation() -> dict[str, Any] | None:
         if config.evaluation is None:
             return None
-        return manifest.read(config.evaluation, "evaluation", ["evaluate"])
+        return manifest.read(config.evaluation, "evaluation", ["evaluate", "evaluate_prompts"])
 
-    _, (student, digest), evaluation = together(check_config, load_student, read_evaluation)
+    _, _, (student, digest), evaluation = together(
+        check_config, check_upload, load_student, read_evaluation
+    )
     inputs, table = {"student": digest}, "Not evaluated.\n"
     if config.evaluation is not None:
-        if evaluation["inputs"]["student"] != digest:
+        if evaluation["inputs"].get("student") != digest:
             raise UserError(
                 f"evaluation={config.evaluation} scored another student than {config.student}"
             )
         inputs["evaluation"] = manifest.digest(config.evaluation)
         table = (Path(config.evaluation) / "table.md").read_text()
-    kind = model_card.kind_of(student)
+    kind = None if config.prompts else model_card.kind_of(student)
+    name = student.facts["script"]["pipeline"] if kind is None else kind.name
     lines = [
-        f"{type(student.net).__name__} of {student.net.num_parameters():,} parameters, as {kind.name}",
+        f"{type(student.net).__name__} of {student.net.num_parameters():,} parameters, as {name}",
         f"checked in a fresh process without flowmatch at {config.steps} steps",
     ]
     return Plan(config, inputs, lines, student, kind, table)
@@ -110,12 +160,57 @@ def run(plan: Plan) -> None:
     """Write the folder, check it, and seal it; rank 0 alone."""
     if not process.leads():
         return
+    config: ExportConfig = plan.config
+    with folder.RunFolder("export", config, plan.inputs) as opened:
+        command.exit_on_sigterm()
+        shown = (write_pipeline if plan.kind is None else write_network)(plan, opened)
+        if config.push_to_hub is not None:
+            upload(opened.folder, config.push_to_hub)
+    process.say(f"\n{shown.replace('FOLDER', config.run_dir)}")
+
+
+def upload(folder: Path, name: str) -> None:
+    """Upload a sealed folder; where that fails, break the seal, so that the command can be repeated."""
+    from flowmatch.export import push
+
+    try:
+        process.say(f"export: uploaded to {push.push(folder, name)}")
+    except UserError:
+        (folder / manifest.NAME).unlink()
+        raise
+
+
+def write_pipeline(plan: Plan, opened: folder.RunFolder) -> str:
+    """Write, check and seal the pipeline of a student that reads prompts; return code to sample it."""
+    from flowmatch.export import text_card, text_export, text_folder
+
+    config: ExportConfig = plan.config
+    student: Any = plan.student
+    trial = text_export.Trial(student, config.seed)
+    with Fresh(cpu=trial.noise.device.type == "cpu") as fresh:
+        choice = text_export.choose(trial, config.steps)
+        written = text_folder.save(student, choice, opened.folder)
+        ways = text_folder.expected(trial, choice)
+        task = text_folder.task(trial, ways, opened.folder, Path(fresh.scratch.name))
+        student.pipe.to("cpu")  # the fresh process needs the room
+        output = text_folder.check(opened.folder, ways, fresh.sample(task))
+    source = str(config.pipeline)
+    text = text_card.text(trial, choice, plan.table, source, output)
+    write_atomic(opened.folder / "README.md", text)
+    for line in text_card.told(choice):
+        process.say(f"export: {line}")
+    opened.seal(written, round=student.round, **kept(student), **text_folder.facts(trial, choice))
+    return text_card.first_snippet(trial, choice, output)
+
+
+def write_network(plan: Plan, opened: folder.RunFolder) -> str:
+    """Write, check and seal the pipeline of one network; return code that samples it."""
     from flowmatch.export import model_card
 
     config: ExportConfig = plan.config
     student, kind = plan.student, plan.kind
-    with folder.RunFolder("export", config, plan.inputs) as opened, Fresh() as fresh:
-        command.exit_on_sigterm()
+    assert kind is not None
+    with Fresh() as fresh:
         written = write(opened.folder, student, kind, config.steps)
         differences = compare(opened.folder, student, kind, config.steps, config.seed, fresh)
         text = model_card.text(student, kind, plan.table, differences)
@@ -128,10 +223,14 @@ def run(plan: Plan) -> None:
                 f"export: warning: with the folder's own scheduler pixels differ by more than "
                 f"{WARNING:.0%}; use scheduler_N/ where N is one of {config.steps}"
             )
-        facts: dict[str, Any] = {"one_step": True} if student.one_step else {}
-        facts |= {"features": sorted(student.features)} if student.features else {}
-        opened.seal(written, round=student.round, **facts)
-    process.say(f"\n{kind.snippet.replace('FOLDER', config.run_dir)}")
+        opened.seal(written, round=student.round, **kept(student))
+    return kind.snippet
+
+
+def kept(student: "Teacher") -> dict[str, Any]:
+    """Return what an export remembers of its student, for a stage that takes it as a teacher."""
+    facts: dict[str, Any] = {"one_step": True} if student.one_step else {}
+    return facts | ({"features": sorted(student.features)} if student.features else {})
 
 
 def write(folder: Path, student: "Teacher", kind: "Kind", steps: list[int]) -> list[str]:
@@ -181,58 +280,6 @@ def write(folder: Path, student: "Teacher", kind: "Kind", steps: list[int]) -> l
         names += [f"{part}/{p.name}" for p in (folder / part).iterdir() if p.is_file()]
     allow_readers(*(folder / name for name in names))
     return sorted(set(names))
-
-
-class Fresh:
-    """A fresh process that cannot import flowmatch and samples the export.
-
-    It is started first and given its task last, so that it imports diffusers while the folder is
-    written. A context manager: it never outlives its block.
-    """
-
-    def __init__(self) -> None:
-        from flowmatch.export import model_card
-
-        self.scratch = tempfile.TemporaryDirectory()
-        program = Path(model_card.__file__).with_name("sample_fresh.py")
-        environment = {
-            "HF_HUB_OFFLINE": "1",
-            "HF_MODULES_CACHE": f"{self.scratch.name}/modules",  # other folders ship a pipeline.py, too
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, str(program)],
-            cwd=self.scratch.name,
-            env=os.environ | environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def __enter__(self) -> "Fresh":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            if pipe is not None:
-                pipe.close()
-        self.scratch.cleanup()
-
-    def sample(self, task: dict[str, Any]) -> Any:
-        """Run a task; return its samples: steps -> name -> [samples, ...]. Raises UserError."""
-        import torch
-
-        _, err = self.process.communicate(json.dumps(task))
-        if self.process.returncode:
-            raise UserError(
-                f"run_dir={task['folder']}: a fresh process could not load or sample the export: "
-                f"{err.strip().splitlines()[-1]}"
-            )
-        return torch.load(Path(self.scratch.name) / "samples.pt", weights_only=True)
 
 
 def compare(

@@ -9,7 +9,7 @@ from flowmatch.runs import new
 from flowmatch.runs.command import execute
 from flowmatch.runs.experiment import Experiment, find_config
 from flowmatch.runs.values import parse_word, read_yaml
-from pipelines import encode_prompts, evaluate_prompts, generate_pairs, reflow
+from pipelines import encode_prompts, evaluate_prompts, export, generate_pairs, reflow
 from tests.tiny import TINY
 
 CLASSES = {
@@ -90,10 +90,14 @@ def test_new_writes_a_file_that_runs(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_reflow_reads_the_conditions_beside_it(tmp_path):
+def test_stages_read_the_folders_beside_them(tmp_path):
     tiny = TINY["StableDiffusion3Pipeline"]
     experiment = experiment_of(find_config("sd35_medium"), tmp_path, tiny)
     values = experiment.values("reflow", reflow.STAGE.config)
     assert values["conditions"] == "runs/sd35_medium/conditions"
+    exported = validate(export.ExportConfig, experiment.values("export", export.ExportConfig))
+    assert exported.pipeline == f"{tmp_path}/pipe"
+    assert exported.student == "runs/sd35_medium/reflow"
+    assert exported.call.model_dump()["guidance_scale"] == 4.5
     with pytest.raises(UserError, match="neither a key of a stage nor a section"):
         Experiment(read_yaml(find_config("sd35_medium")) | {"promts": 1}, "mine.yaml")

@@ -20,10 +20,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--count", type=int, default=16, help="number of samples")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--labels", type=numbers, help="class labels, separated by commas")
+    parser.add_argument("--prompt", help="what to sample, for a pipeline that reads prompts")
     call = parser.parse_args(argv)
     with exit_codes("sample"):
         export, out = expanded(call.export), Path(expanded(call.out))
-        print(sample(export, call.steps, out, call.count, call.seed, call.labels))
+        words = call.labels, call.prompt
+        print(sample(export, call.steps, out, call.count, call.seed, *words))
 
 
 def numbers(text: str) -> list[int]:
@@ -32,7 +34,13 @@ def numbers(text: str) -> list[int]:
 
 
 def sample(
-    export: str, steps: int, out: Path, count: int, seed: int, labels: list[int] | None = None
+    export: str,
+    steps: int,
+    out: Path,
+    count: int,
+    seed: int,
+    labels: list[int] | None = None,
+    prompt: str | None = None,
 ) -> str:
     """Sample an export, and write `00.png`, ... or, for points and latents, `samples.npy`.
 
@@ -43,6 +51,7 @@ def sample(
         count: number of samples.
         seed: seed of the noise.
         labels: class labels, repeated up to the count.
+        prompt: for a pipeline that reads prompts; by default the one of its card.
 
     Returns:
         A line that says what was written.
@@ -63,6 +72,15 @@ def sample(
         raise UserError(f"{export}: not an export: it has no model_index.json")
     if (sealed := manifest.find(folder, "export")) is not None:
         manifest.verify(folder, "export", sealed)
+    if sealed is not None and "ways" in sealed["facts"]:
+        from flowmatch.export import text_sample
+
+        if labels:
+            raise UserError("--labels: this pipeline reads prompts; give --prompt")
+        drawn = text_sample.draw(folder, sealed["facts"], steps, prompt, count, seed)
+        return text_sample.write(drawn, out)
+    if prompt is not None:
+        raise UserError(f"--prompt: {export} is no export of a pipeline that reads prompts")
     import numpy as np
     import torch
 

@@ -216,19 +216,33 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Choose the grid and reset the state. Give one of num_inference_steps, sigmas and timesteps.
 
+        Some pipelines pass the default grid of the stock class, N numbers from 1 to
+        1 / num_train_timesteps, or its rounded timesteps, or both (Bria, CogView4). Of its N steps the
+        last has no length; it is taken as N steps at sigma = 1 - i/N.
+
         Args:
             num_inference_steps: N steps at sigma = 1 - i/N.
             device: Of `timesteps`; `sigmas` stay on the CPU.
             sigmas: Strictly falling, in (0, 1], without the final 0.
             mu: Ignored, as in the stock class without dynamic shifting.
-            timesteps: num_train_timesteps times the sigmas; not shifted.
+            timesteps: num_train_timesteps times the sigmas; not shifted. Beside sigmas they must be
+                equal to them, but for rounding to integers, and the sigmas count.
 
         Raises:
             ValueError: For any other grid.
         """
         steps = num_inference_steps
         if sigmas is not None and timesteps is not None:
-            raise ValueError("both sigmas and timesteps are given; pass one of them")
+            apart = len(sigmas) != len(timesteps) or any(
+                abs(len(self) * float(s) - float(t)) > 1
+                for s, t in zip(sigmas, timesteps, strict=True)
+            )
+            if apart:
+                raise ValueError(
+                    f"both sigmas={sigmas} and timesteps={timesteps} are given, and timesteps are not "
+                    f"{len(self)} times the sigmas; pass one of them"
+                )
+            timesteps = None
         if sigmas is None and timesteps is None:
             if not isinstance(steps, numbers.Integral) or steps < 1:
                 raise ValueError(f"num_inference_steps={steps}: expected an integer of at least 1")
@@ -242,7 +256,10 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{name}={given}: {expected}; the final 0 is appended automatically")
         if steps not in (None, len(points)):
             raise ValueError(f"num_inference_steps={steps}, but {name} has {len(points)} entries")
-        self.num_inference_steps = len(points)
+        self.num_inference_steps = N = len(points)
+        usual = torch.linspace(top, top / len(self), N)  # of the stock class
+        if 1 < N < len(self) / 2 and float((points - usual).abs().max()) <= 1.001 * top / len(self):
+            points = torch.tensor([top * (1 - i / N) for i in range(N)])
         if timesteps is None:  # in float32, to equal the stock class bit for bit
             points = self.config["shift"] * points / (1 + (self.config["shift"] - 1) * points)
             self._lay_out(points, points * len(self), device)

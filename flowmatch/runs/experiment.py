@@ -255,6 +255,8 @@ class Experiment:
                 found["teacher"] = "flow"
             if self.has("classifier") and values.get("features", "classifier") == "classifier":
                 found["classifier"] = "classifier"
+        if stage == "export" and "prompts" in values and "teacher" in self.shared:
+            found.setdefault("pipeline", self.shared["teacher"])
         if stage == "export" and self.has("evaluate"):
             found["evaluation"] = "evaluate" if k == 1 else f"evaluate_{k}"
         return found

@@ -467,7 +467,8 @@ def test_scale_noise_at_any_time():
         ({"num_inference_steps": 0}, "num_inference_steps=0: expected an integer of at least 1"),
         ({"num_inference_steps": 2.0}, "num_inference_steps=2.0: expected an integer"),
         ({}, "num_inference_steps=None: expected an integer"),
-        ({"sigmas": [1.0], "timesteps": [1000.0]}, "both sigmas and timesteps"),
+        ({"sigmas": [1.0], "timesteps": [998.0]}, "both sigmas=.* and timesteps=.* not 1000 times"),
+        ({"sigmas": [1.0], "timesteps": [1000.0, 1.0]}, "not 1000 times"),
         ({"num_inference_steps": 3, "sigmas": [1.0, 0.5]}, "sigmas has 2 entries"),
         ({"sigmas": [1.0, 0.5, 0.6]}, r"strictly falling numbers in \(0, 1\]"),
         ({"sigmas": [1.0, 0.5, 0.5]}, "strictly falling"),
@@ -481,6 +482,22 @@ def test_scale_noise_at_any_time():
 def test_wrong_grids_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         RectifiedFlowScheduler().set_timesteps(**arguments)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 50])
+def test_the_default_grid_of_the_stock_class_is_taken_as_uniform(steps):
+    """Pipelines pass it as sigmas (Bria), or as rounded timesteps beside sigmas (CogView4)."""
+    uniform, scheduler = RectifiedFlowScheduler(shift=3.0), RectifiedFlowScheduler(shift=3.0)
+    uniform.set_timesteps(steps)
+    plain = torch.linspace(1, 1 / 1000, steps)
+    rounded = torch.linspace(1000, 1, steps).long().float()
+    for given in ({"sigmas": plain}, {"sigmas": rounded / 1000, "timesteps": rounded}):
+        scheduler.set_timesteps(**given)
+        assert torch.equal(scheduler.sigmas, uniform.sigmas)
+        assert torch.equal(scheduler.timesteps, uniform.timesteps)
+    scheduler = RectifiedFlowScheduler()
+    scheduler.set_timesteps(sigmas=[1.0, 0.4, 0.1], timesteps=[1000, 400, 100])
+    assert scheduler.timesteps.tolist() == pytest.approx([1000, 400, 100])
 
 
 def test_wrong_steps_are_refused():
