@@ -241,3 +241,29 @@ def test_stored_conditions_of_something_else_are_refused(made, tmp_path):
     base += ["fit.steps=1", "fit.batch_size=4", f"conditions={folder}/rows"]
     with pytest.raises(UserError, match="rows was made with prompts .* here it is"):
         run(reflow, *words(name, folder, *base), f"prompts={other}")
+
+
+def test_our_solvers_follow_the_velocity_that_was_learnt(made):
+    """Euler on the pipeline's own grid is its own run; a guided velocity is that of guided calls."""
+    name, folder = made
+    solver = "solver={name: euler, steps: 3}"
+    if name != "StableDiffusion3Pipeline":
+        with pytest.raises(UserError, match="predicts epsilon; use solver.name=own, its own run"):
+            run(generate_pairs, *pair_words(name, folder, "wrong", solver))
+        return
+    guided = call_of(name)
+    for w in (1.0, 3.0):
+        call = guided | {"guidance_scale": w}
+        pipe = text.open_pipeline(folder / "pipe", "teacher")
+        x0 = torch.from_numpy(noise.normal(0, range(4), (4, 8, 8), noise.PAIR_NOISE))
+        numbers = noise.labels(0, range(4), len(PROMPTS))
+        seen = run_pipeline(pipe, [PROMPTS[i] for i in numbers], call, x0)
+        points = [round(1 - step.sigma, 9) for step in seen.steps] + [1.0]
+        grid = f"{{name: euler, grid: list, points: {points}, steps: {len(points) - 1}}}"
+        listed = [f"call.{key}={json.dumps(value)}" for key, value in call.items()]
+        place = f"solved {w:g}"
+        more = [f"solver={grid}", f"guidance={w}", *listed]
+        run(generate_pairs, *pair_words(name, folder, place, *more))
+        batch = PairData(folder / place).batch([0, 1, 2, 3])
+        assert torch.allclose(batch["x1"], seen.steps[-1].after, atol=2e-4)
+        assert PairData(folder / place).sealed["facts"]["evaluations"] == 3 * (1 if w == 1 else 2)
