@@ -65,10 +65,9 @@ def measured(result: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
         name for row in result["rows"] for name, v in row.items() if isinstance(v, dict)
     )
     own = {name: (name.replace("_", " "), ".3f") for name in there if name.startswith("accuracy")}
-    order = list(TITLES)
-    known = {name: TITLES[name] for name in order if name in there and name != "distance"}
-    last = {"distance": TITLES["distance"]} if "distance" in there else {}
-    return known | own | last
+    known = {name: TITLES[name] for name in TITLES if name in there}
+    first = {name: known.pop(name) for name in ("rms", "distance") if name in known}
+    return first | own | known
 
 
 def cell(row: Mapping[str, Any], name: str, form: str) -> tuple[str, str]:
@@ -301,12 +300,15 @@ def png(picture: Tensor, largest: int | None = None) -> bytes:
 
 def protocol_list(result: Mapping[str, Any], facts: Mapping[str, str]) -> str:
     """List everything that the numbers depend on, as HTML."""
-    known = dict(result["protocol"]) | dict(result.get("student", {})) | dict(facts)
+    known = dict(result["protocol"])
+    known["standard deviation of a latent value"] = known.pop("deviation")
+    known |= {f"student, {k}": v for k, v in result.get("student", {}).items()} | dict(facts)
     if "floor" in result:
         known["Frechet distance, real against real"] = f"{result['floor']['distance']:.3g}"
     rows = []
     for key, value in known.items():
-        text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        text = json.dumps(value) if isinstance(value, dict | list) else text
         label = html.escape(key.replace("_", " "))
         rows.append(f"<dt>{label}</dt><dd>{html.escape(text)}</dd>")
     return f"<dl>{''.join(rows)}</dl>"

@@ -104,6 +104,7 @@ def test_a_student_equal_to_its_teacher_has_no_error(made):
     assert Image.open(folder / "one" / "grid.png").size[0] > 400
     page = (folder / "one" / "report.html").read_text()
     assert page.count("<img") == 1 + 6 * 6  # the curve, six rows of six prompts
+    assert "of a latent value" in page
     assert "| student, 1 step | 1 |" in (folder / "one" / "table.md").read_text()
 
 
