@@ -34,9 +34,14 @@ class TinyConfig(StageConfig):
     data: DataConfig = required(
         "pictures with captions, on which the VAE and the tokenizer are trained"
     )
-    net: NetConfig = required("the network: UNet2DConditionModel")
+    net: NetConfig = required(
+        "the network: UNet2DConditionModel, for a StableDiffusionPipeline, or SD3Transformer2DModel, "
+        "for a StableDiffusion3Pipeline"
+    )
     width: int = option(64, "width of the text encoder", ge=8, multiple_of=8)
-    vae_channels: list[int] = option([16, 32], "widths of the two levels of the VAE")
+    vae_channels: list[int] = option(
+        [16, 32], "widths of the two levels of the VAE, multiples of 4"
+    )
     vae_steps: int = option(500, "updates of the VAE", ge=1)
     vae_batch: int = option(64, "pictures in an update of the VAE", ge=1)
     vae_lr: float = option(4e-3, "peak learning rate of the VAE", gt=0)
@@ -44,15 +49,17 @@ class TinyConfig(StageConfig):
 
 @dataclass
 class Plan(folder.Plan):
-    """Opened pictures and their captions."""
+    """Opened pictures, and a pipeline that is not trained."""
 
     data: "Data"
-    texts: list[str]
+    pipe: Any
 
 
 def plan(config: TinyConfig) -> Plan:
-    """Check the config, and open the pictures."""
+    """Check the config, open the pictures, and make the pipeline of untrained parts."""
     from flowmatch.data import captions, dataset
+    from flowmatch.models import precision
+    from flowmatch.models.watch import quiet
 
     def check_device() -> None:
         require("transformers", "text", "tiny_pipeline")
@@ -63,8 +70,8 @@ def plan(config: TinyConfig) -> Plan:
             )
 
     def check_net() -> None:
-        if config.net.name != "UNet2DConditionModel":
-            raise UserError(f"net.name={config.net.name}: expected UNet2DConditionModel")
+        if config.net.name not in CLASSES:
+            raise UserError(f"net.name={config.net.name}: expected {' or '.join(CLASSES)}")
 
     def open_data() -> "tuple[Data, list[str], str]":
         data = dataset.load(config.data)
@@ -73,11 +80,15 @@ def plan(config: TinyConfig) -> Plan:
         return captions.read(data, config.data)
 
     _, _, (data, texts, digest) = together(check_device, check_net, open_data)
+    with precision.seeded(config.seed), quiet():
+        pipe = CLASSES[config.net.name](config, make_vae(config, data.shape), texts)
+    net = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     lines = [
         f"{len(data)} samples of {list(data.shape)}, {len(texts):,} captions",
+        f"{type(pipe).__name__}, its network of {net.num_parameters():,} parameters",
         f"{config.vae_steps} steps of {config.vae_batch} for the VAE, on cpu",
     ]
-    return Plan(config, {"data": data.digest, "captions": digest}, lines, data, texts)
+    return Plan(config, {"data": data.digest, "captions": digest}, lines, data, pipe)
 
 
 def run(plan: Plan) -> None:
@@ -89,7 +100,7 @@ def run(plan: Plan) -> None:
     from flowmatch.models import precision
     from flowmatch.models.watch import quiet
 
-    config: TinyConfig = plan.config
+    config, pipe = plan.config, plan.pipe
     with folder.RunFolder("tiny_pipeline", config, plan.inputs) as opened:
         command.exit_on_sigterm()
         with (
@@ -97,7 +108,7 @@ def run(plan: Plan) -> None:
             precision.seeded(config.seed),
             quiet(),
         ):
-            pipe = build(config, plan.data, plan.texts, bar.update)
+            train_vae(pipe.vae, plan.data, config, bar.update)
             pipe.save_pretrained(opened.folder)
         parts = [name for name in pipe.components if (opened.folder / name).is_dir()]
         files = [
@@ -108,26 +119,60 @@ def run(plan: Plan) -> None:
         process.say(f"tiny_pipeline: rms of the VAE's pictures {rms:.3f}")
 
 
-def build(config: TinyConfig, data: "Data", texts: list[str], show: "Callable[[], Any]") -> Any:
-    """Make the pipeline of its parts. show: called after each update of the VAE."""
+def stable_diffusion(config: TinyConfig, vae: Any, texts: list[str]) -> Any:
+    """Make a StableDiffusionPipeline, with a stock scheduler of flows."""
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     tokenizer = make_tokenizer(texts)
-    scheduler = DPMSolverMultistepScheduler(
-        use_flow_sigmas=True, prediction_type="flow_prediction", steps_offset=1
-    )
-    pipe: Any = StableDiffusionPipeline(
-        vae=train_vae(config, data, show),
-        text_encoder=make_encoder(config.width, len(tokenizer), tokenizer.model_max_length),
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=make_encoder(config.width, tokenizer),
         tokenizer=tokenizer,
-        unet=make_network(config, data.shape),
-        scheduler=scheduler,
+        unet=make_network(config, vae, cross_attention_dim=config.width),
+        scheduler=DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", steps_offset=1
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+
+
+def stable_diffusion_3(config: TinyConfig, vae: Any, texts: list[str]) -> Any:
+    """Make a StableDiffusion3Pipeline, with two encoders of CLIP and one of T5."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    tokenizers, width = [make_tokenizer(texts) for _ in range(2)], config.width
+    words = sorted({word for text in texts for word in text.split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
+    pieces += [(f"▁{word}", -4.0) for word in words]
+    pieces += [(letter, -8.0) for letter in sorted({letter for word in words for letter in word})]
+    third: Any = T5Tokenizer(
+        vocab=pieces, extra_ids=0, model_max_length=tokenizers[0].model_max_length
+    )
+    sizes = T5Config(
+        vocab_size=len(third), d_model=2 * width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4
+    )
+    whole = {"joint_attention_dim": 2 * width, "pooled_projection_dim": 2 * width}
+    whole["pos_embed_max_size"] = vae.config.sample_size // FACTOR
+    return StableDiffusion3Pipeline(
+        vae=vae,
+        text_encoder=make_encoder(width, tokenizers[0], projected=True),
+        tokenizer=tokenizers[0],
+        text_encoder_2=make_encoder(width, tokenizers[1], projected=True),
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=T5EncoderModel(sizes).eval(),
+        tokenizer_3=third,
+        transformer=make_network(config, vae, **whole),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+
+
+CLASSES = {
+    "UNet2DConditionModel": stable_diffusion,
+    "SD3Transformer2DModel": stable_diffusion_3,
+}
 
 
 def make_tokenizer(texts: list[str]) -> Any:
@@ -163,62 +208,75 @@ def merges_of(words: set[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def make_encoder(width: int, vocabulary: int, length: int) -> Any:
-    """Make CLIP's text model with random weights."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def make_encoder(width: int, tokenizer: Any, projected: bool = False) -> Any:
+    """Make CLIP's text model with random weights. projected: with a projection of the pooled text."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=vocabulary,
+        vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
         projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=length,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
     )
-    return CLIPTextModel(config).eval()
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
-def make_network(config: TinyConfig, shape: tuple[int, ...]) -> Any:
-    """Make the untrained network. Raises UserError for arguments that it refuses."""
+def make_network(config: TinyConfig, vae: Any, **sizes: int) -> Any:
+    """Make the untrained network."""
     from flowmatch.models import networks
 
-    sizes = {"in_channels": CHANNELS, "out_channels": CHANNELS, "sample_size": shape[1] // FACTOR}
-    sizes["cross_attention_dim"] = config.width
+    sizes |= {"in_channels": CHANNELS, "out_channels": CHANNELS}
+    sizes["sample_size"] = vae.config.sample_size // FACTOR
     given = dict(config.net.model_extra or {})
     if known := sorted(given.keys() & sizes.keys()):
         raise UserError(f"net.{known[0]}: follows from data and width; leave it out")
+    return made("net", networks.network_class(config.net.name), **given, **sizes).eval()
+
+
+def made(key: str, model: Any, **arguments: Any) -> Any:
+    """Make a model. Raises UserError for arguments that it refuses, below a key of the config."""
     try:
-        return networks.network_class(config.net.name)(**given, **sizes).eval()
+        return model(**arguments)
     except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:
-        raise UserError(f"net: {config.net.name} refuses these arguments: {error}") from None
+        raise UserError(f"{key}: {model.__name__} refuses these arguments: {error}") from None
 
 
-def train_vae(config: TinyConfig, data: "Data", show: "Callable[[], Any]") -> Any:
-    """Train an AutoencoderKL whose latents have mean 0 and deviation 1 in each channel."""
-    import numpy as np
-    import torch
+def make_vae(config: TinyConfig, shape: tuple[int, ...]) -> Any:
+    """Make an untrained AutoencoderKL for pictures of a shape [C, H, W]."""
     from diffusers import AutoencoderKL
-    from torch.nn import functional
 
-    from flowmatch.flow import noise
-
-    vae: Any = AutoencoderKL(
-        in_channels=data.shape[0],
-        out_channels=data.shape[0],
+    return made(
+        "vae_channels",
+        AutoencoderKL,
+        in_channels=shape[0],
+        out_channels=shape[0],
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=tuple(config.vae_channels),
         latent_channels=CHANNELS,
         layers_per_block=1,
         norm_num_groups=4,
-        sample_size=data.shape[1],
+        sample_size=shape[1],
         mid_block_add_attention=False,
         scaling_factor=1.0,
+        shift_factor=0.0,
     )
+
+
+def train_vae(vae: Any, data: "Data", config: TinyConfig, show: "Callable[[], Any]") -> None:
+    """Train a VAE until its latents have mean 0 and deviation 1 in each channel."""
+    import numpy as np
+    import torch
+    from torch.nn import functional
+
+    from flowmatch.flow import noise
+
     order = noise.Order(len(data), config.seed)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.vae_lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -237,7 +295,6 @@ def train_vae(config: TinyConfig, data: "Data", show: "Callable[[], Any]") -> An
         show()
     vae.eval().requires_grad_(False)
     standardise(vae, data)
-    return vae
 
 
 def standardise(vae: Any, data: "Data") -> None:

@@ -42,9 +42,9 @@ WORDS = [f"call.{key}={value}" for key, value in CALL.items()]
 FIT = ["fit.batch_size=8", "fit.log_every=1"]
 
 
-def build(folder, name, *more):
+def build(folder, name, *more, net=NET):
     sizes = ["width=16", "vae_channels=[8,8]", "vae_steps=4", "vae_batch=8"]
-    net = [f"net={json.dumps(NET)}", "data.source=digits_text", f"run_dir={folder}/{name}"]
+    net = [f"net={json.dumps(net)}", "data.source=digits_text", f"run_dir={folder}/{name}"]
     run(tiny_pipeline, *net, *sizes, *more)
     return folder / name
 
@@ -68,6 +68,35 @@ def test_the_tiny_pipeline_is_a_stock_one_and_made_again_the_same(made):
     assert picture.size == (16, 16)
     other = build(made, "other", "seed=1")
     assert manifest.digest(other) != manifest.digest(again)
+
+
+def test_a_pipeline_of_sd3s_class_is_made_too(made):
+    net = {"name": "SD3Transformer2DModel", "num_layers": 1, "num_attention_heads": 2}
+    net |= {"patch_size": 2, "attention_head_dim": 8, "caption_projection_dim": 16}
+    build(made, "sd3", net=net)
+    call = CallConfig(**CALL | {"max_sequence_length": 12})
+    listed = PromptsConfig(templates=["a red seven at the left", "a blue one"])
+    teacher = text.load(made / "sd3", "start", listed, call)  # learnt, and replayed
+    assert teacher.script.pipeline == "StableDiffusion3Pipeline"
+    assert teacher.shape == (4, 8, 8)
+    one, other = (teacher.conditions().rows(torch.tensor([i])) for i in (0, 1))
+    assert not torch.equal(one["encoder_hidden_states"], other["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["net.name=UNet2DModel"], "expected UNet2DConditionModel or SD3Transformer2DModel"),
+        (["net.block_out_channels=[5]"], "net: UNet2DConditionModel refuses these arguments"),
+        (["net.sample_size=8"], "net.sample_size: follows from data and width"),
+        (["vae_channels=[8]"], "vae_channels: AutoencoderKL refuses these arguments"),
+        (["data.source=digits"], r"samples are \[1, 8, 8\]|has no captions"),
+    ],
+)
+def test_a_tiny_pipeline_that_cannot_be_made_is_refused(words, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        build(tmp_path, "tiny", *words)
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_latents_are_standardised_and_pictures_stay_as_they_are(made):
