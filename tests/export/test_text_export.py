@@ -246,6 +246,11 @@ def test_a_sealed_folder_is_uploaded_on_request(tmp_path, monkeypatch, capsys):
     export.upload(tmp_path, "a/b")
     assert Hub.calls == ["whoami", "a/b", ("a/b", tmp_path, [".lock", "config.yaml"])]
     assert "uploaded to https://huggingface.co/a/b" in capsys.readouterr().out
+    config = export.ExportConfig(run_dir=str(tmp_path), student="x", push_to_hub="a/b")
+    plan = export.Plan(config, {}, [], None, None, "")
+    for written, again in (("null", True), ("a/c", True), ("a/b", None)):
+        (tmp_path / "config.yaml").write_text(f"push_to_hub: {written}\n")
+        assert plan.reopen() is again
     monkeypatch.setattr(Hub, "fails", True)
     with pytest.raises(UserError, match="push_to_hub=a/b: the upload failed: no way; repeat"):
         export.upload(tmp_path, "a/b")
@@ -263,6 +268,20 @@ def test_parts_that_are_none_are_named_where_diffusers_wants_it(tmp_path):
     assert text_card.load_code(TINY[SD].build()).endswith('from_pretrained("FOLDER")')
 
 
+def test_the_times_that_the_network_sees_count(monkeypatch):
+    """CogView4 gives its network times of its own, whatever the sigmas of the scheduler are."""
+    trial = text_export.Trial(student_of("CogView4Pipeline"), 0)
+    way = text_export.Way(text_export.euler(trial.pipe.scheduler, shift_terminal=0.5))
+    state = trial.seen(2, way).steps[-1].after
+    monkeypatch.setattr(trial, "own", lambda grid: state)
+    assert trial.difference(2, way) == pytest.approx(0.499)  # 1 instead of 500
+    given = text_export.Way(
+        text_export.euler(trial.pipe.scheduler), call={"timesteps": [1000, 500]}
+    )
+    state = trial.seen(2, given).steps[-1].after
+    assert trial.difference(2, given) == 0
+
+
 # What takes 1, 2 and 4 steps exactly, as on the page: one stock scheduler for any number, or one for
 # each number, or arguments of the call, or the pipeline's own noise levels.
 ANY, ONE, ZERO = "Euler", "Euler of N", "DDIM"
@@ -276,6 +295,8 @@ PAGE = {
     "Euler, with `timesteps`": "CogView4",
     "Euler of N at 2, own levels at 4, none at 1": "Mochi",
 }
+# Classes in which our scheduler cannot be used: sigmas are inverted; the stock class's config is read.
+NOT_OURS = ("MochiPipeline", "BriaFiboPipeline")
 KINDS = {f"{name}Pipeline": kind for kind, names in PAGE.items() for name in names.split()}
 
 
@@ -308,6 +329,6 @@ def test_stock_samples_equal_our_own_steps(name):
         assert found.way.place == (f"scheduler_{n}" if alone else "scheduler")
         assert bool(found.way.call) == (name == "CogView4Pipeline" and n > 1)
         assert (found.way.own_grid is not None) == plain
-        if student.schedule is None and name != "MochiPipeline":  # which inverts its sigmas
+        if student.schedule is None and name not in NOT_OURS:
             ours = text_export.Way(RectifiedFlowScheduler())
             assert trial.difference(n, ours) <= 1e-5
