@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flowmatch.config import content, option, required
+from flowmatch.config import LocalPath, content, option, required
 from flowmatch.data.config import PromptsConfig
 from flowmatch.models.config import CallConfig
 from flowmatch.runs import command, folder, manifest, process
@@ -23,7 +23,7 @@ class EncodeConfig(StageConfig):
 
     stage: ClassVar[str] = "encode_prompts"
 
-    teacher: str = required(
+    teacher: LocalPath = required(
         "a diffusers pipeline that reads text: a folder or a hub name", run=True
     )
     prompts: PromptsConfig = required("the prompts")

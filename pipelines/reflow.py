@@ -86,7 +86,7 @@ class ReflowConfig(StageConfig):
         None, "the prompts of the pairs, for a pipeline that reads text"
     )
     call: CallConfig = option(CallConfig(), "with prompts: arguments of the pipeline's call")
-    conditions: str | None = option(
+    conditions: LocalPath | None = option(
         None,
         "with prompts: a finished encode_prompts of them, so that no text encoder is loaded; default: "
         "encode the prompts of each batch",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
 
-from flowmatch.config import Place, UserError, option, required, together
+from flowmatch.config import LocalPath, UserError, option, required, together
 from flowmatch.data.config import DataConfig
 from flowmatch.flow.config import CouplingConfig, LossConfig, ObjectiveConfig, TimesConfig
 from flowmatch.models.config import CallConfig, NetConfig
@@ -31,7 +31,7 @@ class FlowConfig(StageConfig):
     stage: ClassVar[str] = "train_flow"
 
     data: DataConfig = required("training data")
-    start: Place | None = option(
+    start: LocalPath | None = option(
         None,
         "a pipeline that reads prompts, a folder or a name on the hub: train its network, from its own "
         "weights, on pictures with captions",

@@ -9,10 +9,12 @@ import fsspec
 import pydantic
 import pytest
 
+from flowmatch import cli
 from flowmatch import config as configs
 from flowmatch.config import Config, NotReady, UserError, option, required, together
 from flowmatch.runs.command import load
-from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
+from flowmatch.runs.experiment import STAGES
+from pipelines import evaluate, generate_pairs, train_flow
 
 
 class Inner(Config):
@@ -95,14 +97,23 @@ def fields_of(model):
         yield from [(model, name, field)] if inner is None else fields_of(inner)
 
 
-NO_PATHS = {"column", "weight_column", "split", "subset", "revision", "negative"}
-STAGES = [evaluate.EvaluateConfig, export.ExportConfig, generate_pairs.PairsConfig]
-STAGES += [reflow.ReflowConfig, train_classifier.ClassifierConfig, train_flow.FlowConfig]
+NO_PATHS = {
+    "judge",
+    "caption_column",
+    "column",
+    "weight_column",
+    "split",
+    "subset",
+    "revision",
+    "negative",
+    "push_to_hub",
+}
 
 
 def test_every_path_is_expanded_and_those_that_are_no_urls_say_so(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    found = {(m.__name__, n): field for stage in STAGES for m, n, field in fields_of(stage)}
+    models = [cli.stage_of(stage).config for stage in STAGES]
+    found = {(m.__name__, n): field for model in models for m, n, field in fields_of(model)}
     urls = set()
     for (model, name), field in found.items():
         texts = (str, str | None, configs.LocalPath | None)
