@@ -247,7 +247,15 @@ def compare(name: str, plan: Plan) -> tuple[bool, bool]:
     early = folder.read_all(["config.yaml"])[0]
     if early is not None:
         written, before_inputs = read_config(folder, early, type(config))
-        _refuse_other(folder, configs.content(written), before_inputs, config, plan.inputs)
+        try:
+            _refuse_other(folder, configs.content(written), before_inputs, config, plan.inputs)
+        except UserError as error:
+            if sealed is not None or not _holds_nothing(folder):
+                raise
+            told = ", ".join(line.strip() for line in error.faults[1:])
+            plan.lines.append(
+                f"{folder} was begun with other settings, and holds nothing yet: {told}"
+            )
     return sealed is not None, True
 
 
@@ -265,6 +273,13 @@ def begin(name: str, plan: Plan, dry_run: bool) -> bool:
     if sealed and not dry_run:
         storage.at(plan.config.run_dir).remove(manifest.NAME)
     return not dry_run
+
+
+def _holds_nothing(folder: Store) -> bool:
+    """Check that nothing was made in a folder: no checkpoint, shard, lease or result."""
+    begun = {"config.yaml", ".lock", "metrics.jsonl", "checkpoints", ".meta"}
+    names = [*folder.names("checkpoints"), *folder.names(".meta"), *folder.names()]
+    return all(name in begun or ".tmp" in name for name in names)
 
 
 def _refuse_other(

@@ -71,6 +71,34 @@ def test_another_config_is_refused_with_its_keys(tmp_path, seal):
         work(config(tmp_path), {"data": "xyz"})
 
 
+def test_a_folder_that_holds_nothing_yet_is_taken_over_in_a_line(tmp_path, capsys):
+    """As after a first image that could not be read, and was mended: the data are others."""
+    for k, dry_run in enumerate((True, False)):
+        with RunFolder("toy", config(tmp_path), {"data": "abc"}) as folder:  # ends without a step
+            folder.log(10, loss=1.0)
+            (folder.folder / "checkpoints/step_00000010.tmp").mkdir(parents=True, exist_ok=True)
+        other = Plan(config(tmp_path, lr=0.2 + k), {"data": "xyz"}, ["a plan"])
+        assert begin("toy", other, dry_run) is not dry_run
+        told = capsys.readouterr().out
+        assert "was begun with other settings, and holds nothing yet: lr: 0.1 -> " in told
+        assert "(input) data: 'abc' -> 'xyz'" in told
+    with RunFolder("toy", config(tmp_path), {"data": "abc"}) as folder:
+        folder.save(10, {"net": {"w": torch.zeros(1)}}, keep=2)
+    with pytest.raises(UserError, match="was made with other settings"):
+        begin("toy", other, False)
+
+
+@pytest.mark.parametrize(
+    "name", ["pairs-000000.tar", "unet/config.json", ".meta/0.lease", "x.json"]
+)
+def test_a_folder_that_holds_something_is_not_taken_over(tmp_path, name):
+    with RunFolder("toy", config(tmp_path), {}) as folder:
+        (folder.folder / name).parent.mkdir(exist_ok=True)
+        (folder.folder / name).touch()
+    with pytest.raises(UserError, match="was made with other settings"):
+        begin("toy", Plan(config(tmp_path, lr=0.2), {}, []), True)
+
+
 def test_a_changed_output_is_found(tmp_path):
     work(config(tmp_path))
     (tmp_path / "stage" / "w.bin").write_bytes(b"v")
