@@ -8,109 +8,19 @@ import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
-import pydantic
-
-from flowmatch.config import (
-    LocalPath,
-    UserError,
-    dump,
-    option,
-    require,
-    required,
-    together,
-    used,
-)
-from flowmatch.data.config import DataConfig
-from flowmatch.flow.config import Fixed, SamplerConfig, SolverConfig
-from flowmatch.models.config import Precision
+from flowmatch.config import UserError, dump, require, together
+from flowmatch.evaluation.config import EvaluateConfig
 from flowmatch.runs import command, folder, process
-from flowmatch.runs.config import StageConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from flowmatch.data.dataset import Data
     from flowmatch.evaluation.feature_choice import FeatureChoice
     from flowmatch.evaluation.sampling import SampledRow, Sampler
     from flowmatch.models.teachers import Teacher
-
-
-class EvaluateConfig(StageConfig):
-    """Config of the evaluation."""
-
-    stage: ClassVar[str] = "evaluate"
-
-    teacher: LocalPath = required(
-        "the teacher: a finished training stage, or a diffusers model", run=True
-    )
-    student: LocalPath = required(
-        "the student: a finished training stage, or a diffusers model", run=True
-    )
-    data: DataConfig = required(
-        "real data that the models were trained on; needs labels if a classifier is trained here"
-    )
-    reference: DataConfig | None = option(
-        None, "real data that the models have not seen, to compare with; default: data itself"
-    )
-    samples: int = option(
-        2000, "generated samples a row, and as many real ones; at most all real ones", ge=4
-    )
-    steps: list[int] = option([1, 2, 4, 8, 16, 32], "numbers of steps, one row for each")
-    solver: SamplerConfig = option(SamplerConfig(), "sampler of the rows")
-    student_solver: SamplerConfig | None = option(
-        None, "sampler of the student's rows, if it differs"
-    )
-    converged_solver: Literal[Fixed, "dopri5"] = option(
-        "heun", "ODE solver of the reference 'converged', on uniform steps"
-    )
-    converged_steps: int = option(
-        64, "steps of the reference 'converged', for all solvers but dopri5", ge=1
-    )
-    converged_tolerance: float = option(1e-5, "dopri5: rtol and atol of 'converged'", gt=0, lt=1)
-    guidance: float = option(1.0, "classifier-free guidance scale; 1 is none")
-    compute_batch: int = option(256, "samples integrated together", ge=1)
-    precision: Precision = option(
-        "fp32", "the networks' arithmetic (tf32: float32, multiplied in fewer bits, on a GPU)"
-    )
-    distance: Literal["auto", "frechet", "sliced_wasserstein"] = option(
-        "auto", "distance of sets; auto: frechet for images, sliced_wasserstein for points"
-    )
-    features: Literal["classifier", "values", "inception"] = option(
-        "classifier",
-        "features that images are scored on: those of a classifier, the pixel values themselves, or "
-        "Inception's, if its weights are given",
-    )
-    classifier: LocalPath | None = option(
-        None,
-        "finished folder of train_classifier; default: a classifier is trained on the data here",
-        run=True,
-    )
-    training_samples: int = option(
-        100_000,
-        "training images that each sample's nearest neighbour is searched in; at most all of them",
-        ge=12,
-    )
-    inception_weights: LocalPath | None = option(
-        None, "file of Inception's weights from torch-fidelity; nothing is downloaded", run=True
-    )
-
-    @pydantic.field_validator("converged_tolerance")
-    @classmethod
-    def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
-        return used(cls, value, info, "converged_solver", "dopri5")
-
-    def rows_of(self, name: str) -> tuple[str, SamplerConfig]:
-        """Return the key and the config of the sampler of a model's rows. name: teacher or student."""
-        if name == "student" and self.student_solver is not None:
-            return "student_solver", self.student_solver
-        return "solver", self.solver
-
-    @property
-    def converged(self) -> SolverConfig:
-        """The solver of the reference."""
-        solver, tolerance = self.converged_solver, self.converged_tolerance
-        own: dict[str, Any] = {"rtol": tolerance, "atol": tolerance} if solver == "dopri5" else {}
-        return SolverConfig(name=solver, steps=self.converged_steps, **own)
 
 
 @dataclass
@@ -240,7 +150,8 @@ def run(plan: Plan) -> None:
     accelerator = process.start_accelerator(config.device)
     with folder.RunFolder("evaluate", config, plan.inputs) as opened:
         command.exit_on_sigterm()
-        if accelerator.num_processes == 1:  # before the samples, which its refusal would lose
+        alone = accelerator.num_processes == 1
+        if alone:  # before the samples, which its refusal would lose
             plan.choice = feature_choice.train(
                 plan.choice, plan.sets["data"], config.seed, plan.models
             )
@@ -257,12 +168,25 @@ def run(plan: Plan) -> None:
             )
             for name, model in plan.models.items()
         }
+        scores = Scores(plan, accelerator.device) if alone else None
         rows = {  # collective: every rank
-            name: sampler.rows(config.steps, config.rows_of(name)[1], config.converged)
+            name: sampler.rows(
+                config.steps,
+                config.rows_of(name)[1],
+                config.converged,
+                partial(scores.add, name) if scores else lambda row: None,
+            )
             for name, sampler in sampled.items()
         }
         if process.leads():
-            result = score(plan, sampled, rows)
+            if (
+                scores is None
+            ):  # the other processes would wait for it longer than a collective does
+                scores = Scores(plan, accelerator.device)
+                for name, made in rows.items():
+                    for row in made:
+                        scores.add(name, row)
+            result = scores.result(sampled, rows)
             folders = {name: teachers.run_of(getattr(config, name))[0] for name in rows}
             place = Path(opened.folder)
             results.write(place, result, rows, sampled, plan.real, folders, dump(config))
@@ -271,64 +195,78 @@ def run(plan: Plan) -> None:
     accelerator.end_training()
 
 
-def score(
-    plan: Plan, sampled: "dict[str, Sampler]", rows: "dict[str, list[SampledRow]]"
-) -> dict[str, Any]:
-    """Measure all rows, and write down the protocol."""
-    from flowmatch.data import dataset
-    from flowmatch.evaluation import feature_choice, scoring
-    from flowmatch.evaluation.scoring import Scorer
-    from flowmatch.flow import noise, samplers
-    from flowmatch.models.digest import module_digest
+class Scores:
+    """The measures of all rows, each printed as soon as it is there, and the protocol."""
 
-    config, kind, sets = plan.config, plan.kind, plan.sets
-    n, device = plan.samples, sampled["teacher"].accelerator.device
-    unflipped = {name: dataclasses.replace(data, flip=False) for name, data in sets.items()}
-    training, real = unflipped["data"], unflipped.get("reference", unflipped["data"])
-    reference = dataset.reference(real, n, config.seed)["x1"].to(device)
-    protocol: dict[str, Any] = {
-        "distance": kind,
-        "samples": n,
-        "real_samples": n,
-        "data": training.digest,
-        "noise": f"Philox, seed {config.seed}, stream {noise.EVALUATION}",
-        "weights": "EMA, float32",
-        "arithmetic": config.precision,
-        "solver": f"{samplers.describe(config.solver)}; converged: {config.converged_solver}",
-        "guidance": config.guidance,
-    }
-    if "reference" in sets:
-        protocol["reference"] = real.digest
-    if config.student_solver is not None:
-        protocol["student_solver"] = samplers.describe(config.student_solver)
-    # with several processes trained here: the others would wait for it longer than a collective does
-    choice = feature_choice.train(plan.choice, sets["data"], config.seed, plan.models)
-    net, known = choice.module, None
-    if kind == "frechet":
-        protocol["features"] = {"name": config.features, **choice.facts}
-        if net is not None:
-            protocol["features"]["sha256"] = module_digest(net)
-            net.to(device)
-        seen = min(training.count, max(n, config.training_samples))
-        known = scoring.embed_data(training, seen, config.seed, net, device)
-        protocol |= {"neighbours": scoring.NEIGHBOURS, "training_samples": seen}
-    scorer = Scorer(kind, reference, net, known, apart="reference" not in sets)
-    result: dict[str, Any] = {"protocol": protocol, "floor": scorer.floor()}
-    truth = rows["teacher"][-1].x
-    for name, made in rows.items():
-        result[name] = {
-            "round": sampled[name].model.round,
-            **sampled[name].straightness(),
-            "rows": [],
+    def __init__(self, plan: Plan, device: "torch.device"):
+        from flowmatch.data import dataset
+        from flowmatch.evaluation import feature_choice, scoring
+        from flowmatch.flow import noise, samplers
+        from flowmatch.models.digest import module_digest
+
+        config, kind, sets, n = plan.config, plan.kind, plan.sets, plan.samples
+        unflipped = {name: dataclasses.replace(data, flip=False) for name, data in sets.items()}
+        training, real = unflipped["data"], unflipped.get("reference", unflipped["data"])
+        reference = dataset.reference(real, n, config.seed)["x1"].to(device)
+        protocol: dict[str, Any] = {
+            "distance": kind,
+            "samples": n,
+            "real_samples": n,
+            "data": training.digest,
+            "noise": f"Philox, seed {config.seed}, stream {noise.EVALUATION}",
+            "weights": "EMA, float32",
+            "arithmetic": config.precision,
+            "solver": f"{samplers.describe(config.solver)}; converged: {config.converged_solver}",
+            "guidance": config.guidance,
         }
-        if sampled[name].model.one_step:
-            result[name]["one_step"] = True
-        for row in made:
-            x = (row.x.clamp(-1, 1) if real.images else row.x).to(device)
-            rmse = (row.x - truth).square().mean().sqrt().item()
-            facts = {"steps": row.steps, "evaluations": row.evaluations}
-            result[name]["rows"].append({**facts, **scorer.score(x), "rmse": rmse})
-    return result
+        if "reference" in sets:
+            protocol["reference"] = real.digest
+        if config.student_solver is not None:
+            protocol["student_solver"] = samplers.describe(config.student_solver)
+        choice = feature_choice.train(plan.choice, sets["data"], config.seed, plan.models)
+        net, known = choice.module, None
+        if kind == "frechet":
+            protocol["features"] = {"name": config.features, **choice.facts}
+            if net is not None:
+                protocol["features"]["sha256"] = module_digest(net)
+                net.to(device)
+            seen = min(training.count, max(n, config.training_samples))
+            known = scoring.embed_data(training, seen, config.seed, net, device)
+            protocol |= {"neighbours": scoring.NEIGHBOURS, "training_samples": seen}
+        apart = "reference" not in sets
+        self.scorer = scoring.Scorer(kind, reference, net, known, apart=apart)
+        self.device, self.images, self.protocol = device, real.images, protocol
+        self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in plan.models}
+
+    def add(self, name: str, row: "SampledRow") -> None:
+        """Measure a row of a model, and print its distance."""
+        from flowmatch.evaluation import tables
+
+        x = (row.x.clamp(-1, 1) if self.images else row.x).to(self.device)
+        found = {"steps": row.steps, "evaluations": row.evaluations, **self.scorer.score(x)}
+        self.rows[name].append(found)
+        evaluations = f"{row.evaluations} evaluation{'s' * (row.evaluations != 1)}"
+        steps = tables.steps_name(row.steps)
+        process.say(f"evaluate: {name}, {steps}: distance {found['distance']:.3g} ({evaluations})")
+
+    def result(
+        self, sampled: "dict[str, Sampler]", rows: "dict[str, list[SampledRow]]"
+    ) -> dict[str, Any]:
+        """Return the content of metrics.json."""
+        result: dict[str, Any] = {"protocol": self.protocol, "floor": self.scorer.floor()}
+        truth = rows["teacher"][-1].x
+        for name, made in rows.items():
+            result[name] = {
+                "round": sampled[name].model.round,
+                **sampled[name].straightness(),
+                "rows": [],
+            }
+            if sampled[name].model.one_step:
+                result[name]["one_step"] = True
+            for row, found in zip(made, self.rows[name], strict=True):
+                rmse = (row.x - truth).square().mean().sqrt().item()
+                result[name]["rows"].append({**found, "rmse": rmse})
+        return result
 
 
 STAGE = command.Stage("evaluate", EvaluateConfig, plan, run, __doc__)

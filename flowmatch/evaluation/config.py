@@ -1,11 +1,92 @@
-"""The config of an evaluation on prompts."""
+"""The configs of the evaluations: of images, points and latents, and on prompts."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from flowmatch.config import Place, option, required
+import pydantic
+
+from flowmatch.config import LocalPath, option, required, used
 from flowmatch.data.config import DataConfig, PromptsConfig
+from flowmatch.flow.config import Fixed, SamplerConfig, SolverConfig
 from flowmatch.models.config import CallConfig, Precision
 from flowmatch.runs.config import StageConfig
+
+
+class EvaluateConfig(StageConfig):
+    """Config of the evaluation."""
+
+    stage: ClassVar[str] = "evaluate"
+
+    teacher: LocalPath = required(
+        "the teacher: a finished training stage, or a diffusers model", run=True
+    )
+    student: LocalPath = required(
+        "the student: a finished training stage, or a diffusers model", run=True
+    )
+    data: DataConfig = required(
+        "real data that the models were trained on; needs labels if a classifier is trained here"
+    )
+    reference: DataConfig | None = option(
+        None, "real data that the models have not seen, to compare with; default: data itself"
+    )
+    samples: int = option(
+        2000, "generated samples a row, and as many real ones; at most all real ones", ge=4
+    )
+    steps: list[int] = option([1, 2, 4, 8, 16, 32], "numbers of steps, one row for each")
+    solver: SamplerConfig = option(SamplerConfig(), "sampler of the rows")
+    student_solver: SamplerConfig | None = option(
+        None, "sampler of the student's rows, if it differs"
+    )
+    converged_solver: Literal[Fixed, "dopri5"] = option(
+        "heun", "ODE solver of the reference 'converged', on uniform steps"
+    )
+    converged_steps: int = option(
+        64, "steps of the reference 'converged', for all solvers but dopri5", ge=1
+    )
+    converged_tolerance: float = option(1e-5, "dopri5: rtol and atol of 'converged'", gt=0, lt=1)
+    guidance: float = option(1.0, "classifier-free guidance scale; 1 is none")
+    compute_batch: int = option(256, "samples integrated together", ge=1)
+    precision: Precision = option(
+        "fp32", "the networks' arithmetic (tf32: float32, multiplied in fewer bits, on a GPU)"
+    )
+    distance: Literal["auto", "frechet", "sliced_wasserstein"] = option(
+        "auto", "distance of sets; auto: frechet for images, sliced_wasserstein for points"
+    )
+    features: Literal["classifier", "values", "inception"] = option(
+        "classifier",
+        "features that images are scored on: those of a classifier, the pixel values themselves, or "
+        "Inception's, if its weights are given",
+    )
+    classifier: LocalPath | None = option(
+        None,
+        "finished folder of train_classifier; default: a classifier is trained on the data here",
+        run=True,
+    )
+    training_samples: int = option(
+        100_000,
+        "training images that each sample's nearest neighbour is searched in; at most all of them",
+        ge=12,
+    )
+    inception_weights: LocalPath | None = option(
+        None, "file of Inception's weights from torch-fidelity; nothing is downloaded", run=True
+    )
+
+    @pydantic.field_validator("converged_tolerance")
+    @classmethod
+    def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
+        return used(cls, value, info, "converged_solver", "dopri5")
+
+    def rows_of(self, name: str) -> tuple[str, SamplerConfig]:
+        """Return the key and the config of the sampler of a model's rows. name: teacher or student."""
+        if name == "student" and self.student_solver is not None:
+            return "student_solver", self.student_solver
+        return "solver", self.solver
+
+    @property
+    def converged(self) -> SolverConfig:
+        """The solver of the reference."""
+        solver, tolerance = self.converged_solver, self.converged_tolerance
+        own: dict[str, Any] = {"rtol": tolerance, "atol": tolerance} if solver == "dopri5" else {}
+        return SolverConfig(name=solver, steps=self.converged_steps, **own)
 
 
 class EvaluatePromptsConfig(StageConfig):
@@ -13,15 +94,15 @@ class EvaluatePromptsConfig(StageConfig):
 
     stage: ClassVar[str] = "evaluate_prompts"
 
-    teacher: Place = required(
+    teacher: LocalPath = required(
         "the teacher: a pipeline that reads text, or a finished training stage of one", run=True
     )
-    student: Place | None = option(
+    student: LocalPath | None = option(
         None,
         "the student: a finished reflow with prompts; null measures the teacher alone",
         run=True,
     )
-    pipeline: Place | None = option(
+    pipeline: LocalPath | None = option(
         None, "with a run folder as the teacher: the pipeline of its network", run=True
     )
     prompts: PromptsConfig = required("the prompts; those of prompts.held_out are drawn")
@@ -37,7 +118,7 @@ class EvaluatePromptsConfig(StageConfig):
     precision: Precision = option(
         "fp32", "the pipeline's arithmetic; bf16: its weights are loaded in bfloat16"
     )
-    classifier: Place | None = option(
+    classifier: LocalPath | None = option(
         None,
         "finished folder of train_classifier on pictures like those of the pipeline: the features of "
         "the distance to reference, and the judge with classes",
@@ -58,13 +139,13 @@ class EvaluatePromptsConfig(StageConfig):
         "perceptual distance of the pictures to the teacher's own, by this network of torchvision, "
         "whose weights it downloads unless they are in TORCH_HOME",
     )
-    dino: str | None = option(
+    dino: LocalPath | None = option(
         None,
         "similarity of the pictures to the teacher's own by an image network of transformers such as "
         "facebook/dinov2-base: a folder, or a name on the hub",
         run=True,
     )
-    clip: str | None = option(
+    clip: LocalPath | None = option(
         None,
         "similarity to the teacher's own pictures and to the prompts by a CLIPModel of transformers: "
         "a folder, or a name on the hub such as openai/clip-vit-large-patch14",
@@ -76,10 +157,10 @@ class EvaluatePromptsConfig(StageConfig):
     features: Literal["classifier", "values", "inception"] = option(
         "classifier", "with reference: features of the Frechet distance, as in evaluate"
     )
-    inception_weights: Place | None = option(
+    inception_weights: LocalPath | None = option(
         None, "file of Inception's weights from torch-fidelity; nothing is downloaded", run=True
     )
-    samples_to: Place | None = option(
+    samples_to: LocalPath | None = option(
         None,
         "folder for all pictures, ROW/PROMPT/NUMBER.png with an index.json, for other benchmarks; made "
         "when all are written",

@@ -84,7 +84,7 @@ def choose_features(
             )
         return FeatureChoice()
     if name == "inception":
-        module = features.Inception(inception_weights or "(not given)")
+        module = features.Inception(inception_weights)
         return FeatureChoice(module, inputs={"inception": module_digest(module)})
     if classifier is not None:
         net, facts = features.load(classifier, "classifier", data.shape)

@@ -22,6 +22,11 @@ from flowmatch.runs import manifest
 from flowmatch.runs.files import allow_readers
 
 WEIGHTS = "classifier.safetensors"
+INCEPTION = (
+    "the file weights-inception-2015-12-05-6726825d.pth (96 MB), which is at "
+    "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0 (pt_inception-... of pytorch-fid is "
+    "the same); nothing is downloaded"
+)
 BATCH = 256  # samples that a feature network processes together
 
 
@@ -319,11 +324,11 @@ class Inception(nn.Module):
 
     num_features = 2048
 
-    def __init__(self, weights: str):
+    def __init__(self, weights: str | None):
         """Load the network.
 
         Args:
-            weights: torch-fidelity's file, pt_inception-2015-12-05-*.pth.
+            weights: File of the weights, see INCEPTION.
 
         Raises:
             UserError: If the file does not exist or torch-fidelity is not installed.
@@ -331,8 +336,10 @@ class Inception(nn.Module):
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         super().__init__()
+        if weights is None:
+            raise UserError(f"features='inception': set inception_weights to {INCEPTION}")
         if not Path(weights).is_file():
-            raise UserError(f"inception_weights={weights}: no such file")
+            raise UserError(f"inception_weights={weights}: no such file; expected {INCEPTION}")
         try:
             self.net = NoTrainInceptionV3("inception-v3-compat", ["2048"], weights)
         except ImportError as error:

@@ -16,6 +16,7 @@ COLOURS = {  # distinct for colour-blind readers, and in grey
     "student": "#d1495b",
 }
 DARK = "#333333"
+FRAME = "#cccccc"
 MARKERS = {"teacher": "o", "student": "s"}
 POINTS = 2000  # most points in a scatter plot
 MOSAIC = 4  # images per side of a mosaic
@@ -115,7 +116,7 @@ def grid(path: str | os.PathLike[str], samples: Mapping[str, Mapping[int | None,
                 colour = COLOURS.get(name, DARK)
                 panel.scatter(x[:, 0], x[:, 1], s=1.5, color=colour, alpha=0.5, linewidths=0)
                 panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-                panel.spines[:].set_color("#cccccc")
+                panel.spines[:].set_color(FRAME)
             if row == 0:
                 panel.set_title(tables.steps_name(steps), fontsize=10)
             if column == 0:
@@ -175,7 +176,8 @@ def pairs(
     rows = 2 * -(-n // columns)
     figure, axes = canvas(0.75 * columns + 0.7, 0.78 * rows + 0.5, rows, columns)
     for panel in axes.flat:
-        panel.set_axis_off()
+        panel.set(xticks=[], yticks=[], visible=False)
+        panel.spines[:].set_color(FRAME)  # the border of a white picture
     kept = slice(0, 3) if channels > 2 else slice(0, 1)
     latent = channels not in (1, 3)  # images lie in [-1, 1], latents anywhere
     scales = (3.0, float(np.quantile(np.abs(x1), 0.995)) or 1.0 if latent else 1.0)
@@ -183,6 +185,7 @@ def pairs(
         row, column = 2 * (i // columns), i % columns
         for down, (x, scale) in enumerate(zip((x0, x1), scales, strict=True)):
             panel = axes[row + down, column]
+            panel.set_visible(True)
             picture = ((x[i, kept] / scale).clip(-1, 1) + 1).transpose(1, 2, 0) / 2
             panel.imshow(picture.squeeze(2) if picture.shape[2] == 1 else picture, **GREY)
             if column == 0:
@@ -207,8 +210,8 @@ def _lines(path: str | os.PathLike[str], x0: np.ndarray, x1: np.ndarray) -> None
     axes.scatter(*a.T, s=7, color=COLOURS["teacher"], linewidths=0, label="noise x0", zorder=2)
     axes.scatter(*b.T, s=7, color=COLOURS["student"], linewidths=0, label="sample x1", zorder=3)
     axes.set_aspect("equal")
-    axes.spines[:].set_color("#cccccc")
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.99), ncols=2, fontsize=9)
+    axes.spines[:].set_color(FRAME)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9)
     shown = "" if dimensions == 2 else f", the first 2 of {dimensions} dimensions"
     title = f"The first {len(a)} pairs{shown}"
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")

@@ -115,22 +115,36 @@ class Sampler:
         return arithmetic(self.precision, self.accelerator.device)
 
     def rows(
-        self, steps: list[int], solver: SamplerConfig, converged: SolverConfig
+        self,
+        steps: list[int],
+        solver: SamplerConfig,
+        converged: SolverConfig,
+        done: Callable[[SampledRow], object] = lambda row: None,
     ) -> list[SampledRow]:
         """Generate all samples with every number of steps, then converged. Collective: every rank.
 
         Rank 0 shows a progress bar over the network evaluations of all samples.
+
+        Args:
+            steps: Numbers of steps.
+            solver: The sampler of these rows.
+            converged: The solver of the last row.
+            done: Called with each row when it is there.
+
+        Returns:
+            The rows, in their order.
         """
         with self._bar(steps, solver, converged) as bar:
+            ways: list[tuple[int | None, Callable[..., Tensor]]] = [
+                (number, functools.partial(self.row, solver=solver, steps=number))
+                for number in steps
+            ]
+            last = (None, lambda x0, cond, ids: self.velocity.integrate(x0, converged, cond))
             rows = []
-            for number in steps:
-                carry = functools.partial(self.row, solver=solver, steps=number)
+            for number, carry in [*ways, last]:
                 rows.append(self._sampled(number, carry, bar))
-            rows.append(
-                self._sampled(
-                    None, lambda x0, cond, ids: self.velocity.integrate(x0, converged, cond), bar
-                )
-            )
+                with tqdm.external_write_mode():
+                    done(rows[-1])
         return rows
 
     @contextmanager

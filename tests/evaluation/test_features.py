@@ -243,7 +243,13 @@ def test_the_classifier_learns_fashion_mnist(tmp_path):
 
 
 def test_inception_is_used_only_where_its_weights_are_given(tmp_path):
-    with pytest.raises(UserError, match="inception_weights=nowhere: no such file"):
+    with pytest.raises(
+        UserError, match="set inception_weights to the file weights-inception-.*http"
+    ):
+        features.Inception(None)
+    with pytest.raises(
+        UserError, match="inception_weights=nowhere: no such file; .*torch-fidelity"
+    ):
         features.Inception("nowhere")
     (tmp_path / "weights.pth").write_bytes(b"")
     if importlib.util.find_spec("torch_fidelity") is None:

@@ -11,6 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from flowmatch.evaluation import charts, figures, report, tables
 
@@ -204,19 +205,78 @@ def test_images_of_a_mosaic_are_separated_by_translucent_grey():
     assert (black[:2, :3] == (0, 0, 0, 255)).all()
 
 
-@pytest.mark.parametrize("title", [True, False])
-@pytest.mark.parametrize("distance", list(tables.DISTANCES))
-def test_no_label_of_the_curve_is_cut(distance, title):
+def results(distance):
     rows = [row(1, 40.0), row(16, 0.31), row(None, 0.25)]
     result = {name: {"rows": rows} for name in ("teacher", "student")}
-    result |= {"protocol": {"distance": distance}, "floor": {"distance": 0.2, "samples": 10_000}}
-    size = (7.2, 4.3) if title else (charts.WIDE, 3.9)
-    figure = figures.curve_figure(result, *size, title=title)
+    return result | {
+        "protocol": {"distance": distance},
+        "floor": {"distance": 0.2, "samples": 10_000},
+    }
+
+
+WHITE = np.ones((20, 3, 6, 6), np.float32)
+POINTS = np.random.default_rng(0).normal(size=(400, 3)).astype(np.float32)
+LOSSES = [{"step": s, "loss": 123456.789 / s} for s in (1, 50, 9_000_000)]
+BOTH = ("teacher", "student")
+FIGURES = {  # draws into a file that is given, or returns a figure
+    **{
+        f"{kind}, {title}": lambda path, kind=kind, title=title: figures.curve_figure(
+            results(kind), *((7.2, 4.3) if title else (charts.WIDE, 3.9)), title=title
+        )
+        for kind in tables.DISTANCES
+        for title in (True, False)
+    },
+    "grid": lambda path: figures.grid(
+        path, {name: {k: torch.from_numpy(WHITE) for k in (1, 2, None)} for name in BOTH}
+    ),
+    "pairs": lambda path: figures.pairs(path, WHITE, WHITE, np.arange(20) + 10**9),
+    "latents": lambda path: figures.pairs(path, WHITE[:, [0] * 4], WHITE[:, [0] * 4]),
+    "points": lambda path: figures.pairs(path, POINTS, 2 * POINTS),
+    "costs": lambda path: figures.costs(path, 1e7 * POINTS[:, 0] ** 2, 1e7 * POINTS[:, 1] ** 2),
+    "losses": lambda path: charts.losses(dict.fromkeys(BOTH, LOSSES)),
+    "values": lambda path: charts.value_paths(
+        dict.fromkeys(BOTH, (torch.linspace(0, 1, 9), 1e6 * torch.randn(9, 32, 1, 6, 6)))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_words_of_a_figure_are_cut_or_covered(name, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    figure = FIGURES[name](tmp_path / "x.png") or saved[0]
     figure.draw_without_rendering()
-    axes = figure.axes[0]
-    for text in (axes.yaxis.label, axes.xaxis.label, *figure.legends):
-        box = text.get_window_extent()
-        assert box.x0 >= 0
-        assert box.y0 >= 0
-        assert box.x1 <= figure.bbox.x1
-        assert box.y1 <= figure.bbox.y1
+    drawn, size = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(drawn.x0, drawn.y0) >= 0
+    assert drawn.x1 <= size[0] + 0.01
+    assert drawn.y1 <= size[1] + 0.01
+    ticks = {
+        label
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for label in [*axis.get_ticklabels(which="both"), axis.offsetText]
+    }
+    words = [
+        text
+        for text in set(figure.findobj(Text)) - ticks
+        if text.get_visible() and text.get_text() and getattr(text.axes, "visible", True)
+    ]
+    assert words
+    boxes = {text: text.get_window_extent() for text in words}
+    covered = [
+        (a.get_text(), b.get_text())
+        for i, a in enumerate(words)
+        for b in words[:i]
+        if boxes[a].overlaps(boxes[b])
+    ]
+    assert not covered
+
+
+def test_a_white_sample_of_a_pair_has_a_border(tmp_path):
+    figures.pairs(tmp_path / "x.png", 0 * WHITE[:3], WHITE[:3])
+    shown = np.asarray(Image.open(tmp_path / "x.png").convert("L"))
+    lower = shown[shown.shape[0] // 2 + 20 :, 100:]  # beside the words
+    assert (lower < 230).any()

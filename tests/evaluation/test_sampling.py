@@ -38,6 +38,12 @@ def test_the_bar_counts_the_network_evaluations_of_all_samples(monkeypatch):
     found = sampler(10).rows([1, 2], SamplerConfig(), SolverConfig(name="heun", steps=3))
     assert [row.evaluations for row in found] == [1, 2, 6]
     assert shown[0] == (10 * 9, 10 * 9)
+    drawn, at = sampler(10), []  # each row is handed over before the next one is begun
+    drawn.rows(
+        [1, 2], SamplerConfig(), SolverConfig(name="heun", steps=3),
+        lambda row: at.append((row.steps, drawn.velocity.evaluations)),
+    )  # fmt: skip
+    assert at == [(1, 3), (2, 9), (None, 27)]  # three batches
     sampler(10).rows([1], SamplerConfig(), SolverConfig(name="dopri5"))
     assert shown[-1][0] > 20
     assert shown[-1][1] is None

@@ -190,7 +190,7 @@ def test_stage_two_takes_it_as_a_teacher(tmp_path):
     assert (tmp_path / "pairs" / shards.tar_name(0)).is_file()
 
 
-def test_reflow_starts_from_it_and_evaluate_compares_with_it(tmp_path):
+def test_reflow_starts_from_it_and_evaluate_compares_with_it(tmp_path, capsys):
     teacher = save(tmp_path / "ddpm", unet(), ddpm())
     execute(generate_pairs.STAGE, config_of(tmp_path, teacher), dry_run=False)
     values = {
@@ -215,6 +215,13 @@ def test_reflow_starts_from_it_and_evaluate_compares_with_it(tmp_path):
     }
     execute(evaluate.STAGE, evaluate.EvaluateConfig.model_validate(values), dry_run=False)
     rows = json.loads((tmp_path / "evaluate/metrics.json").read_text())
+    told = [line for line in capsys.readouterr().out.splitlines() if ": distance " in line]
+    assert [line.split(": distance")[0] for line in told] == [
+        f"evaluate: {name}, {steps}"
+        for name in ("teacher", "student")
+        for steps in ("1 step", "2 steps", "converged")
+    ]
+    assert told[0].endswith("(2 evaluations)")
     assert [row["evaluations"] for row in rows["teacher"]["rows"]] == [2, 3, 9]
     assert [row["evaluations"] for row in rows["student"]["rows"]] == [1, 2, 8]
 
