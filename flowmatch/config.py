@@ -65,6 +65,15 @@ class Config(pydantic.BaseModel):
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
     )
 
+    @pydantic.field_validator("*")
+    @classmethod
+    def _counts(cls, value: Any) -> Any:
+        """Refuse whole numbers that no array counts."""
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) >= 2**63:
+                raise ValueError("expected a whole number below 2^63")
+        return value
+
     called: typing.ClassVar[str] = "name"  # the field that a bare string stands for
 
 

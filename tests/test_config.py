@@ -68,6 +68,18 @@ def test_nothing_is_converted_silently(word):
     assert len(faults([*GOOD, word])) == 1
 
 
+@pytest.mark.parametrize("number", [2**63, 10**400])
+def test_a_number_that_nothing_counts_is_refused(number):
+    """Not an OverflowError where it is first used."""
+    message = "steps.*=.*expected a whole number below 2\\^63"
+    for model, word in (
+        (train_flow.FlowConfig, f"fit.steps={number}"),
+        (evaluate.EvaluateConfig, f"steps=[1, {number}]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(model, ["configs/ring.yaml", word])
+
+
 def test_values_are_yaml_and_the_last_one_wins(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("steps: 5\nfit:\n  lr: 1e-4\nsets:\n- path: x\n  weight: 2\n")

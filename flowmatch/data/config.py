@@ -63,7 +63,7 @@ class DataConfig(Config):
     labels: bool = option(
         False, "read class labels and train a class-conditional flow", validate_default=True
     )
-    samples: int = option(50_000, "ring: number of samples", ge=1)
+    samples: int = option(50_000, "ring: number of samples", ge=1, le=100_000_000)
     seed: int = option(0, "ring: seed of the samples", ge=0, lt=1 << 63)
     megapixels: int = option(
         179, "largest image that is decoded, in millions of pixels", run=True, ge=1

@@ -6,7 +6,7 @@ import pydantic
 
 from flowmatch.config import LocalPath, option, required, used
 from flowmatch.data.config import DataConfig, PromptsConfig
-from flowmatch.flow.config import Fixed, SamplerConfig, SolverConfig
+from flowmatch.flow.config import MOST_STEPS, Fixed, SamplerConfig, SolverConfig
 from flowmatch.models.config import CallConfig, Precision
 from flowmatch.runs.config import StageConfig
 
@@ -40,7 +40,7 @@ class EvaluateConfig(StageConfig):
         "heun", "ODE solver of the reference 'converged', on uniform steps"
     )
     converged_steps: int = option(
-        64, "steps of the reference 'converged', for all solvers but dopri5", ge=1
+        64, "steps of the reference 'converged', for all solvers but dopri5", ge=1, le=MOST_STEPS
     )
     converged_tolerance: float = option(1e-5, "dopri5: rtol and atol of 'converged'", gt=0, lt=1)
     guidance: float = option(1.0, "classifier-free guidance scale; 1 is none")

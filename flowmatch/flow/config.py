@@ -199,6 +199,7 @@ def check_times(points: Sequence[float]) -> None:
         raise UserError(f"grid={list(points)}: expected times in [0, 1]")
 
 
+MOST_STEPS = 100_000  # of a sampler
 EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "ab2": 1}  # of v, in one step
 Fixed = Literal["euler", "midpoint", "heun", "rk4", "ab2"]  # solvers that take the steps of a grid
 FIXED = get_args(Fixed)
@@ -218,6 +219,7 @@ class SolverConfig(GridConfig):
         "midpoint and heun, 4 of rk4",
         validate_default=True,
         ge=1,
+        le=MOST_STEPS,
     )
     rtol: float = option(1e-5, "dopri5: allowed error of a step, relative to the state", gt=0, lt=1)
     atol: float = option(1e-5, "dopri5: allowed error of a step, absolute", gt=0, lt=1)

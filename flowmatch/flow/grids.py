@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowmatch.config import UserError
-from flowmatch.flow.config import GridConfig, check_times
+from flowmatch.flow.config import MOST_STEPS, GridConfig, check_times
 
 
 def uniform_grid(steps: int) -> Tensor:
@@ -92,7 +92,7 @@ def make(config: GridConfig, steps: int) -> Tensor:
         Times from 0 to 1, float64 [N + 1].
 
     Raises:
-        UserError: A listed grid has another number of steps, or two times are equal.
+        UserError: A listed grid has another number of steps, two times are equal, or there are too many.
     """
     if config.grid == "list":
         if steps != len(config.points) - 1:
@@ -101,6 +101,8 @@ def make(config: GridConfig, steps: int) -> Tensor:
                 f"{len(config.points) - 1}"
             )
         return torch.tensor(config.points, dtype=torch.float64)
+    if steps > MOST_STEPS:
+        raise UserError(f"steps={steps}: a sampler takes at most {MOST_STEPS:,}")
     if config.grid == "shift":
         grid = shift_grid(steps, config.shift)
     elif config.grid == "sigmoid":

@@ -254,6 +254,13 @@ def test_a_grid_of_no_steps_is_refused(grid):
         grid(0)
 
 
+@pytest.mark.parametrize("spacing", GRIDS[:4], ids=lambda g: g["grid"])
+def test_a_grid_of_too_many_steps_is_refused(spacing):
+    for steps in (10**6, 2**40):
+        with pytest.raises(UserError, match="a sampler takes at most 100,000"):
+            grids.make(validate(SolverConfig, spacing), steps)
+
+
 def test_half_precision_states_and_other_shapes_are_refused():
     with pytest.raises(UserError, match="solvers keep it in float32 or float64"):
         solvers.integrate(SMOOTH, noise(2).half(), grids.uniform_grid(2))
