@@ -201,10 +201,10 @@ def test_what_machine_or_network_lacks_is_refused(monkeypatch):
     with pytest.raises(UserError, match="cannot be combined with fit.channels_last=true"):
         check(config(shard=True, channels_last=True), "cpu", 2)
     with pytest.raises(UserError, match="VelocityMLP does not support it"):
-        check_net(config(checkpointing=True), net())
+        check_net(config(checkpointing=True), net(), None)
     with pytest.raises(UserError, match="VelocityMLP has no convolutions"):
-        check_net(config(channels_last=True), net())
-    check_net(config(channels_last=True, checkpointing=True), unet())
+        check_net(config(channels_last=True), net(), None)
+    check_net(config(channels_last=True, checkpointing=True), unet(), None)
 
 
 def test_a_bf16_teacher_carries_a_state_of_float32(tmp_path, capsys):
