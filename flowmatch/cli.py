@@ -10,7 +10,7 @@ from typing import Any
 
 import flowmatch
 from flowmatch.config import UserError, closest, describe
-from flowmatch.runs import command
+from flowmatch.runs import command, stopping
 from flowmatch.runs.experiment import (
     CHAIN,
     STAGES,
@@ -51,7 +51,7 @@ ALIASES = {"flow": "train_flow", "pairs": "generate_pairs"}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command. Exit with 2 for a user's mistake, 75 after SIGTERM."""
+    """Run the command. Exit with 2 for a user's mistake, 75 after a signal that asks to stop."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "COMP_LINE" in os.environ and words[:1] == ["--complete"]:
         print("\n".join(complete(os.environ["COMP_LINE"])))
@@ -67,9 +67,10 @@ def main(argv: list[str] | None = None) -> None:
         print(text)
         return
     name, rest = words[0], words[1:]
-    with command.exit_codes("flowmatch"):
-        body = find_command(name, rest)
-    body(rest)
+    with stopping.heard(name):
+        with command.exit_codes("flowmatch"):
+            body = find_command(name, rest)
+        body(rest)
 
 
 def find_command(name: str, words: list[str]) -> Callable[[list[str]], object]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from flowmatch.config import LocalPath, content, option, required
 from flowmatch.data.config import PromptsConfig
 from flowmatch.models.config import CallConfig
-from flowmatch.runs import command, folder, manifest, process
+from flowmatch.runs import command, folder, manifest, process, stopping
 from flowmatch.runs.config import StageConfig
 
 if TYPE_CHECKING:
@@ -75,11 +75,16 @@ def plan(config: EncodeConfig) -> Plan:
 
 def run(plan: Plan) -> None:
     """Encode the missing files; the worker that finds all of them seals the folder."""
+    with stopping.heard("encode_prompts", defer=True):
+        encode(plan)
+
+
+def encode(plan: Plan) -> None:
+    """Encode the missing files, and seal the folder."""
     from flowmatch.models import rows
     from flowmatch.runs import storage
 
     config: EncodeConfig = plan.config
-    leave_if_asked = command.defer_sigterm()
     place = Path(config.run_dir)
     storage.at(config.run_dir).make()
     folder.write_config(config, plan.inputs)
@@ -95,7 +100,7 @@ def run(plan: Plan) -> None:
         end = min(begin + config.shard_size, plan.rows)
         made: list[Any] = []
         for at in range(begin, end, config.batch_size):
-            leave_if_asked()
+            stopping.leave_if_asked()
             numbers = [i if i < end else end - 1 for i in range(at, at + config.batch_size)]
             batch = table.encode([*(table.texts[i] for i in numbers), table.longest])
             made += rows.rows_of(batch, plan.form, min(at + config.batch_size, end) - at)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowmatch.config import UserError, dump, require, together
 from flowmatch.evaluation.config import EvaluateConfig
-from flowmatch.runs import command, folder, process
+from flowmatch.runs import command, folder, group, process
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +149,6 @@ def run(plan: Plan) -> None:
     config: EvaluateConfig = plan.config
     accelerator = process.start_accelerator(config.device)
     with folder.RunFolder("evaluate", config, plan.inputs) as opened:
-        command.exit_on_sigterm()
         alone = accelerator.num_processes == 1
         if alone:  # before the samples, which its refusal would lose
             plan.choice = feature_choice.train(
@@ -193,6 +192,7 @@ def run(plan: Plan) -> None:
             opened.seal(["metrics.json"])
             process.say(f"\n{tables.markdown(result)}\nreport: {place / 'report.html'}")
     accelerator.end_training()
+    group.leave()
 
 
 class Scores:
@@ -269,7 +269,7 @@ class Scores:
         return result
 
 
-STAGE = command.Stage("evaluate", EvaluateConfig, plan, run, __doc__)
+STAGE = command.Stage("evaluate", EvaluateConfig, plan, run, __doc__, grouped=True)
 
 if __name__ == "__main__":
     command.main(STAGE)

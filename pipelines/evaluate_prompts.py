@@ -203,7 +203,6 @@ def run(plan: Plan) -> None:
 
     config: EvaluatePromptsConfig = plan.config
     with folder.RunFolder("evaluate_prompts", config, plan.inputs) as opened:
-        command.exit_on_sigterm()
         rows, refused = prompt_rows.all_rows(plan.teacher, plan.student, config.steps)
         for steps, reason in refused.items():
             told = tables.steps_name(steps)

@@ -162,7 +162,6 @@ def run(plan: Plan) -> None:
         return
     config: ExportConfig = plan.config
     with folder.RunFolder("export", config, plan.inputs) as opened:
-        command.exit_on_sigterm()
         shown = (write_pipeline if plan.kind is None else write_network)(plan, opened)
         if config.push_to_hub is not None:
             upload(opened.folder, config.push_to_hub)

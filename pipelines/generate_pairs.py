@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowmatch.config import UserError, content, require, together
 from flowmatch.pairs.config import PairsConfig
-from flowmatch.runs import command, folder, manifest, process, storage
+from flowmatch.runs import command, folder, manifest, process, stopping, storage
 
 if TYPE_CHECKING:
     from flowmatch.data.dataset import Data
@@ -169,13 +169,19 @@ def texts_of(teacher: "Teacher") -> list[str]:
 
 def run(plan: Plan) -> None:
     """Make the missing shards; the worker that finds all of them there seals the set."""
+    with stopping.heard("generate_pairs", defer=True):  # no lease is left half made
+        make_shards(plan)
+    seal(plan)
+
+
+def make_shards(plan: Plan) -> None:
+    """Make the missing shards, together with the other workers."""
     from flowmatch.pairs import generator, leases, shards
     from flowmatch.pairs.progress import ShardProgress
     from flowmatch.pairs.writer import Writer
 
     config: PairsConfig = plan.config
     layout, store = plan.layout, plan.store
-    leave_if_asked = command.defer_sigterm()
     store.make()
     folder.write_config(config, plan.inputs)
     make = generator.PairGenerator(
@@ -183,7 +189,7 @@ def run(plan: Plan) -> None:
         plan.velocity,
         process.worker_device(plan.device),
         data=plan.source,
-        before_evaluation=leave_if_asked,
+        before_evaluation=stopping.leave_if_asked,
         seed=config.seed,
         compute_batch=config.compute_batch,
         solver=config.solver,
@@ -207,7 +213,7 @@ def run(plan: Plan) -> None:
 
     def settle() -> None:
         writer.settle()
-        leave_if_asked()
+        stopping.leave_if_asked()
 
     todo = leases.claim(store, own, every, plan.fingerprint, config.lease_seconds, settle)
     # left in reverse order: the leases outlast the writer
@@ -215,7 +221,6 @@ def run(plan: Plan) -> None:
         for k in todo:
             writer.shard(k, make.batches(k))
     refuse_fewer(store, config.shards)  # other workers may have grown the set meanwhile
-    seal(plan)
 
 
 def seal(plan: Plan) -> None:

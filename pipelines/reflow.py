@@ -315,7 +315,7 @@ def check_match(start: "Teacher", sets: "list[PairData]") -> None:
         raise UserError(faults)
 
 
-STAGE = command.Stage("reflow", ReflowConfig, plan, run, __doc__)
+STAGE = command.Stage("reflow", ReflowConfig, plan, run, __doc__, grouped=True)
 
 if __name__ == "__main__":
     command.main(STAGE)

@@ -102,7 +102,6 @@ def run(plan: Plan) -> None:
 
     config, pipe = plan.config, plan.pipe
     with folder.RunFolder("tiny_pipeline", config, plan.inputs) as opened:
-        command.exit_on_sigterm()
         with (
             tqdm(total=config.vae_steps, unit="step", **process.bar_options()) as bar,
             precision.seeded(config.seed),

@@ -86,7 +86,6 @@ def run(plan: Plan) -> None:
     config: ClassifierConfig = plan.config
     images = plan.sets["data"]
     with folder.RunFolder("train_classifier", config, plan.inputs) as opened:
-        command.exit_on_sigterm()
         with tqdm(total=config.steps, unit="step", **process.bar_options()) as bar:
             net, accuracy = features.train_classifier(
                 images,

@@ -209,7 +209,7 @@ def run(plan: Plan) -> None:
             opened.seal(files, round=0, net=network_digest(net), **facts)
 
 
-STAGE = command.Stage("train_flow", FlowConfig, plan, run, __doc__)
+STAGE = command.Stage("train_flow", FlowConfig, plan, run, __doc__, grouped=True)
 
 if __name__ == "__main__":
     command.main(STAGE)

@@ -153,15 +153,15 @@ def run(argv, *, cwd=ROOT, env=None, check=False, timeout=None):
 
 def start_ranks(world, argv, *, env=None, **options):
     """Start a module as the processes of one job, with the environment that a launcher gives them."""
-    return [Popen(argv, env=rank, **options) for rank in _ranks(world, env)]
+    return [Popen(argv, env=rank, **options) for rank in environments(world, env)]
 
 
 def run_ranks(world, argv, *, cwd=ROOT, env=None, check=False, timeout=None):
     """Run a module like `run`, as the processes of one job; a process that fails ends the others."""
-    return _run(argv, cwd, _ranks(world, env), check, timeout)
+    return _run(argv, cwd, environments(world, env), check, timeout)
 
 
-def _ranks(world, env):
+def environments(world, env=None):
     """Return the environments of the processes of a job on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

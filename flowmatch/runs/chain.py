@@ -4,24 +4,21 @@ import argparse
 import os
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from flowmatch.config import NotReady, UserError, closest, dump, expanded, together, validate
-from flowmatch.runs import command, folder, storage
+from flowmatch.runs import children, environment, folder, ranks, stopping, storage
 from flowmatch.runs.command import Stage, exit_codes
 from flowmatch.runs.config import PREEMPTED, StageConfig
 from flowmatch.runs.experiment import EVALUATIONS, Experiment, find_config, root, stage_module
-from flowmatch.runs.process import say
+from flowmatch.runs.process import say, world_size
 from flowmatch.runs.values import parse_word, read_yaml
 
 
@@ -47,7 +44,14 @@ def main(stage_of: Callable[[str], Stage], argv: list[str]) -> None:
     parser.add_argument("--processes", type=int, help="processes of that launcher, for the plan")
     parser.add_argument("--list", action="store_true", help="print the sections, and stop")
     call, unknown = parser.parse_known_intermixed_args(argv)
-    with exit_codes("run"):
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d's stack when a process ends
+    with stopping.heard("run"), exit_codes("run"):
+        ranks.settle()
+        if world_size() > 1:
+            raise UserError(
+                f"WORLD_SIZE={world_size()}: the chain starts the processes of each stage itself; start "
+                "it once, with --accelerate FILE or --launcher WORDS"
+            )
         for word in unknown:
             keys = f"keys have no dashes: {word.lstrip('-')}" if "=" in word else "see --help"
             raise UserError(f"{word}: unknown flag; {keys}")
@@ -107,7 +111,7 @@ class Chain:
         if self.call.dry_run:
             return
         seconds = {}
-        with Signals() as signals:
+        with children.Signals() as signals:
             for number, link in enumerate(todo, 1):
                 say(f"\n{link.section} ({number} of {len(todo)}): {link.config.run_dir}")
                 began = time.monotonic()
@@ -146,6 +150,7 @@ class Chain:
         def plan(link: Link, coming: set[str]) -> None:
             name = link.section
             try:
+                environment.check(link.config)
                 plan = link.stage.plan(link.config)
                 folder.compare(link.stage.name, plan)
                 if self.call.dry_run:
@@ -173,23 +178,27 @@ class Chain:
         """Start a stage in a process group of its own; return its number."""
         words = [self.call.config, *self.call.words, f"section={link.section}", "--chain"]
         module = stage_module(link.stage.name)
-        environment = dict(os.environ)
+        variables = dict(os.environ)
+        # saving may take longer than the 30 seconds after which the launcher kills
+        variables.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "100")
         paths = [
             str(root()) if module.startswith("pipelines") else "",
             os.environ.get("PYTHONPATH", ""),
         ]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         if self.forks:
-            return _fork(
-                partial(_ranks, link.stage, words, 1 if link.stage.alone else self.processes)
+            return children.fork(
+                partial(
+                    children.ranks, link.stage, words, 1 if link.stage.alone else self.processes
+                )
             )
         if self.call.launcher:
             child = [*shlex.split(self.call.launcher), "-m", module, *words]
         elif link.stage.alone:
             child = [sys.executable, "-m", module, *words]
         else:
-            return _fork(partial(_accelerate, self.file, module, words, environment))
-        return subprocess.Popen(child, env=environment, process_group=0).pid
+            return children.fork(partial(children.accelerate, self.file, module, words, variables))
+        return children.fork(partial(os.execvpe, child[0], child, variables))
 
     def _report(self, seconds: dict[str, float]) -> None:
         tables = [
@@ -223,107 +232,3 @@ def _counted_as(processes: int) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-
-
-def _ranks(stage: Stage, words: list[str], count: int) -> int:
-    """Run the ranks of a stage as forks of this process, which has imported their libraries."""
-    from torch.multiprocessing import (
-        ProcessExitedException,
-        ProcessRaisedException,
-        start_processes,
-    )
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def rank(number: int) -> None:
-        for ending in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # not the chain's handlers
-            signal.signal(ending, signal.SIG_DFL)
-        if count > 1:
-            os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command.main(stage, words)
-
-    signal.signal(signal.SIGTERM, lambda *_: None)  # it comes to the ranks, too, which save
-    try:
-        start_processes(rank, nprocs=count, start_method="fork")
-    except ProcessExitedException as error:
-        return error.exit_code if error.exit_code >= 0 else 128 - error.exit_code
-    except ProcessRaisedException as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-def _accelerate(file: str, module: str, words: list[str], environment: dict[str, str]) -> int:
-    """Start a module by `accelerate launch`, in this process, which has imported torch already."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    os.environ.clear()
-    os.environ.update(environment)
-    options = ["--config_file", file, "--module", module, *words]
-    try:
-        launch_command(launch_command_parser().parse_args(options))
-    except ChildFailedError as error:
-        return int(error.get_first_failure()[1].exitcode)
-    except subprocess.CalledProcessError as error:
-        return error.returncode
-    return 0
-
-
-def _fork(body: Callable[[], int]) -> int:
-    """Run a body in a forked process of a group of its own; return its number."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.setpgid(0, 0)
-        code = body()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code % 256)
-
-
-class Signals:
-    """Signals to the chain: SIGTERM and SIGINT go on to the stage as SIGTERM, which saves.
-
-    After one of them, or SIGUSR1, no further stage starts. asked: whether one of them came.
-    """
-
-    def __init__(self) -> None:
-        self.asked, self.child = False, 0
-
-    def __enter__(self) -> "Signals":
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        self.before = {number: signal.signal(number, self._on_signal) for number in numbers}
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self.asked = True
-        if self.child and number != signal.SIGUSR1:
-            with suppress(ProcessLookupError):
-                os.killpg(self.child, signal.SIGTERM)
-
-    def wait(self, child: int) -> int:
-        """Wait for a process group; return the exit status of its first process."""
-        self.child = child
-        if self.asked:  # it came while the process was started
-            self._on_signal(signal.SIGTERM, None)
-        _, status = os.waitpid(child, 0)
-        self.child = 0
-        code = os.waitstatus_to_exitcode(status)
-        return code if code >= 0 else 128 - code

@@ -5,9 +5,7 @@ other content is an error that lists the keys.
 """
 
 import re
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +14,10 @@ from typing import Any, TypeVar
 
 import flowmatch
 from flowmatch.config import Config, NotReady, UserError, dump, together, usage, validate
-from flowmatch.runs import folder
+from flowmatch.runs import agreement, environment, folder, group, ranks, stopping
 from flowmatch.runs.config import PREEMPTED, REFUSED, USER_ERROR, StageConfig
 from flowmatch.runs.experiment import Experiment, find_config
-from flowmatch.runs.process import has_log, say
+from flowmatch.runs.process import leads, rank, say
 from flowmatch.runs.values import assign, merge, parse_word, read_yaml
 
 C = TypeVar("C", bound=Config)
@@ -37,6 +35,7 @@ class Stage:
         summary: what it does, for --help.
         intact: checks without torch that the files of a finished folder are there; default: hash them.
         alone: whether one process does all of the work.
+        grouped: whether its processes work together, in a process group.
     """
 
     name: str
@@ -46,6 +45,7 @@ class Stage:
     summary: str
     intact: Callable[[Any, dict[str, Any]], bool] | None = field(default=None)
     alone: bool = False
+    grouped: bool = False
 
     def finished(self, config: StageConfig) -> bool:
         """Check without torch whether the folder holds the finished work of this config."""
@@ -117,30 +117,6 @@ def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
     return validate(model, experiment.values(section, model)), call
 
 
-def exit_on_sigterm() -> None:
-    """Let SIGTERM unwind a stage that has nothing to save, and exit 75."""
-
-    def leave(number: int, frame: Any) -> None:
-        sys.exit(PREEMPTED)
-
-    signal.signal(signal.SIGTERM, leave)
-
-
-def defer_sigterm() -> Callable[[], None]:
-    """Defer SIGTERM from now on; return a function that exits with 75 if the signal has arrived.
-
-    For a stage that holds leases: no lease is left half made.
-    """
-    asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
-
-    def leave_if_asked() -> None:
-        if asked.is_set():
-            sys.exit(PREEMPTED)
-
-    return leave_if_asked
-
-
 @contextmanager
 def exit_codes(name: str, dry_run: bool = False) -> Iterator[None]:
     """Print the faults of a body and exit with 2; in a dry run an input not made yet is a remark."""
@@ -153,11 +129,20 @@ def exit_codes(name: str, dry_run: bool = False) -> Iterator[None]:
             say(f"{name}: later: {line}")
     except UserError as error:
         _fail(name, error)
+    except stopping.Stopped:  # this one alone: those that stop together have left the group
+        if (code := group.ended()) is not None:  # its launcher ends it for another's fault
+            sys.exit(code)
+        where = "" if leads() else f"rank {rank()} was stopped; repeat the command to go on"
+        group.end(PREEMPTED, where)
+        raise
     except Exception as error:
         # safetensors' own error, which is no OSError, has the number in its words
         told = re.search(r"\(os error (\d+)\)", str(error))
         number = int(told[1]) if told else getattr(error, "errno", None)
         if number not in REFUSED:
+            if (code := group.ended(patient=True)) is not None:  # which broke a connection here
+                sys.exit(code)
+            group.end(1, f"rank {rank()} has failed: {type(error).__name__}: {error}")
             raise
         way = (
             "free space there or make it writable, and repeat the command: finished parts are kept"
@@ -166,26 +151,46 @@ def exit_codes(name: str, dry_run: bool = False) -> Iterator[None]:
 
 
 def _fail(name: str, error: UserError) -> None:
-    if has_log():
-        for line in error.faults:
-            print(f"{name}: {line}", file=sys.stderr, flush=True)
+    with stopping.heard(name, defer=True):  # its launcher may end it while it tells the others
+        if group.tells(name, error.faults):
+            for line in error.faults:
+                print(f"{name}: {group.speaks()}{line}", file=sys.stderr, flush=True)
+        group.end(USER_ERROR)
     sys.exit(USER_ERROR)
 
 
 def execute(stage: Stage, config: StageConfig, dry_run: bool = False) -> None:
     """Plan a stage, and run it unless its folder is finished or the plan is all that is asked for."""
-    plan = stage.plan(config)
+
+    def meet() -> group.Job | None:
+        if dry_run or not stage.grouped:
+            return None
+        ranks.check_group()
+        return group.join(stage.name, agreement.stall_seconds(config))
+
+    ignored, job, plan = together(
+        lambda: environment.settle(config), meet, lambda: stage.plan(config)
+    )
+    if ignored:
+        say(f"{stage.name}: {ignored}")
     if dry_run:
         say(dump(config))
         plan.lines.extend(plan.measure())
-    if folder.begin(stage.name, plan, dry_run):
+    work = folder.begin(stage.name, plan, dry_run)
+    if job is not None:
+        job.agree(agreement.facts(plan, work))
+    if work:
         stage.run(plan)
+    group.leave()
 
 
 def main(stage: Stage, argv: Sequence[str] | None = None) -> None:
     """Run a stage from the command line: plan, then work unless the folder is finished."""
     words = list(sys.argv[1:] if argv is None else argv)
-    with exit_codes(stage.name, "--dry-run" in words):
+    with stopping.heard(stage.name), exit_codes(stage.name, "--dry-run" in words):
+        if ranks.launched():
+            stopping.watch_launcher(stage.name)
+        ranks.settle()
         config, call = load(stage.config, words)
         if call.version:
             say(f"flowmatch {flowmatch.__version__}")

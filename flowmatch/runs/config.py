@@ -5,7 +5,7 @@ from typing import Literal
 
 from flowmatch.config import Config, Place, option, required
 
-PREEMPTED = 75  # EX_TEMPFAIL: what a stage exits with after SIGTERM, its work saved
+PREEMPTED = 75  # EX_TEMPFAIL: what a stage exits with after a signal, its work saved
 
 USER_ERROR = 2
 

@@ -4,8 +4,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 from flowmatch import config as configs
 from flowmatch.config import UserError
 from flowmatch.runs import manifest, storage
-from flowmatch.runs.config import PREEMPTED, StageConfig
+from flowmatch.runs.config import StageConfig
 from flowmatch.runs.files import allow_readers, sync_folder, worker, write_atomic
 from flowmatch.runs.process import leads, say
 from flowmatch.runs.storage import Store
@@ -30,13 +28,12 @@ class RunFolder:
     """An open stage folder: locked against a second process, with checkpoints and metrics.
 
     Used as a context manager. With several processes rank 0 holds the lock and writes; the others
-    read. SIGTERM sets `stop`, for the loop to save and leave with `preempted`.
+    read.
     """
 
     def __init__(self, name: str, config: StageConfig, inputs: Mapping[str, str]):
         self.name, self.config, self.inputs = name, config, dict(inputs)
         self.folder = Path(config.run_dir)
-        self.stop = False
         self._lock: Any = None
 
     def __enter__(self) -> "RunFolder":
@@ -44,16 +41,11 @@ class RunFolder:
             storage.at(self.folder).make()
             self._hold()
             write_config(self.config, self.inputs)
-        self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
         if self._lock is not None:
             self._lock.close()
-
-    def _on_sigterm(self, number: int, frame: Any) -> None:
-        self.stop = True
 
     def _hold(self) -> None:
         """Take the lock, which the system gives back when its holder dies, however it dies."""
@@ -77,11 +69,6 @@ class RunFolder:
         host, _, number = worker().rpartition(".")
         self._lock.write(f"process {number} on {host}\n")
         self._lock.flush()
-
-    def preempted(self) -> None:
-        """Leave after SIGTERM: everything is saved, the same command resumes."""
-        say(f"{self.name}: stopped by SIGTERM; repeat the command to resume")
-        sys.exit(PREEMPTED)
 
     # Checkpoints: a folder `checkpoints/step_%08d` appears whole (by rename) or not at all.
 

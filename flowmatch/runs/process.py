@@ -5,11 +5,12 @@ import sys
 from typing import Any
 
 from flowmatch.config import UserError
+from flowmatch.runs import environment
 
 
 def rank() -> int:
     """Number this process within the job."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def leads() -> bool:
@@ -19,7 +20,12 @@ def leads() -> bool:
 
 def world_size() -> int:
     """Count the processes of the job."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", 1)
+
+
+def _number(name: str, default: int) -> int:  # `ranks.settle` refuses what is no number
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else default
 
 
 def has_log() -> bool:
@@ -53,22 +59,42 @@ def worker_device(device: str) -> str:
 
 
 def start_accelerator(device: str, **options: Any) -> Any:
-    """Make the Accelerator, and hold the number of processes against what the launcher started.
+    """Make the Accelerator from what it is told here alone, and check what it has made of it.
 
     On a machine without a GPU the launcher's obvious flags leave every process believing to be rank
     0 of 1; such a job is stopped here. float32 means all of its bits, until `fit` allows TF32.
     """
     import torch
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+        TorchDynamoPlugin,
+    )
 
+    environment.settle()
     torch.backends.cudnn.allow_tf32 = False
-    wrapper = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no copy of it
+    kind = pick_device(device)
+    if kind == "cuda" and world_size() > 1 and "LOCAL_RANK" not in os.environ:
+        raise UserError(
+            "LOCAL_RANK is missing: the number of this process on its machine, which is that of its GPU"
+        )
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]  # no copy
+    if kind == "cpu" and world_size() > 1 and "MASTER_ADDR" in os.environ:  # not torch's MPI
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
-        cpu=pick_device(device) == "cpu", kwargs_handlers=[wrapper], **options
+        cpu=kind == "cpu",
+        kwargs_handlers=handlers,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        **options,
     )
     if accelerator.num_processes != world_size():
         raise UserError(
             f"the launcher started {world_size()} processes, Accelerate sees "
             f"{accelerator.num_processes}; use --config_file configs/accelerate/cpu_2.yaml on CPUs"
         )
+    if accelerator.device.type != kind:
+        raise UserError(f"Accelerate chose the device {accelerator.device}, the stage {kind}")
     return accelerator

@@ -63,6 +63,13 @@ class FitConfig(Config):
     log_every: int = option(50, "updates between two readings of the loss", run=True, ge=1)
     save_every: int = option(1000, "updates between two checkpoints", run=True, ge=1)
     keep: int = option(2, "newest checkpoints kept", run=True, ge=1)
+    stall_seconds: float = option(
+        30.0,
+        "seconds without a sign of life after which one of several processes counts as lost and the job "
+        "ends; slow work is not silence; 0: never",
+        run=True,
+        ge=0,
+    )
     trackers: list[str] = option([], "Accelerate's trackers, such as [tensorboard]", run=True)
 
     @pydantic.field_validator("ema")

@@ -6,6 +6,7 @@ is dropped) is a function of (seed, step, position in the global batch), and dep
 number of processes nor on restarts.
 """
 
+import signal
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -15,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowmatch import config as configs
 from flowmatch.config import UserError
 from flowmatch.flow import objectives, path
 from flowmatch.flow.config import TimesConfig
 from flowmatch.flow.coupling import Coupling
 from flowmatch.models import precision
 from flowmatch.models.velocity import Velocity
+from flowmatch.runs import group, stopping
 from flowmatch.runs.folder import RunFolder
-from flowmatch.runs.process import leads, start_accelerator
-from flowmatch.training import compilation, ema
+from flowmatch.runs.process import leads, say, start_accelerator
+from flowmatch.training import compilation, ema, trackers
 from flowmatch.training.bar import Bar
 from flowmatch.training.config import FitConfig
 from flowmatch.training.draw import Ahead, Drawn, Stream, draw, mask_seed
@@ -168,13 +169,13 @@ def fit(
 
     Raises:
         UserError: Loss or gradient is not finite; the message names the step.
-        SystemExit: With status 75 after SIGTERM, with a checkpoint.
+        SystemExit: With status 75 after a signal that asks to stop, with a checkpoint.
     """
-    with precision.restored():
+    with stopping.heard(run.name, defer=True), precision.restored():
         accelerator = start_accelerator(
             device,
             mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
-            log_with=config.trackers or None,
+            log_with=trackers.choose(config.trackers, run.folder) or None,
             project_dir=str(run.folder),
         )
         with precision.forked(accelerator.device):
@@ -182,10 +183,7 @@ def fit(
             draw_at = partial(
                 draw, stream, coupling, t_config, config.label_drop, field(net).null, seed
             )
-            files = _train(net, field, draw_at, accelerator, run, config, objective, seed, on_log)
-    if files is None:
-        run.preempted()
-    return files or []
+            return _train(net, field, draw_at, accelerator, run, config, objective, seed, on_log)
 
 
 def _train(
@@ -198,8 +196,8 @@ def _train(
     objective: objectives.Objective,
     seed: int,
     on_log: OnLog | None,
-) -> list[str] | None:
-    """Train; return the files of the averaged networks, or None where SIGTERM has stopped the run."""
+) -> list[str]:
+    """Train; return the files of the averaged networks. Leaves the process where a signal asks it to."""
     rank, world = accelerator.process_index, accelerator.num_processes
     micro, accumulation = split_batch(config, world)
     state = State(net, config, accelerator, run)
@@ -219,13 +217,11 @@ def _train(
         cond = None if batch.label is None else {"label": batch.label}
         return objective(v, plain, batch.x0, batch.x1, batch.t, batch.u, cond, masks)
 
-    def stopping() -> bool:  # collective with several processes, when the loss is read
-        if world == 1:
-            return run.stop
-        if state.step % config.log_every:
-            return False
-        flag = torch.tensor([float(run.stop)], device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum").item())
+    def asked() -> int:  # collective with several processes, when the loss is read
+        here = stopping.asked() or 0
+        if world == 1 or state.step % config.log_every:
+            return here if world == 1 else 0
+        return int(accelerator.gather(torch.tensor([here], device=accelerator.device)).max())
 
     with Ahead(micro_batch, start * accumulation) as batches, Bar(config, start) as bar:
         if start < config.steps:
@@ -246,7 +242,7 @@ def _train(
                 batches.waited = 0.0
 
             # Save, and stop.
-            done, stop = state.step == config.steps, stopping()
+            done, stop = state.step == config.steps, asked()
             due = done or stop or state.step % config.save_every == 0
             if due and state.step > start:  # before its first update a run has nothing to save
                 state.save()
@@ -269,10 +265,15 @@ def _train(
             else:  # fp16 has skipped it: the same samples again
                 batches.go_to(state.step * accumulation)
 
-    files = state.finish() if done else None
+    files = state.finish() if done else []
     del v
     state.close()
     accelerator.end_training()
+    group.leave()
+    if not done:
+        at = f" at step {state.step:,} of {config.steps:,}"
+        saved = ", which is saved" if run.checkpoints() else ": nothing to save yet"
+        stopping.leave(at + saved, signal.Signals(stop))
     return files
 
 
@@ -281,21 +282,20 @@ def _check_one_folder(accelerator: Any, run: RunFolder, start: int) -> None:  # 
     steps = accelerator.gather(torch.tensor([start], device=accelerator.device)).tolist()
     if other := [rank for rank, step in enumerate(steps) if step != steps[0]]:
         raise UserError(
-            f"run_dir={run.folder}: process 0 resumes at step {steps[0]}, process {other[0]} at step "
+            f"run_dir: process 0 resumes at step {steps[0]}, process {other[0]} at step "
             f"{steps[other[0]]}; use a folder that all machines share"
         )
 
 
 def _begin_logs(accelerator: Any, run: RunFolder, config: FitConfig, start: int) -> None:
-    """Cut the metrics back to the step of the start; open the trackers."""
+    """Say where a resumed run begins, cut the metrics back to there; open the trackers."""
     if leads():
         run.cut_metrics(start)
+    if start:
+        from_ = f"{run.folder}/checkpoints/step_{start:08d}"
+        say(f"{run.name}: resumes at {start:,} of {config.steps:,}, from {from_}")
     if config.trackers:
-        values = configs.flatten(run.config.model_dump(mode="json"))
-        values = {
-            k: str(value) if isinstance(value, list) else value for k, value in values.items()
-        }
-        accelerator.init_trackers("flowmatch", values)  # TensorBoard refuses lists
+        trackers.begin(accelerator, run.folder, run.config, resumed=start > 0)
 
 
 def _warm_up(

@@ -28,7 +28,7 @@ stop() {
   if [ "${SLURM_NNODES:-1}" -eq 1 ]; then
     kill -TERM -- "-$chain" 2>/dev/null
   else  # srun would answer with SIGKILL to all; its steps take the signal themselves
-    kill -USR1 "$chain" 2>/dev/null  # no stage after this one
+    kill -USR2 "$chain" 2>/dev/null  # no stage after this one
     scancel --signal=TERM "$SLURM_JOB_ID"
   fi
 }

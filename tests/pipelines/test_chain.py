@@ -17,7 +17,7 @@ from PIL import Image
 import flowmatch
 from flowmatch import cli
 from flowmatch.pairs.dataset import PairData
-from flowmatch.runs import chain, manifest
+from flowmatch.runs import children, manifest
 from tests import forked
 
 ROOT = Path(__file__).parents[2]
@@ -211,15 +211,16 @@ def test_ranks_are_forks_and_the_first_that_fails_ends_them(end, status, tmp_pat
             os.kill(os.getpid(), signal.SIGKILL)
         sys.exit(75)
 
-    monkeypatch.setattr(chain.command, "main", stage)
-    child = chain._fork(partial(chain._ranks, None, ["a=1"], 2))
+    monkeypatch.setattr(children.command, "main", stage)
+    child = children.fork(partial(children.ranks, None, ["a=1"], 2))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
     assert {(tmp_path / rank).read_text() for rank in "01"} == {f"['a=1'] 2 {here}"}
 
 
 @pytest.mark.slow
-def test_a_chain_that_is_stopped_saves_and_goes_on(tmp_path):
-    """SIGTERM to the command alone: the stage saves, exit 75; the same command resumes."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_chain_that_is_stopped_saves_and_goes_on(tmp_path, number):
+    """A signal to the command alone: the stage saves, exit 75; the same command resumes."""
     words = [
         "run",
         "ring",
@@ -231,18 +232,26 @@ def test_a_chain_that_is_stopped_saves_and_goes_on(tmp_path):
     ]
     command = [sys.executable, "-m", "flowmatch", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    started = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+    log = open(tmp_path / "log", "w+")  # noqa: SIM115
+    started = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     folder = tmp_path / "runs/ring/flow"
     while not list(folder.glob("checkpoints/step_*")):
         assert started.poll() is None
         time.sleep(0.1)
-    started.send_signal(signal.SIGTERM)
-    assert started.wait(90) == 75
+    started.send_signal(number)
+    assert started.wait(90) == (75 if number != signal.SIGKILL else -9)
+    end = time.monotonic() + 60
+    while "stopped by SIGTERM" not in Path(log.name).read_text():  # killed, it does not wait for it
+        assert time.monotonic() < end, Path(log.name).read_text()
+        time.sleep(0.1)
     saved = max(int(p.name[5:]) for p in folder.glob("checkpoints/step_*"))
     assert 0 < saved < 3000
+    line = f"train_flow: stopped by SIGTERM at step {saved:,} of 3,000, which is saved; repeat the"
+    assert line in Path(log.name).read_text()
     words[-2] = f"flow.fit.steps={3000}"
     done = call(tmp_path, *words)
     assert done.returncode == 0, done.stderr
+    assert f"train_flow: resumes at {saved:,} of 3,000, from " in done.stdout
     steps = [
         json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]

@@ -3,11 +3,8 @@
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -165,79 +162,6 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
         assert [json.loads(line)["step"] for line in lines] == [10, 20]
 
 
-STAGE = textwrap.dedent(
-    """
-    import errno, os, sys, time
-    from flowmatch.config import NotReady, UserError, option
-    from flowmatch.runs import command
-    from flowmatch.runs.config import StageConfig
-    from flowmatch.runs.folder import Plan, RunFolder
-
-    class Config(StageConfig):
-        lr: float = option(0.1, "rate", gt=0)
-        fault: str = option("", "what goes wrong")
-
-    def plan(config):
-        if config.fault == "user":
-            raise UserError(["first", "second"])
-        if config.fault == "input":
-            raise NotReady("teacher=x does not exist")
-        if config.fault.startswith("E"):
-            number = getattr(errno, config.fault)
-            raise OSError(number, os.strerror(number))
-        return Plan(config, {}, [])
-
-    def run(plan):
-        config = plan.config
-        with RunFolder("toy", config, {}) as folder:
-            print("ready", flush=True)
-            while not folder.stop:
-                time.sleep(0.05)
-            folder.preempted()
-
-    command.main(command.Stage("toy", Config, plan, run, "A toy."))
-    """
-)
-
-
-def call(tmp_path, *words):
-    script = tmp_path / "toy.py"
-    script.write_text(STAGE)
-    return [sys.executable, str(script), f"run_dir={tmp_path / 'stage'}", *words]
-
-
-def outcome(tmp_path, *words, **environment):
-    done = subprocess.run(
-        call(tmp_path, *words),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_user_errors_are_one_line_each_and_exit_2(tmp_path):
-    assert outcome(tmp_path, "fault=user") == (2, "", "toy: first\ntoy: second\n")
-    code, _, err = outcome(tmp_path, "lr=-1", "lrr=2")
-    assert code == 2
-    assert err.count("\n") == 2
-    launched = {"RANK": "1", "LOCAL_RANK": "1"}
-    assert outcome(tmp_path, "fault=user", **launched) == (2, "", "")  # rank 0 alone prints
-    by_hand = outcome(tmp_path, "fault=user", RANK="1")  # a member of an array: its own log
-    assert by_hand == (2, "", "toy: first\ntoy: second\n")
-
-
-def test_a_disk_that_refuses_is_named_and_exits_2(tmp_path):
-    code, _, err = outcome(tmp_path, "fault=ENOSPC")
-    assert code == 2
-    assert err.startswith("toy: the disk refuses: [Errno 28] No space left on device; free space")
-    assert err.count("\n") == 1
-    code, _, err = outcome(tmp_path, "fault=EIO")  # not the user's: a traceback
-    assert code == 1
-    assert "Traceback" in err
-
-
 def test_a_file_system_without_locks_is_told_from_a_folder_that_is_held(tmp_path, monkeypatch):
     def refuse(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -260,30 +184,6 @@ def test_a_checkpoint_that_finds_no_room_is_named_and_made_again(tmp_path):
     assert "(os error 27); free space there" in done.stderr
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_missing_input_is_a_remark_for_a_plan_and_an_error_for_a_run(tmp_path):
-    assert outcome(tmp_path, "fault=input")[0] == 2
-    assert outcome(tmp_path, "fault=input", "--dry-run") == (
-        0,
-        "toy: later: teacher=x does not exist\n",
-        "",
-    )
-
-
-def test_sigterm_exits_75_and_kill_gives_the_lock_back(tmp_path):
-    for number, expected in ((signal.SIGKILL, -9), (signal.SIGTERM, 75)):
-        process = subprocess.Popen(
-            call(tmp_path),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.1)
-        process.send_signal(number)
-        assert process.wait(20) == expected
 
 
 def test_a_wrong_number_of_processes_is_an_error(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from flowmatch.models import networks
-from tests import pairset, ranks
+from tests import forked, pairset, ranks
 
 ROOT = Path(__file__).parents[2]
 RING = [
@@ -141,7 +142,8 @@ def test_three_ranks_resume_bit_for_bit(tmp_path):
         tmp_path / "whole/checkpoints/step_00000010", tmp_path / "cut/checkpoints/step_00000010"
     )
     said = train(tmp_path / "cut", 3, *words)
-    assert "10/20" in said
+    assert "train_flow: resumes at 10 of 20, from " in said
+    assert "/cut/checkpoints/step_00000010\n" in said
     for name in ("manifest.json", "net/diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -173,7 +175,9 @@ def test_machines_that_see_different_folders_are_told_so(tmp_path):
     ]
     said = [process.communicate(timeout=100)[1] for process in started]
     assert [process.returncode for process in started] == [2, 2], said
-    assert "process 0 resumes at step 20, process 1 at step 0; use a folder that all" in said[0]
+    assert (
+        "".join(said).count("process 0 resumes at step 20, process 1 at step 0; use a folder") == 1
+    )
 
 
 @pytest.mark.slow
@@ -196,6 +200,66 @@ def test_sigterm_to_one_rank_saves_where_all_stopped(whole, tmp_path):
     assert int(newest.removeprefix("step_")) == 10 * len(losses(tmp_path / "cut"))
     train(tmp_path / "cut", 2, *RING)
     assert difference(tmp_path / "cut", whole[2]) == 0
+
+
+def test_two_runs_that_meet_by_mistake_do_not_train_one_model(tmp_path):
+    """By hand, with one port, a learning rate and a folder of their own."""
+    own = [[f"run_dir={tmp_path}/0"], [f"run_dir={tmp_path}/1", "fit.lr=0.1"]]
+    argv = ["pipelines.train_flow", *RING, "device=cpu"]
+    started = [
+        forked.Popen([*argv, *words], env=variables, stdout=forked.DEVNULL, stderr=forked.PIPE)
+        for words, variables in zip(own, forked.environments(2), strict=True)
+    ]
+    said = "".join(job.communicate(60)[1] for job in started)
+    assert [job.returncode for job in started] == [2, 2]
+    assert "train_flow: rank 1: differs from rank 0" in said
+    assert said.count("train_flow: rank 1:   fit.lr: 0.003 -> 0.1\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_input_that_is_missing_is_said_once_under_the_launcher(tmp_path):
+    """Before, the rank that found it first ended the others, and said nothing."""
+    words = ["data.source=npz", "data.path=gone.npz", "data.samples=50000"]
+    done = launch(tmp_path / "flow", *words)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "gone.npz" in line]
+    assert re.match(r"train_flow: rank [01]: data.path=gone.npz", line)
+    assert done.stderr.index("gone.npz") < done.stderr.index("Traceback")  # the launcher's own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ranks_whose_launcher_is_killed_save_and_end(tmp_path, processes):
+    words = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu_2.yaml"]
+    words += ["--num_processes", str(processes), "--main_process_port", "0", "-m", "tests.ranks"]
+    if processes == 1:
+        words = ["-m", "accelerate.commands.launch", "--num_processes", "1", "-m", "tests.ranks"]
+    more = ["fit.steps=1000000", "fit.save_every=1000000", "device=cpu"]
+    with open(tmp_path / "log", "w+") as log:
+        launcher = subprocess.Popen(
+            [sys.executable, *words, *RING, *more, f"run_dir={tmp_path / 'flow'}"],
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        while not (tmp_path / "flow/metrics.jsonl").exists():
+            assert launcher.poll() is None
+            time.sleep(0.01)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        assert len(children) == processes
+        launcher.kill()
+        launcher.wait()
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{child}").exists() for child in children):
+            assert time.monotonic() < deadline, "they train on"
+            time.sleep(0.05)
+    said = (tmp_path / "log").read_text()
+    assert f"train_flow: the launcher, process {launcher.pid}, has ended" in said
+    (saved,) = (tmp_path / "flow/checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step_"))
+    assert f"train_flow: stopped by SIGTERM at step {step:,} of 1,000,000, which is saved;" in said
 
 
 def alive(group):
@@ -238,7 +302,8 @@ def test_sigterm_to_a_group_of_one_rank_leaves_no_orphan(tmp_path):
 @pytest.mark.slow
 def test_a_batch_that_does_not_divide_is_refused_by_every_rank_and_said_once(tmp_path):
     said = train(tmp_path / "flow", 3, *RING, codes=[2, 2, 2])
-    assert said == ("train_flow: fit.batch_size=64 is not a multiple of 3 processes; use 63\n")
+    line = r"train_flow: rank \d: fit.batch_size=64 is not a multiple of 3 processes; use 63\n"
+    assert re.fullmatch(line, said), said
     assert not (tmp_path / "flow").exists()
 
 

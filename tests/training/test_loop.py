@@ -153,9 +153,9 @@ def test_what_a_run_could_not_use_is_refused_before_it(monkeypatch):
     monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
     with pytest.raises(UserError, match="wandb is not installed; pip install wandb"):
         check(FitConfig(**config, trackers=["wandb"]), "cpu", 1)
-    check_net(FitConfig(**config, label_drop=0.2), net(classes=3))
+    check_net(FitConfig(**config, label_drop=0.2), net(classes=3), 3)
     with pytest.raises(UserError, match="label_drop=0.2: this network takes no labels"):
-        check_net(FitConfig(**config, label_drop=0.2), net())
+        check_net(FitConfig(**config, label_drop=0.2), net(), None)
 
 
 def test_the_loss_falls_to_the_gaussian_floor_and_metrics_are_logged(tmp_path):
@@ -493,6 +493,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     stages.run(train_flow, f"run_dir={tmp_path}", *words)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     events = list(tmp_path.rglob("events.out.tfevents.*"))
+    assert {file.parent for file in events} == {tmp_path / "tensorboard"}
     seen = {}
     for file in events:
         accumulator = EventAccumulator(str(file)).Reload()

@@ -1,0 +1,89 @@
+"""Variables of the environment that would change what a stage computes, under the same seal.
+
+The config alone decides. What would change the result is refused by its name, with the key to use; what
+Accelerate would read and a stage does not want is taken away, and named in a line.
+"""
+
+import os
+from collections.abc import Iterator
+
+from flowmatch.config import Config, UserError
+
+OFF = ("", "0", "false", "no", "off", "n", "f")
+ON = ("1", "true", "yes", "on", "y", "t")
+SHARD = "fit.shard=true shards a network"
+PRECISION = "the keys of precision decide (fit.precision, precision)"
+# variable -> the values that change nothing, and what to use
+REFUSED = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("", "1"), "fit.micro_batch accumulates"),
+    "ACCELERATE_DYNAMO_BACKEND": (OFF, "fit.compile=true compiles the network"),
+    "ACCELERATE_USE_DEEPSPEED": (OFF, SHARD),
+    "ACCELERATE_USE_FSDP": (OFF, SHARD),
+    "ACCELERATE_USE_MEGATRON_LM": (OFF, SHARD),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (OFF, SHARD),
+    "ACCELERATE_USE_SAGEMAKER": (OFF, "accelerate launch and torchrun start several processes"),
+    "NVIDIA_TF32_OVERRIDE": (("", "0"), PRECISION),
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": (OFF, PRECISION),
+    "ONEDNN_DEFAULT_FPMATH_MODE": (("", "strict"), PRECISION),
+    "DNNL_DEFAULT_FPMATH_MODE": (("", "strict"), PRECISION),
+    "DIFFUSERS_ATTN_BACKEND": (("", "native"), "attention is torch's own"),
+}
+UNCOMPILED = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
+WAYS = {"MIXED_PRECISION": "fit.precision", "USE_CPU": "device", "TORCH_DEVICE": "device"}
+PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FORK_LAUNCHED")
+USUAL = ("ACCELERATE_DYNAMO_",)  # the launcher always writes these; they belong to the backend
+KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_LOG_LEVEL")  # how it runs, not what it computes
+
+
+def check(config: Config | None = None) -> None:
+    """Check that no variable changes what a config computes.
+
+    Raises:
+        UserError: One does; a line for each.
+    """
+    faults = []
+    for name, value, way in _wrong(config):
+        faults.append(f"{name}={value} would change the result; unset it: {way}")
+    if faults:
+        raise UserError(faults)
+
+
+def _wrong(config: Config | None) -> Iterator[tuple[str, str, str]]:
+    for name, (harmless, way) in REFUSED.items():
+        value = os.environ.get(name, "")
+        if value.strip().lower() not in harmless:
+            yield name, value, way
+    parts = [getattr(config, "fit", None), config]
+    tf32 = any(getattr(part, "precision", None) == "tf32" for part in parts)
+    if tf32 and os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
+        yield "NVIDIA_TF32_OVERRIDE", "0", PRECISION
+    if any(getattr(part, "compile", False) for part in parts):
+        for name in UNCOMPILED:
+            if os.environ.get(name, "").lower() not in OFF:
+                yield name, os.environ[name], "or leave compile=true out"
+
+
+def settle(config: Config | None = None) -> str | None:
+    """Check the variables, and take away those that Accelerate would read.
+
+    Returns:
+        A line that names what was set to no effect, or None.
+
+    Raises:
+        UserError: A variable changes what the config computes.
+    """
+    check(config)
+    ignored = []
+    for name in sorted(name for name in os.environ if name.startswith(PREFIXES)):
+        value = os.environ[name].strip().lower()
+        if name in KEPT and (name != "ACCELERATE_CPU_AFFINITY" or value in ON):
+            continue
+        given = os.environ.pop(name)
+        if value not in OFF and name not in REFUSED and not name.startswith(USUAL):
+            way = WAYS.get(name.removeprefix("ACCELERATE_"))
+            ignored.append(f"{name}={given}" + (f" (see {way})" if way else ""))
+    if os.environ.get("DIFFUSERS_ATTN_BACKEND") == "":  # which diffusers takes for a name
+        del os.environ["DIFFUSERS_ATTN_BACKEND"]
+    if not ignored:
+        return None
+    return f"ignored, because the config alone decides: {', '.join(ignored)}"
