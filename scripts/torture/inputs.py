@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +89,11 @@ def experiment(name: str) -> Iterator[Scenario]:
     yield of(name, "evaluation", f"evaluate/* {student}", "export", "export")
     for stage in SECTIONS[name]:
         every = " ".join(f"{stage}/{stars}" for stars in ("*", "*/*", "*/*/*"))
-        yield of(name, "finished stage", every, "", stage, beside=True)
+        scenario = of(name, "finished stage", every, "", stage, beside=True)
+        if stage == "pairs":  # looks at sizes alone; what trains on the set hashes it, as does
+            again = (("verify", f"runs/{name}/pairs", "--full"),)
+            scenario = replace(scenario, commands=(*scenario.commands, *again))
+        yield scenario
     pairs, export, samples = (f"runs/{name}/pairs", f"runs/{name}/export", f"samples/{name}")
     files = (f"{pairs}/*.tar", f"{pairs}/.meta/*", f"{pairs}/manifest.json")
     yield Scenario("verify", files, (), (("verify", pairs, "--full"),), (pairs,))
@@ -157,6 +161,7 @@ class Fuzz:
             f"{made}/{name}"
             for made in scenario.made
             for name in differences(whole / made, folder / made, scenario.beside)
+            if not name == file.name == "README.md"  # a card may be edited
         ]
         if not different:
             return Outcome(scenario.kind, {"equal": 1}, [], "")
