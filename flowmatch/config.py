@@ -22,8 +22,13 @@ class UserError(ValueError):
     """A mistake that its maker can mend: one line a fault; a stage prints them and exits 2."""
 
     def __init__(self, faults: str | list[str]):
-        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        self.faults = [one_line(f) for f in ([faults] if isinstance(faults, str) else faults)]
         super().__init__("\n".join(self.faults))
+
+
+def one_line(text: str) -> str:
+    """Escape what cannot be printed in a line: newlines, control characters, bytes of no encoding."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class NotReady(UserError):
@@ -75,6 +80,20 @@ class Config(pydantic.BaseModel):
         return value
 
     called: typing.ClassVar[str] = "name"  # the field that a bare string stands for
+
+    @pydantic.field_validator("*")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        """Refuse what no path and no config.yaml can hold."""
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and "\0" in text:
+                raise ValueError("holds a NUL character; leave it out")
+            if isinstance(text, str) and not text.isascii():
+                try:
+                    text.encode()
+                except UnicodeEncodeError:
+                    raise ValueError("is not UTF-8; use another name") from None
+        return value
 
 
 def expanded(path: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowmatch.config import UserError, dump, require, together
 from flowmatch.evaluation.config import EvaluateConfig
-from flowmatch.runs import command, folder, group, process
+from flowmatch.runs import command, folder, group, manifest, process
 
 if TYPE_CHECKING:
     import torch
@@ -141,15 +141,22 @@ def plan(config: EvaluateConfig) -> Plan:
 
 
 def run(plan: Plan) -> None:
-    """Sample, score, draw, and seal the folder."""
+    """Sample, score, draw, and seal the folder; in a sealed one, make again what is lost."""
     from flowmatch.evaluation import feature_choice, results, tables
     from flowmatch.evaluation.sampling import Sampler
     from flowmatch.models import teachers
 
     config: EvaluateConfig = plan.config
+    place = Path(config.run_dir)
+    sealed = manifest.sealed(place)
+    if sealed and set(config.lost()) <= tables.CHEAP:
+        if process.leads():
+            with folder.RunFolder("evaluate", config, plan.inputs) as opened:
+                results.write_table(place, tables.read(place, "run_dir")[0], opened.scratch)
+        return
     accelerator = process.start_accelerator(config.device)
     with folder.RunFolder("evaluate", config, plan.inputs) as opened:
-        alone = accelerator.num_processes == 1
+        alone = accelerator.num_processes == 1 and not sealed
         if alone:  # before the samples, which its refusal would lose
             plan.choice = feature_choice.train(
                 plan.choice, plan.sets["data"], config.seed, plan.models
@@ -178,18 +185,20 @@ def run(plan: Plan) -> None:
             for name, sampler in sampled.items()
         }
         if process.leads():
-            if (
-                scores is None
-            ):  # the other processes would wait for it longer than a collective does
-                scores = Scores(plan, accelerator.device)
-                for name, made in rows.items():
-                    for row in made:
-                        scores.add(name, row)
-            result = scores.result(sampled, rows)
+            if sealed:
+                result = tables.read(place, "run_dir")[0]
+            else:
+                if scores is None:  # the others would wait for it longer than a collective does
+                    scores = Scores(plan, accelerator.device)
+                    for name, made in rows.items():
+                        for row in made:
+                            scores.add(name, row)
+                result = scores.result(sampled, rows)
             folders = {name: teachers.run_of(getattr(config, name))[0] for name in rows}
-            place = Path(opened.folder)
-            results.write(place, result, rows, sampled, plan.real, folders, dump(config))
-            opened.seal(["metrics.json"])
+            real, scratch = plan.real, opened.scratch
+            results.write(place, scratch, result, rows, sampled, real, folders, dump(config))
+            if not sealed:
+                opened.seal(["metrics.json"])
             process.say(f"\n{tables.markdown(result)}\nreport: {place / 'report.html'}")
     accelerator.end_training()
     group.leave()

@@ -5,6 +5,7 @@ with its scheduler and its guidance, is the target; the teacher with fewer steps
 student. Pictures are decoded by the pipeline itself. Nothing is trained here.
 """
 
+import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -196,7 +197,7 @@ def remarks(
 
 
 def run(plan: Plan) -> None:
-    """Run all rows batch by batch, measure them, and seal the folder."""
+    """Run all rows batch by batch, measure them, and seal the folder; or make again what is lost."""
     if not process.leads():
         return
     from flowmatch.evaluation import picture_files, prompt_results, prompt_rows, report, tables
@@ -212,14 +213,19 @@ def run(plan: Plan) -> None:
         if to is not None and not picture_files.written(to, plan.fingerprint):
             files = picture_files.PictureFiles(to, texts)
         scores, pictures, prompts = sampled(plan, rows, files)
-        result = summary(plan, rows, refused, scores)
-        device = plan.teacher.pipe._execution_device
         place = Path(opened.folder)
+        sealed = manifest.sealed(place)
+        written = place / "metrics.json"
+        result = (
+            json.loads(written.read_bytes()) if sealed else summary(plan, rows, refused, scores)
+        )
+        device = plan.teacher.pipe._execution_device
         facts = report.machine(device, 1)
         prompt_results.write(place, result, pictures, prompts, dump(config), facts)
         if files is not None:
             files.close(plan.fingerprint, [row.entries() for row in rows])
-        opened.seal(["metrics.json"])
+        if not sealed:
+            opened.seal(["metrics.json"])
         process.say(f"\n{prompt_results.markdown(result)}\nreport: {place / 'report.html'}")
 
 

@@ -5,9 +5,6 @@ own solver. model_index.json names stock classes wherever diffusers has a pipeli
 """
 
 import dataclasses
-import json
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,18 +15,15 @@ from flowmatch.export.fresh import Fresh
 from flowmatch.models.config import CallConfig
 from flowmatch.runs import command, folder, manifest, process
 from flowmatch.runs.config import StageConfig
-from flowmatch.runs.files import allow_readers, write_atomic
+from flowmatch.runs.files import write_atomic
 from flowmatch.runs.values import read_yaml
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from flowmatch.export.model_card import Kind
     from flowmatch.models.teachers import Teacher
 
-TOLERANCE = 1e-6  # largest difference of a pixel in [0, 1] to our own solver, exact schedulers
 WARNING = 0.01  # the same with the folder's own scheduler, above which the stage warns
-SAMPLES = 4  # of each check
+CARD = "README.md"
 
 
 class ExportConfig(StageConfig):
@@ -57,6 +51,10 @@ class ExportConfig(StageConfig):
         run=True,
     )
 
+    def lost(self) -> list[str]:
+        """List the card if it is missing."""
+        return [] if (Path(self.run_dir) / CARD).is_file() else [CARD]
+
 
 @dataclass
 class Plan(folder.Plan):
@@ -76,6 +74,7 @@ class Plan(folder.Plan):
 
 def plan(config: ExportConfig) -> Plan:
     """Check the config, and load the student and its evaluation."""
+    from flowmatch.evaluation import prompt_results, tables
     from flowmatch.export import model_card, push
     from flowmatch.models import teachers, two_time
 
@@ -134,7 +133,9 @@ def plan(config: ExportConfig) -> Plan:
     def read_evaluation() -> dict[str, Any] | None:
         if config.evaluation is None:
             return None
-        return manifest.read(config.evaluation, "evaluation", ["evaluate", "evaluate_prompts"])
+        sealed = manifest.read(config.evaluation, "evaluation", ["evaluate", "evaluate_prompts"])
+        manifest.verify(config.evaluation, "evaluation", sealed)
+        return sealed
 
     _, _, (student, digest), evaluation = together(
         check_config, check_upload, load_student, read_evaluation
@@ -146,7 +147,9 @@ def plan(config: ExportConfig) -> Plan:
                 f"evaluation={config.evaluation} scored another student than {config.student}"
             )
         inputs["evaluation"] = manifest.digest(config.evaluation)
-        table = (Path(config.evaluation) / "table.md").read_text()
+        prompts = evaluation["stage"] == "evaluate_prompts"
+        write = prompt_results.markdown if prompts else tables.markdown
+        table = tables.read(Path(config.evaluation), "evaluation", write)[1]
     kind = None if config.prompts else model_card.kind_of(student)
     name = student.facts["script"]["pipeline"] if kind is None else kind.name
     lines = [
@@ -162,7 +165,16 @@ def run(plan: Plan) -> None:
         return
     config: ExportConfig = plan.config
     with folder.RunFolder("export", config, plan.inputs) as opened:
-        shown = (write_pipeline if plan.kind is None else write_network)(plan, opened)
+        built = opened.scratch.build("export")
+        shown, written, facts = (write_pipeline if plan.kind is None else write_network)(
+            plan, built
+        )
+        if manifest.sealed(opened.folder):  # its card was lost
+            opened.scratch.place(built / CARD, opened.folder / CARD)
+        else:
+            for path in sorted(built.iterdir()):
+                opened.scratch.place(path, opened.folder / path.name)
+            opened.seal(written, round=plan.student.round, **kept(plan.student), **facts)
         if config.push_to_hub is not None:
             upload(opened.folder, config.push_to_hub)
     process.say(f"\n{shown.replace('FOLDER', config.run_dir)}")
@@ -179,8 +191,11 @@ def upload(folder: Path, name: str) -> None:
         raise
 
 
-def write_pipeline(plan: Plan, opened: folder.RunFolder) -> str:
-    """Write, check and seal the pipeline of a student that reads prompts; return code to sample it."""
+def write_pipeline(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, Any]]:
+    """Write and check the pipeline of a student that reads prompts.
+
+    Returns code to sample it, its files, and facts for the manifest.
+    """
     from flowmatch.export import text_card, text_export, text_folder
 
     config: ExportConfig = plan.config
@@ -188,32 +203,31 @@ def write_pipeline(plan: Plan, opened: folder.RunFolder) -> str:
     trial = text_export.Trial(student, config.seed)
     with Fresh(cpu=trial.noise.device.type == "cpu") as fresh:
         choice = text_export.choose(trial, config.steps)
-        written = text_folder.save(student, choice, opened.folder)
+        written = text_folder.save(student, choice, built)
         ways = text_folder.expected(trial, choice)
-        task = text_folder.task(trial, ways, opened.folder, Path(fresh.scratch.name))
+        task = text_folder.task(trial, ways, built, Path(fresh.scratch.name))
         student.pipe.to("cpu")  # the fresh process needs the room
-        output = text_folder.check(opened.folder, ways, fresh.sample(task))
+        output = text_folder.check(built, ways, fresh.sample(task))
     source = str(config.pipeline)
     text = text_card.text(trial, choice, plan.table, source, output)
-    write_atomic(opened.folder / "README.md", text)
+    write_atomic(built / CARD, text)
     for line in text_card.told(choice):
         process.say(f"export: {line}")
-    opened.seal(written, round=student.round, **kept(student), **text_folder.facts(trial, choice))
-    return text_card.first_snippet(trial, choice, output)
+    shown = text_card.first_snippet(trial, choice, output)
+    return shown, written, text_folder.facts(trial, choice)
 
 
-def write_network(plan: Plan, opened: folder.RunFolder) -> str:
-    """Write, check and seal the pipeline of one network; return code that samples it."""
-    from flowmatch.export import model_card
+def write_network(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, Any]]:
+    """Write and check the pipeline of one network; return as `write_pipeline` does."""
+    from flowmatch.export import model_card, network_folder
 
     config: ExportConfig = plan.config
     student, kind = plan.student, plan.kind
     assert kind is not None
     with Fresh() as fresh:
-        written = write(opened.folder, student, kind, config.steps)
-        differences = compare(opened.folder, student, kind, config.steps, config.seed, fresh)
-        text = model_card.text(student, kind, plan.table, differences)
-        write_atomic(opened.folder / "README.md", text)
+        written = network_folder.write(built, student, kind, config.steps)
+        differences = network_folder.compare(built, student, kind, config.steps, config.seed, fresh)
+        write_atomic(built / CARD, model_card.text(student, kind, plan.table, differences))
         for steps, found in differences.items():
             told = ", ".join(f"{name} {value:.2g}" for name, value in found.items())
             process.say(f"export: {steps} steps: {told}")
@@ -222,122 +236,13 @@ def write_network(plan: Plan, opened: folder.RunFolder) -> str:
                 f"export: warning: with the folder's own scheduler pixels differ by more than "
                 f"{WARNING:.0%}; use scheduler_N/ where N is one of {config.steps}"
             )
-        opened.seal(written, round=student.round, **kept(student))
-    return kind.snippet
+    return kind.snippet, written, {}
 
 
 def kept(student: "Teacher") -> dict[str, Any]:
     """Return what an export remembers of its student, for a stage that takes it as a teacher."""
     facts: dict[str, Any] = {"one_step": True} if student.one_step else {}
     return facts | ({"features": sorted(student.features)} if student.features else {})
-
-
-def write(folder: Path, student: "Teacher", kind: "Kind", steps: list[int]) -> list[str]:
-    """Write everything but the card; return the file names, relative to the folder."""
-    from diffusers import (
-        ConsistencyModelPipeline,
-        DDPMPipeline,
-        DPMSolverMultistepScheduler,
-        FlowMatchEulerDiscreteScheduler,
-    )
-
-    from flowmatch.export import pipeline, scheduler
-    from flowmatch.models import mlp
-
-    net = student.net
-    net.register_to_config(_name_or_path="")
-    # DDIM is Euler on this path: first order in log-SNR is right to about 0.5% for any number of steps
-    any_n = DPMSolverMultistepScheduler(
-        solver_order=1,
-        algorithm_type="dpmsolver++",
-        use_flow_sigmas=True,
-        prediction_type="flow_prediction",
-        flow_shift=1.0,
-        final_sigmas_type="zero",
-    )
-    one_n = FlowMatchEulerDiscreteScheduler()  # its first step goes from 1000 to 0 where N = 1
-    named = one_n if student.one_step else any_n
-    parts: dict[str, Callable[[], Any]] = {
-        "DDPMPipeline": lambda: DDPMPipeline(unet=net, scheduler=named),
-        "ConsistencyModelPipeline": lambda: ConsistencyModelPipeline(unet=net, scheduler=any_n),
-        "ReflowPipeline": lambda: pipeline.ReflowPipeline(net, one_n),
-    }
-    parts[kind.name]().save_pretrained(folder, safe_serialization=True)
-    for n in steps:
-        exact: Any = FlowMatchEulerDiscreteScheduler(shift_terminal=1 / n if n > 1 else None)
-        exact.save_pretrained(folder / f"scheduler_{n}")
-    ours = scheduler.RectifiedFlowScheduler(reflow_round=student.round)
-    ours.save_pretrained(folder / "scheduler_flowmatch")
-    shutil.copyfile(pipeline.__file__, folder / "pipeline.py")
-    if type(net).__name__ == "VelocityMLP":  # its class travels with its weights
-        shutil.copyfile(mlp.__file__, folder / "unet" / "mlp.py")
-        index = json.loads((folder / "model_index.json").read_text())
-        index["unet"] = ["mlp", "VelocityMLP"]
-        write_atomic(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
-    names = ["model_index.json", "pipeline.py"]
-    for part in ("unet", "scheduler", "scheduler_flowmatch", *(f"scheduler_{n}" for n in steps)):
-        names += [f"{part}/{p.name}" for p in (folder / part).iterdir() if p.is_file()]
-    allow_readers(*(folder / name for name in names))
-    return sorted(set(names))
-
-
-def compare(
-    folder: Path, student: "Teacher", kind: "Kind", steps: list[int], seed: int, fresh: Fresh
-) -> dict[int, dict[str, float]]:
-    """Sample in a fresh process without flowmatch, and compare with our own solver.
-
-    Returns the largest differences, in [0, 1] after the clamp for images: steps -> name -> difference.
-    Raises UserError where the exact schedulers differ by more than TOLERANCE.
-    """
-    from flowmatch.export import model_card
-
-    theirs = fresh.sample(
-        {
-            "folder": str(folder.resolve()),
-            "steps": steps,
-            "pipeline": kind.name,
-            "samples": SAMPLES,
-            "seed": seed,
-            "output_type": "latent" if model_card.latent(student) else "np",
-            "labels": None if student.classes is None else labels(student).tolist(),
-        }
-    )
-    differences: dict[int, dict[str, float]] = {}
-    for n in steps:
-        mine = own_samples(student, n, seed)
-        largest = {name: (x - mine).abs().max().item() for name, x in theirs[str(n)].items()}
-        if not largest["exact"] <= TOLERANCE:
-            raise UserError(
-                f"run_dir={folder}: at {n} steps the export differs from our solver by "
-                f"{largest['exact']:.2g}, expected at most {TOLERANCE}; check that this diffusers "
-                "release is a supported one"
-            )
-        differences[n] = largest
-    return differences
-
-
-def labels(student: "Teacher") -> "Tensor":
-    """Labels of the check: the first classes in turn."""
-    import torch
-
-    return torch.arange(SAMPLES) % (student.classes or 1)
-
-
-def own_samples(student: "Teacher", steps: int, seed: int) -> "Tensor":
-    """Sample with our solver, the noise drawn as DDPMPipeline draws it; pictures in [0, 1]."""
-    import torch
-    from diffusers.utils.torch_utils import randn_tensor
-
-    from flowmatch.export import model_card
-    from flowmatch.flow import grids, solvers
-    from flowmatch.models.velocity import Velocity
-
-    x0 = randn_tensor((SAMPLES, *student.shape), generator=torch.Generator().manual_seed(seed))
-    v = Velocity(student.net)
-    cond = None if student.classes is None else {"label": labels(student)}
-    with torch.no_grad():
-        x = solvers.integrate(lambda x, t: v(x, t, cond), x0, grids.uniform_grid(steps))
-    return x if x.ndim < 4 or model_card.latent(student) else (x / 2 + 0.5).clamp(0, 1)
 
 
 STAGE = command.Stage("export", ExportConfig, plan, run, __doc__, alone=True)

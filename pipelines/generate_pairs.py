@@ -7,9 +7,9 @@ the folder and nothing else: start any number of them, stop them, start others; 
 """
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from flowmatch.config import UserError, content, require, together
 from flowmatch.pairs.config import PairsConfig
@@ -27,15 +27,20 @@ if TYPE_CHECKING:
 class Plan(folder.Plan):
     """The teacher's velocity, the layout of the shards, and the data to invert."""
 
+    in_store: ClassVar[bool] = True
     device: str
     teacher: "Teacher"
     velocity: "Velocity"
     layout: "Layout"
     source: "Data | None"
-    store: storage.Store
     fingerprint: str
     evaluations: float | None  # a pair; None: dopri5 chooses
     texts: list[str]  # prompts by number
+
+    @property
+    def store(self) -> storage.Store:
+        """The folder or store of the set."""
+        return storage.at(self.config.run_dir)
 
     @property
     def count(self) -> int:
@@ -54,7 +59,10 @@ class Plan(folder.Plan):
         """Measure the largest compute batch that fits, where nothing is sealed yet."""
         from flowmatch.pairs import generator
 
-        if manifest.sealed(self.store) or self.texts:
+        with suppress(storage.Unread):
+            if manifest.sealed(self.store):
+                return []
+        if self.texts:
             return []
         there = process.worker_device(self.device)
         shape, precision = self.layout.shape, self.config.precision
@@ -90,16 +98,18 @@ def plan(config: PairsConfig) -> Plan:
         )
         return teacher, teacher.velocity(config.guidance), layout
 
-    def open_store() -> storage.Store:
-        store = storage.at(config.run_dir)
-        refuse_fewer(store, config.shards)
-        return store
+    def check_store() -> list[str]:
+        try:
+            refuse_fewer(storage.at(config.run_dir), config.shards)
+        except storage.Unread as error:
+            return [f"later: run_dir={line}" for line in error.faults]
+        return []
 
-    device, (teacher, velocity, layout), source, store = together(
+    device, (teacher, velocity, layout), source, later = together(
         check_device,
         load_teacher,
         lambda: None if config.data is None else dataset.load(config.data),
-        open_store,
+        check_store,
     )
     if source is not None:
         check_data(source, teacher, config)
@@ -129,8 +139,8 @@ def plan(config: PairsConfig) -> Plan:
     if source:
         lines.append(f"inverted: items 0 to {count - 1:,} of the {len(source):,} of the data")
         lines += source.notes
-    lines += teacher.lines
-    opened = (device, teacher, velocity, layout, source, store)
+    lines += [*teacher.lines, *later]
+    opened = (device, teacher, velocity, layout, source)
     return Plan(config, inputs, lines, *opened, fingerprint, evaluations, texts_of(teacher))
 
 
@@ -204,7 +214,10 @@ def make_shards(plan: Plan) -> None:
     def write(k: int, made: "Iterator[Made]") -> None:
         environment = dict(make.environment)
         blocks = generator.cut(made, layout, environment, plan.texts)
-        shards.write_shard(store, k, layout, blocks, plan.fingerprint, environment, card)
+        try:
+            shards.write_shard(store, k, layout, blocks, plan.fingerprint, environment, card)
+        except shards.Vanished:
+            process.say(f"generate_pairs: another worker removed half of shard {k}: made again")
 
     progress = ShardProgress(
         store, every, plan.fingerprint, config.shard_size, shown=process.has_log()

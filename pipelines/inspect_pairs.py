@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from flowmatch.config import UserError, expanded, require
+from flowmatch.config import UserError, expanded, one_line, require
 from flowmatch.evaluation import figures
 from flowmatch.flow import noise
 from flowmatch.pairs import audit, shards
 from flowmatch.pairs.dataset import PairData, transport_cost
 from flowmatch.pairs.layout import PROMPT
 from flowmatch.runs import manifest, storage
-from flowmatch.runs.config import REFUSED, USER_ERROR
+from flowmatch.runs.command import refusal
+from flowmatch.runs.config import USER_ERROR
 from flowmatch.runs.storage import Store
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -75,16 +76,14 @@ def main(argv: list[str] | None = None) -> int:
         figures.costs(out / "cost.png", costs, at_random)
         text = json.dumps(found, indent=1, sort_keys=True) + "\n"
         (out / "summary.json").write_text(text)
-    except UserError as error:
-        for line in error.faults:
+    except (UserError, OSError) as error:
+        refused = refusal(error)
+        assert refused is not None
+        for line in refused.faults:
             print(f"inspect_pairs: {line}", file=sys.stderr)
         return USER_ERROR
-    except OSError as error:
-        if error.errno not in REFUSED:
-            raise
-        print(f"inspect_pairs: {error}; choose another folder by --out", file=sys.stderr)
-        return USER_ERROR
-    print("\n".join([*tell(folder, found), f"wrote {out}/pairs.png, cost.png, summary.json"]))
+    for line in [*tell(folder, found), f"wrote {out}/pairs.png, cost.png, summary.json"]:
+        print(one_line(line))
     return 0
 
 

@@ -108,7 +108,10 @@ def run(plan: Plan) -> None:
             quiet(),
         ):
             train_vae(pipe.vae, plan.data, config, bar.update)
-            pipe.save_pretrained(opened.folder)
+            built = opened.scratch.build("pipeline")
+            pipe.save_pretrained(built)
+        for path in sorted(built.iterdir()):
+            opened.scratch.place(path, opened.folder / path.name)
         parts = [name for name in pipe.components if (opened.folder / name).is_dir()]
         files = [
             f"{part}/{path.name}" for part in parts for path in (opened.folder / part).iterdir()

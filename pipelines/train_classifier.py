@@ -96,7 +96,10 @@ def run(plan: Plan) -> None:
                 lr=config.lr,
                 show=lambda step: bar.update(),
             )
-        files = features.save(net, opened.folder)
+        built = opened.scratch.build("classifier")
+        files = features.save(net, built)
+        for name in files:
+            opened.scratch.place(built / name, opened.folder / name)
         opened.seal(
             files,
             accuracy=accuracy,

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flowmatch.config import UserError, expanded
+from flowmatch.config import UserError, expanded, one_line
 from flowmatch.pairs import audit, leases
 from flowmatch.pairs.audit import BAD, Findings
 from flowmatch.runs import process, storage
-from flowmatch.runs.config import REFUSED, USER_ERROR
+from flowmatch.runs.command import refusal
+from flowmatch.runs.config import USER_ERROR
 from flowmatch.runs.storage import Store
 
 HEADERS = "names, sizes, sidecars and headers, not values"
@@ -46,14 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     call = parser.parse_args(argv)
     try:
         return report(storage.at(expanded(call.folder)), call.full, call.repair)
-    except UserError as error:
-        for line in error.faults:
-            print(f"verify_pairs: {line}", file=sys.stderr)
-        return USER_ERROR
-    except OSError as error:
-        if error.errno not in REFUSED:
-            raise
-        print(f"verify_pairs: {error}; make it readable, for --repair writable", file=sys.stderr)
+    except (UserError, OSError) as error:
+        refused = refusal(error)
+        assert refused is not None
+        complain(*refused.faults)
         return USER_ERROR
 
 
@@ -63,20 +60,20 @@ def report(folder: Store, full: bool, repair: bool) -> int:
     with tqdm(unit="B", unit_scale=True, disable=quiet) as shown:
         found = audit.examine(folder, full, shown.update)
     for remark in found.remarks:
-        process.say(f"verify_pairs: remark: {remark}")
-    for fault in found.faults:
-        print(f"verify_pairs: {fault.what}", file=sys.stderr)
+        process.say(f"verify_pairs: remark: {one_line(remark)}")
+    complain(*(fault.what for fault in found.faults))
     if repair:
         leases.sweep(folder)
         for name in dict.fromkeys(name for fault in found.faults for name in fault.aside):
-            process.say(f"verify_pairs: {name} is set aside as {set_aside(folder, name)}")
+            line = f"{name} is set aside as {set_aside(folder, name)}"
+            process.say(f"verify_pairs: {one_line(line)}")
     within = "names, sizes and sidecars, not contents" if storage.is_url(folder) else HEADERS
     looked = "every byte" if full else f"{within} (--full)"
     if not found.faults:
         assert found.layout is not None
         size = found.shards * found.layout.tar_bytes / 1e6
         process.say(
-            f"verify_pairs: {folder} is sound: sealed, {found.shards} shards, "
+            f"verify_pairs: {one_line(str(folder))} is sound: sealed, {found.shards} shards, "
             f"{found.shards * found.layout.shard_size:,} pairs, {size:,.1f} MB; looked at {looked}"
         )
         return 0
@@ -87,9 +84,14 @@ def report(folder: Store, full: bool, repair: bool) -> int:
         flags = "--full --repair" if full else "--repair"
         lines += [f"  flowmatch verify {shlex.quote(str(folder))} {flags}"]
     lines += [f"  {command(folder, found)}"]
-    for line in lines:
-        print(f"verify_pairs: {line}", file=sys.stderr)
+    complain(*lines)
     return USER_ERROR
+
+
+def complain(*lines: str) -> None:
+    """Print faults, a line each, whatever the names in them hold."""
+    for line in lines:
+        print(f"verify_pairs: {one_line(line)}", file=sys.stderr)
 
 
 def set_aside(folder: Store, name: str) -> str:

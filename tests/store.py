@@ -18,6 +18,7 @@ PRINT = "a" * 64  # fingerprint
 CARD = "# Pairs\n\nNoise and what a teacher made of it.\n"
 WORKED = Layout((3, 4, 4), "float16", True, 10, 2)  # what a worker process makes
 
+LAYOUT_OF_POINTS = Layout((2,), "float32", False, 8, 4)
 RAGGED = [  # shape, dtype, labels, shard_size, block
     ((2,), "float32", True, 10, 4),
     ((2,), "float16", False, 1, 1),
@@ -74,7 +75,10 @@ def finish(folder, layout, number):
 
 def seal(folder, layout, number):
     facts = {"layout": layout.entries(), "shards": number, "count": number * layout.shard_size}
-    manifest.seal(folder, stage="generate_pairs", config={}, inputs={}, outputs={}, **facts)
+    sides = [shards.sidecar(folder, k) or {"sha256": ""} for k in range(number)]
+    outputs = {shards.tar_name(k): side["sha256"] for k, side in enumerate(sides)}
+    rest = {"config": {}, "inputs": {}, "outputs": outputs, "round": 0}
+    manifest.seal(folder, stage="generate_pairs", **rest, **facts)
 
 
 def work(folder, rank, world, number, ttl, delay, how="claim"):

@@ -188,7 +188,7 @@ def test_what_is_not_finite_stops_the_run_and_reaches_no_checkpoint(tmp_path, pr
     with pytest.raises(UserError, match="not finite at step 25"):
         train(tmp_path, stream=spoilt, precision=precision)
     with RunFolder("train_flow", StageConfig(run_dir=str(tmp_path)), {}) as opened:
-        step, saved = opened.restore()
+        step, saved = opened.checkpoints.restore(40)
     assert step == 20
     assert all(tensor.isfinite().all() for tensor in saved["net"].values())
 

@@ -1,5 +1,6 @@
 """The configs of the evaluations: of images, points and latents, and on prompts."""
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pydantic
@@ -80,6 +81,12 @@ class EvaluateConfig(StageConfig):
         if name == "student" and self.student_solver is not None:
             return "student_solver", self.student_solver
         return "solver", self.solver
+
+    def lost(self) -> list[str]:
+        """List the pictures, the report and the table that are to be made again."""
+        from flowmatch.evaluation import tables
+
+        return tables.lost(Path(self.run_dir))
 
     @property
     def converged(self) -> SolverConfig:
@@ -166,3 +173,8 @@ class EvaluatePromptsConfig(StageConfig):
         "when all are written",
         run=True,
     )
+
+    def lost(self) -> list[str]:
+        """List the table and the report, if they are missing; the pictures are made with them."""
+        names = ("table.md", "report.html")
+        return [name for name in names if not (Path(self.run_dir) / name).is_file()]

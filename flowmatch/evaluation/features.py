@@ -387,6 +387,13 @@ def load(path: str, key: str, shape: tuple[int, ...]) -> tuple[Classifier, dict[
             f"{key}={path} takes images of shape {facts['shape']}, but the data has shape "
             f"{list(shape)}; train one on this data"
         )
-    net = Classifier(shape, facts["classes"])
-    net.load_state_dict(load_file(Path(path) / WEIGHTS))
+    try:
+        net = Classifier(shape, facts["classes"])
+        net.load_state_dict(load_file(Path(path) / WEIGHTS))
+    except (RuntimeError, TypeError) as error:
+        told = " ".join(str(error).split())
+        raise UserError(
+            f"{key}={path}: {WEIGHTS} holds no classifier of {facts['classes']} classes ({told}); "
+            f"delete {manifest.NAME} there and repeat its stage"
+        ) from None
     return net.eval(), facts

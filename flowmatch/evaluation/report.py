@@ -1,7 +1,6 @@
 """The report of an evaluation: one self-contained HTML page, for any screen."""
 
 import html
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 
 from flowmatch.evaluation import charts, figures, tables
+from flowmatch.runs import lines
+from flowmatch.runs.process import say
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #22272e; --soft: #5c6570; --line: #dfe3e8; --ground: #ffffff;
@@ -250,12 +251,15 @@ def training(folders: Mapping[str, str | Path]) -> str:
     curves, notes = {}, []
     for name, folder in folders.items():
         log = Path(folder) / "metrics.jsonl"
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-        if len(lines) > 1:
-            curves[name] = lines
-            rates = sorted(line["images_per_second"] for line in lines)
+        sound, damaged = lines.read_metrics(log)
+        logged = [values for values, _ in sound if {"loss", "images_per_second"} <= values.keys()]
+        if damaged:
+            say(f"evaluate: {lines.told(log, damaged)}")
+        if len(logged) > 1:
+            curves[name] = logged
+            rates = sorted(values["images_per_second"] for values in logged)
             notes.append(
-                f"{name}: {lines[-1]['step']:,} steps, {rates[len(rates) // 2]:,.0f} images per second"
+                f"{name}: {logged[-1]['step']:,} steps, {rates[len(rates) // 2]:,.0f} images per second"
             )
     if not curves:
         return ""
@@ -285,7 +289,14 @@ def protocol(result: Mapping[str, Any], facts: Mapping[str, str]) -> str:
 def configs_of(folders: Mapping[str, str | Path]) -> list[tuple[str, str]]:
     """Read the configs of the training stages that have one: (model, YAML)."""
     files = {name: Path(folder) / "config.yaml" for name, folder in folders.items()}
-    return [(name, file.read_text()) for name, file in files.items() if file.is_file()]
+    found = []
+    for name, file in files.items():
+        if file.is_file():
+            text, damaged = lines.read_text(file.read_bytes())
+            if damaged:
+                say(f"evaluate: {lines.told(file, damaged)}")
+            found.append((name, text))
+    return found
 
 
 def details(title: str, text: str) -> str:

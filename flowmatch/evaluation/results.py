@@ -9,11 +9,26 @@ from flowmatch.data import dataset
 from flowmatch.data.dataset import Data
 from flowmatch.evaluation import figures, report, tables
 from flowmatch.evaluation.sampling import SampledRow, Sampler
-from flowmatch.runs.files import write_atomic
+from flowmatch.runs.files import Scratch, write_atomic
+
+
+def write_table(place: Path, result: dict[str, Any], scratch: Scratch) -> None:
+    """Write the files that follow from metrics.json alone: table.md and curve.png.
+
+    Args:
+        place: the run folder.
+        result: the content of metrics.json.
+        scratch: of the run folder.
+    """
+    write_atomic(place / "table.md", tables.markdown(result))
+    built = scratch.build("pictures") / "curve.png"
+    figures.curve(built, result)
+    scratch.place(built, place / built.name)
 
 
 def write(
     place: Path,
+    scratch: Scratch,
     result: dict[str, Any],
     rows: Mapping[str, list[SampledRow]],
     sampled: Mapping[str, Sampler],
@@ -25,6 +40,7 @@ def write(
 
     Args:
         place: the run folder.
+        scratch: of the run folder.
         result: the content of metrics.json.
         rows: the samples of "teacher" and "student".
         sampled: the samplers that drew them.
@@ -34,9 +50,10 @@ def write(
     """
     samples = {name: {row.steps: row.x for row in made} for name, made in rows.items()}
     write_atomic(place / "metrics.json", json.dumps(result, indent=1) + "\n")
-    write_atomic(place / "table.md", tables.markdown(result))
-    figures.curve(place / "curve.png", result)
-    figures.grid(place / "grid.png", samples)
+    write_table(place, result, scratch)
+    built = scratch.build("pictures") / "grid.png"
+    figures.grid(built, samples)
+    scratch.place(built, place / built.name)
     accelerator = sampled["student"].accelerator
     page = report.page(
         place.absolute().parent.name,

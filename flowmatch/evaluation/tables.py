@@ -1,9 +1,13 @@
 """The tables of an evaluation: rows of formatted numbers for Markdown and HTML, and their words."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
+
+from flowmatch.config import UserError
 
 DISTANCES = {"frechet": "Frechet distance", "sliced_wasserstein": "sliced Wasserstein-2 distance"}
 QUALITIES = {  # what images are scored on beside the distance: name, format
@@ -12,6 +16,8 @@ QUALITIES = {  # what images are scored on beside the distance: name, format
     "recall": ("recall", ".3f"),
     "nearest": ("nearest training image", ".3g"),
 }
+CHEAP = {"table.md", "curve.png"}  # files that follow from metrics.json
+UNHASHED = ("table.md", "curve.png", "grid.png", "report.html")
 ONE_STEP = "The student was trained for one step only; its rows with more steps are not meaningful."
 REAL = "real against real"
 
@@ -64,6 +70,38 @@ def qualities(result: Mapping[str, Any]) -> Table | None:
     ]
     head = ["teacher / student", *(QUALITIES[name][0] for name in shown)]
     return Table(head, rows, [REAL, *(_quality(name, result["floor"]) for name in shown)])
+
+
+def read(
+    folder: Path, key: str, write: Callable[[Mapping[str, Any]], str] | None = None
+) -> tuple[dict[str, Any], str]:
+    """Read metrics.json of a sealed evaluation, and write its table anew.
+
+    Args:
+        folder: The run folder.
+        key: Name of the config key, for errors.
+        write: Writes the table; default: `markdown`.
+
+    Raises:
+        UserError: metrics.json is not one of this stage.
+    """
+    try:
+        result: dict[str, Any] = json.loads((folder / "metrics.json").read_bytes())
+        return result, (write or markdown)(result)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise UserError(
+            f"{key}={folder}: metrics.json is not one of this stage ({error!r}); delete manifest.json "
+            "there and repeat its stage"
+        ) from None
+
+
+def lost(folder: Path) -> list[str]:
+    """List the files of a sealed evaluation that are missing, and a table that was changed."""
+    names = [name for name in UNHASHED if not (folder / name).is_file()]
+    table = folder / "table.md"
+    if table.is_file() and table.read_bytes() != read(folder, "run_dir")[1].encode():
+        names.insert(0, table.name)
+    return names
 
 
 def markdown(result: Mapping[str, Any]) -> str:

@@ -56,7 +56,7 @@ class Fresh:
         _, err = self.process.communicate(json.dumps(task))
         if self.process.returncode:
             raise UserError(
-                f"run_dir={task['folder']}: a fresh process could not load or sample the export: "
-                f"{err.strip().splitlines()[-1]}"
+                "a fresh process could not load or sample the export: "
+                f"{(err.strip().splitlines() or ['it ended without a word'])[-1]}"
             )
         return torch.load(Path(self.scratch.name) / "samples.pt", weights_only=True)

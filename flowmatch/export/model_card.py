@@ -41,6 +41,15 @@ image = pipe(class_labels=0, guidance_scale=1.0, num_inference_steps=1).images[0
 """
 LABELS_ANY = {"steps": "any number of steps", "exact": EXACT_N}
 LABELS_ONE = {"steps": "one step", "exact": "`scheduler_1/` is exact"}
+HALF_NOTES = f"""
+With `torch_dtype=torch.bfloat16` this pipeline fails at pictures and arrays (TypeError in diffusers:
+numpy has no bfloat16). Use `output_type="pt"`, or `torch_dtype=torch.float16`, or the pipeline file of
+this folder, which keeps its state in float32:
+
+```python
+DiffusionPipeline.from_pretrained("FOLDER", torch_dtype=torch.bfloat16, {REMOTE})
+```
+"""
 LATENT_NOTES = """
 Samples are unscaled latents. Decode them with the VAE that encoded the data:
 `vae.decode(sample[None] / vae.config.scaling_factor)`.
@@ -100,12 +109,13 @@ def kind_of(student: Teacher) -> Kind:
     unet = type(student.net).__name__ == "UNet2DModel" and not coded
     if unet and student.classes is None:
         notes = ONE_STEP_NOTES if one else DDPM_NOTES
-        return Kind("DDPMPipeline", True, STOCK.format("num_inference_steps=1"), notes)
+        snippet = STOCK.format("num_inference_steps=1")
+        return Kind("DDPMPipeline", True, snippet, notes + HALF_NOTES)
     if unet:
         snippet = STOCK.format("class_labels=0, num_inference_steps=1")
         notes = LABELS_NOTES.format(**(LABELS_ONE if one else LABELS_ANY))
         notes = ONE_STEP_ONLY + notes if one else notes
-        return Kind("ConsistencyModelPipeline", True, snippet, notes)
+        return Kind("ConsistencyModelPipeline", True, snippet, notes + HALF_NOTES)
     arguments = "num_inference_steps=1" + (", class_labels=0" if student.classes else "")
     if len(student.shape) < 3 or coded:
         arguments += f', output_type="{"latent" if coded else "np"}"'

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from flowmatch.config import UserError
+from flowmatch.runs import storage
 
-KEPT_BACK = [".lock", "config.yaml"]  # config.yaml has local paths
+KEPT_BACK = [".lock", ".scratch/*", "config.yaml"]  # config.yaml has local paths
 
 
 def check_push(name: str) -> None:
-    """Check that an upload can succeed: the name, the network and the token.
+    """Check that an upload can succeed: the name, the network and the token; in a dry run the name.
 
     Args:
         name: ORG/NAME.
@@ -26,6 +27,8 @@ def check_push(name: str) -> None:
         raise UserError(f"{where}: {' '.join(str(error).split())}") from None
     if name.count("/") != 1:
         raise UserError(f"{where}: expected ORG/NAME")
+    if storage.is_unplugged():
+        return
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"{where}: HF_HUB_OFFLINE is set; unset it, or leave push_to_hub out")
     try:

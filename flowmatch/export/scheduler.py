@@ -27,6 +27,7 @@ from torch import Tensor
 # evaluation of the network is at place 0, each later one at the place of the stage before it.
 Stage = tuple[float, tuple[int, ...]]  # (place, weights)
 Time = float | Tensor
+Number = float | Tensor  # a tensor [], float64 on the CPU, in a compiled step
 SOLVERS: dict[str, tuple[Stage, ...]] = {
     "euler": ((1, (1,)),),
     "midpoint": ((0.5, (1,)), (1, (0, 1))),
@@ -39,9 +40,12 @@ FLAGS = "karras_sigmas exponential_sigmas beta_sigmas lu_lambdas dynamic_shiftin
 USUAL: dict[str, Any] = {f"use_{flag}": False for flag in FLAGS.split()}
 USUAL |= {"invert_sigmas": False, "stochastic_sampling": False, "shift_terminal": None}
 USUAL |= {"final_sigmas_type": "zero", "prediction_type": "flow_prediction"}
+# In every config, for from_config of other classes: multistep solvers then take the same flow, and those
+# that know no flow raise an error, where they would otherwise sample as if the network predicted noise.
+OTHERS: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
 
-def runge_kutta(x: Tensor, h: float, slopes: list[Tensor], stage: Stage) -> Tensor:
+def runge_kutta(x: Tensor, h: Number, slopes: list[Tensor], stage: Stage) -> Tensor:
     """Compute the state after one stage of a step.
 
     Args:
@@ -55,7 +59,7 @@ def runge_kutta(x: Tensor, h: float, slopes: list[Tensor], stage: Stage) -> Tens
     return x + h * place / sum(weights) * total
 
 
-def adams_bashforth(x: Tensor, h: float, slope: Tensor, before: tuple[float, Tensor]) -> Tensor:
+def adams_bashforth(x: Tensor, h: Number, slope: Tensor, before: tuple[Number, Tensor]) -> Tensor:
     """Take a step of Adams-Bashforth 2.
 
     Args:
@@ -69,15 +73,15 @@ def adams_bashforth(x: Tensor, h: float, slope: Tensor, before: tuple[float, Ten
 
 
 def stochastic(
-    x: Tensor, sigma: float, after: float, slope: Tensor, eta: float, churn: float, generator: Any
+    x: Tensor, sigma: Number, after: Number, slope: Tensor, eta: float, churn: float, generator: Any
 ) -> Tensor:
     """Take an Euler step, and replace some of the noise in x with fresh noise z.
 
     eta is DDIM's: the step goes to data + after (rho noise + sqrt(1 - rho^2) z); eta = 1 is DDPM (arXiv
     2010.02502, eq. 12 and 16). churn is Euler-Maruyama on the SDE with the same marginals,
     dx = [v + w^2 score / 2] dt + w dW with w^2 = 2 churn sigma, whose drift is
-    (1 + churn t) v - churn x = v - churn noise in the time t of the math. The last step, to 0, is
-    Euler's alone.
+    (1 + churn t) v - churn x = v - churn noise in the time t of the math. Not for the last step, to 0,
+    which is Euler's alone.
 
     Args:
         x: State, [B, ...].
@@ -89,8 +93,6 @@ def stochastic(
         generator: As in `RectifiedFlowScheduler.step`.
     """
     h = after - sigma
-    if after == 0:
-        return x + h * slope
     if eta:
         kept = (1 - sigma) * after / ((1 - after) * sigma)
         share = eta * (1 - kept**2) ** 0.5  # sqrt(1 - rho^2)
@@ -168,11 +170,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         ):
             if wrong:
                 raise ValueError(message)
-        # A saved config lists every argument. Arguments at their default count as not given, so that
-        # from_config of another class warns only about values that it would lose.
-        usual = {"num_train_timesteps": 1000, "solver": "euler", "eta": 0, "churn": 0, "shift": 1}
-        plain = [key for key in self.config if self.config[key] == usual.get(key)]
-        self.register_to_config(_use_default_values=plain)
+        self.register_to_config(**OTHERS, flow_shift=shift)
         self.order = len(SOLVERS[solver])
         self.set_timesteps(num_train_timesteps)
         self.num_inference_steps: int | None = None  # the grid is not chosen yet
@@ -187,11 +185,11 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
             kwargs: Values that override the config.
 
         Raises:
-            ValueError: For values that change the grid or the prediction in ways that this class does
-                not have. shift_terminal is one: 1/N is uniform for N steps only, and the number of
-                steps is unknown here.
+            ValueError: For two different shifts, and for values that change the grid or the prediction
+                in ways that this class does not have. shift_terminal is one: 1/N is uniform for N
+                steps only, and the number of steps is unknown here.
         """
-        config = {**config, **{k: kwargs.pop(k) for k in (*USUAL, "flow_shift") if k in kwargs}}
+        config = {**config, **{k: kwargs.pop(k) for k in USUAL if k in kwargs}}
         lost = {k: config[k] for k, usual in USUAL.items() if (config.get(k) or usual) != usual}
         if lost:
             given, plain = (", ".join(f"{k}={d[k]!r}" for k in lost) for d in (lost, USUAL))
@@ -199,9 +197,18 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
                 f"{given}: grids are uniform or shifted here, and networks predict noise - data; "
                 f"pass {plain} as well to ignore it"
             )
-        if "flow_shift" in config:
-            kwargs = {"shift": config.pop("flow_shift") or 1, **kwargs}
-        return super().from_config(config, *others, **kwargs)
+        # After a switch a config has both names: that of its class, and what the class before left.
+        moved = kwargs.pop("flow_shift", config.pop("flow_shift", None))
+        if moved is not None and "shift" not in kwargs:
+            if config.get("shift", moved) != moved:
+                raise ValueError(
+                    f"shift={config['shift']} and flow_shift={moved}: the config has both, of two "
+                    "classes; pass shift= as well"
+                )
+            if "shift" not in config and moved != 1:
+                kwargs = {"shift": moved, **kwargs}
+        own = {key: value for key, value in config.items() if key not in OTHERS}
+        return super().from_config(own, *others, **kwargs)
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
@@ -278,10 +285,14 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = timesteps.to(device)
         self._grid: list[float] = both[0].tolist()
         self._times: list[float] = timesteps.tolist()
+        self._traced = (
+            both[0],
+            timesteps,
+        )  # the same for a compiled step, of one graph for any index
         self.step_index: int | None = None  # position in `timesteps` of the next evaluation
         self.begin_index: int | None = None  # position of the first, if set_begin_index was called
         self._slopes: list[Tensor] = []  # noise - data, for each finished stage of the current step
-        self._before: tuple[float, Tensor] | None = (
+        self._before: tuple[Number, Tensor] | None = (
             None  # h and slope of the previous step, for AB2
         )
         self._unrounded: Tensor | None = None  # float32 state of a returned half-precision sample
@@ -338,7 +349,8 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             model_output: noise - data, [B, ...] like sample.
-            timestep: The next entry of `timesteps`.
+            timestep: The next entry of `timesteps`. Where its value is unknown without waiting for a
+                device (a copy of an entry on a GPU, a compiled step), one out of turn makes NaN.
             sample: The noise, or the result of the previous call. Within a step (Heun's second
                 evaluation) it is ignored: the step continues from its beginning.
             generator: Source of the noise of eta and churn: one, or one per sample, which makes a
@@ -352,7 +364,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: For an integer timestep, one out of turn, and shapes that do not match.
         """
-        time = _one_time(timestep)
+        time = self._known(timestep)
         if self.num_inference_steps is None:
             raise ValueError("step before set_timesteps: call scheduler.set_timesteps(N) first")
         if model_output.shape != sample.shape:
@@ -363,12 +375,17 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{shapes}: expected the same shape ({why})")
         if isinstance(generator, list) and len(generator) != len(sample):
             raise ValueError(f"generator is a list of {len(generator)}: expected {len(sample)}")
+        compiling = torch.compiler.is_compiling()
         index = self.step_index if self.step_index is not None else self.begin_index
         if index is None:
-            index = self.index_for_timestep(time)
+            if time is None and not compiling:
+                time = _one_time(timestep)  # like the stock class, which waits once, too
+            index = 0 if time is None else self.index_for_timestep(time)
         if index >= (n := len(self._times)):
             raise ValueError(f"step past the end: all {n} evaluations are done; call set_timesteps")
-        if time != (due := self._times[index]):
+        grid, times = self._traced if compiling else (self._grid, self._times)
+        due = times[index]
+        if time is not None and time != due:
             at = f"evaluation {index} of this schedule is at {due:g}"
             raise ValueError(f"timestep={time:g}, but {at}; use scheduler.timesteps in order")
         if not self._slopes:
@@ -378,14 +395,17 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
                 self._x = torch.where(kept.to(sample.dtype) == sample, kept, self._x)
         x, slopes = self._x, [*self._slopes, model_output.to(self._x.dtype)]
         solver, eta, churn = (self.config[key] for key in ("solver", "eta", "churn"))
-        turn, stage = divmod(index, self.order)
-        sigma, after = self._grid[turn : turn + 2]
-        if eta or churn:
+        turn, stage = index // self.order, index % self.order  # dynamo has no divmod
+        sigma, after = grid[turn], grid[turn + 1]
+        if (eta or churn) and turn + 1 < self.num_inference_steps:
             end = stochastic(x, sigma, after, slopes[0], eta, churn, generator)
         elif self._before is not None:
             end = adams_bashforth(x, after - sigma, slopes[0], self._before)
         else:
             end = runge_kutta(x, after - sigma, slopes, SOLVERS[solver][stage])
+        if time is None:
+            assert isinstance(timestep, Tensor)
+            end = end + torch.where(timestep.float() == due, 0.0, float("nan")).reshape(())
         prev_sample = end.to(sample.dtype)
         self.step_index, self._slopes = index + 1, slopes
         if stage + 1 == self.order:
@@ -393,6 +413,23 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
             self._before = (after - sigma, slopes[0]) if solver == "ab2" else None
             self._unrounded = end if prev_sample.dtype != end.dtype else None
         return SchedulerOutput(prev_sample=prev_sample) if return_dict else (prev_sample,)
+
+    def _known(self, timestep: Time) -> float | None:
+        """Return a timestep as a number, rounded like the schedule; None if that waits for a device.
+
+        An entry of `timesteps` is known by its place, on any device.
+        """
+        if not isinstance(timestep, Tensor):
+            return _one_time(timestep)
+        _check_time(timestep)
+        if torch.compiler.is_compiling():
+            return None
+        mine, given = (t.untyped_storage().data_ptr() for t in (self.timesteps, timestep))
+        if mine == given != 0 and timestep.dtype == self.timesteps.dtype:
+            place = timestep.storage_offset() - self.timesteps.storage_offset()
+            if 0 <= place < len(self._times):
+                return self._times[place]
+        return _one_time(timestep) if timestep.device.type == "cpu" else None
 
     def scale_noise(self, sample: Tensor, timestep: Time, noise: Tensor) -> Tensor:
         """Interpolate between data and noise: sigma noise + (1 - sigma) sample (arXiv 2209.03003).
@@ -427,9 +464,13 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
 def _one_time(timestep: Any) -> float:
     """Return a float timestep, rounded to float32 like the schedule. Raise ValueError for an integer."""
     time = torch.as_tensor(timestep)
+    _check_time(time)
+    return time.float().item()
+
+
+def _check_time(time: Tensor) -> None:
     if time.numel() != 1:
         raise ValueError(f"timestep has shape {list(time.shape)}: expected one for the whole batch")
     if not time.is_floating_point():
         what = "an integer: an index, or a rounded time"
-        raise ValueError(f"timestep={timestep} is {what}; pass a float of scheduler.timesteps")
-    return time.float().item()
+        raise ValueError(f"timestep={time} is {what}; pass a float of scheduler.timesteps")

@@ -4,7 +4,7 @@ The scheduler's config describes what the network was trained on; `conversions.F
 prediction into the velocity of our path, within the noise levels of that training.
 """
 
-import json
+import inspect
 import math
 import os
 from collections.abc import Callable
@@ -200,13 +200,17 @@ def read_index(path: str | os.PathLike[str], key: str) -> dict[str, Any]:
     import diffusers
 
     try:
-        return diffusers.DiffusionPipeline.load_config(path)
-    except (OSError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())
-        message = f"{key}={path}: no diffusers pipeline could be read there: {reason}"
+        index = diffusers.DiffusionPipeline.load_config(path)
+        if not isinstance(index, dict):
+            raise ValueError("model_index.json is not a mapping")
+    except (OSError, ValueError, RecursionError) as error:
+        message = (
+            f"{key}={path}: no diffusers pipeline could be read there: {networks.reason(error)}"
+        )
         if Path(path).is_dir():
             raise UserError(message) from None
         raise NotReady(message, [path]) from None
+    return index
 
 
 def read_pipeline(
@@ -229,7 +233,12 @@ def read_pipeline(
     import diffusers
 
     listed = {name: value for name, value in index.items() if not name.startswith("_")}
-    parts = {name for name, value in listed.items() if isinstance(value, list) and value[0]}
+    parts = {name for name, value in listed.items() if isinstance(value, list)}
+    if odd := sorted(name for name in parts if len(listed[name]) != 2):
+        raise UserError(
+            f"{key}={path}: model_index.json has {odd[0]}={listed[odd[0]]!r}; expected [library, class]"
+        )
+    parts = {name for name in parts if listed[name][0]}
     nets = [name for name in NETWORKS if name in parts]
     if len(nets) != 1 or "scheduler" not in parts or parts - OTHERS - set(nets):
         raise UserError(
@@ -238,15 +247,17 @@ def read_pipeline(
         )
     name = str(index["scheduler"][1])
     scheduler = getattr(diffusers, name, None)
-    if scheduler is None:
+    if not (inspect.isclass(scheduler) and issubclass(scheduler, diffusers.SchedulerMixin)):
         raise UserError(f"{key}={path}: its scheduler {name} is not a class of diffusers")
     net = _part(nets[0], lambda **where: networks.load(path, key, **where))
     try:
         loaded = _part("scheduler", lambda **where: scheduler.from_pretrained(path, **where))
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{key}={path}: its scheduler cannot be read: {reason}") from None
-    return net, diffusion_of(loaded, f"{key}={path}")
+        return net, diffusion_of(loaded, f"{key}={path}")
+    except UserError:
+        raise
+    except Exception as error:  # a class of diffusers, given a damaged config, raises anything
+        why = networks.reason(error)
+        raise UserError(f"{key}={path}: its scheduler cannot be read: {why}") from None
 
 
 def _part(name: str, load: Callable[..., Any]) -> Any:

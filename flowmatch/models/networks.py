@@ -18,7 +18,6 @@ from flowmatch.models.network import Network
 from flowmatch.models.velocity import Velocity
 from flowmatch.runs.files import allow_readers
 
-BROKEN = (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError)  # of diffusers
 LABEL_KEYS = {"num_class_embeds", "num_embeds_ada_norm"}  # how diffusers' models count classes
 
 
@@ -117,8 +116,8 @@ def build(config: NetConfig, shape: tuple[int, ...], classes: int | None, seed: 
     try:
         with precision.seeded(seed):
             net = model(**(arguments | facts))
-    except (*BROKEN, IndexError, ArithmeticError, NotImplementedError) as error:
-        raise UserError(f"net: {config.name} refuses these arguments: {error}") from None
+    except Exception as error:  # classes of diffusers raise anything
+        raise UserError(f"net: {config.name} refuses these arguments: {reason(error)}") from None
     silence_label_drop(net)
     check_output(net, shape, classes)
     return net
@@ -155,9 +154,9 @@ def check_output(net: Network, shape: tuple[int, ...], classes: int | None) -> N
     try:
         with torch.no_grad():
             out = Velocity(net)(x, 0.5, cond)
-    except BROKEN as error:
+    except Exception as error:  # classes of diffusers raise anything
         raise UserError(
-            f"net: {type(net).__name__} fails on a sample of shape {list(shape)}: {error}"
+            f"net: {type(net).__name__} fails on a sample of shape {list(shape)}: {reason(error)}"
         ) from None
     finally:
         net.train(was_training)
@@ -229,10 +228,9 @@ def load(folder: str | os.PathLike[str], key: str, subfolder: str = "") -> Any:
             net, told = model.from_pretrained(folder, low_cpu_mem_usage=True, **inside)
     except UserError:
         raise
-    except BROKEN as error:
+    except Exception as error:  # damaged files, and classes of diffusers, raise anything
         kind = UserError if Path(folder).is_dir() else NotReady
-        reason = " ".join(str(error).split())
-        raise kind(f"{where}: no diffusers model could be read there: {reason}") from None
+        raise kind(f"{where}: no diffusers model could be read there: {reason(error)}") from None
     if missing := [*told["missing_keys"], *told["mismatched_keys"]]:  # diffusers draws them
         raise UserError(
             f"{where}: {len(missing)} weights are missing, first {missing[0]}: config.json and weights "
@@ -243,3 +241,8 @@ def load(folder: str | os.PathLike[str], key: str, subfolder: str = "") -> Any:
         raise UserError(f"{where}: its weights {bad[0]} hold NaN or infinity ({len(bad)} such)")
     silence_label_drop(net)
     return net.float().eval()
+
+
+def reason(error: Exception) -> str:
+    """Write what an error says in one line; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

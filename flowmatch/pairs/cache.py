@@ -7,6 +7,7 @@ freed only with the last mapping.
 """
 
 import fcntl
+import hashlib
 import os
 import queue
 import shlex
@@ -20,7 +21,9 @@ from typing import Any, BinaryIO, cast
 
 from flowmatch.config import UserError
 from flowmatch.runs import storage
+from flowmatch.runs.files import own_folder
 from flowmatch.runs.manifest import sha256_file
+from flowmatch.runs.process import say
 from flowmatch.runs.storage import Bucket, Place
 
 THREADS = 4  # objects fetched at once
@@ -55,7 +58,8 @@ class Cache:
         folder: where they are kept.
         capacity: number of tars.
         size: bytes of each tar.
-        hashes: name -> sha256, of the tars that are hashed after they are fetched.
+        hashes: name -> sha256, of the tars that are hashed: after they are fetched, and when a process
+            first opens one that was there already.
 
     A pickled cache has no threads; it starts its own where it is unpickled.
     """
@@ -66,6 +70,7 @@ class Cache:
         self.store, self.folder, self.capacity = store, folder, capacity
         self.size, self.hashes = size, hashes
         self.keep: set[str] = set()  # tars that are not evicted
+        self.sound: set[str] = set()  # tars that this process has hashed
         self._begin()
 
     def _begin(self) -> None:
@@ -112,15 +117,29 @@ class Cache:
             if name in self._pending:
                 self._pending[name].result()
             try:
-                descriptor = os.open(self.folder / name, os.O_RDONLY)
+                descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW)
             except FileNotFoundError:  # another process has just evicted it
                 continue
-            os.utime(descriptor)
-            return descriptor
+            if self._is_sound(name, descriptor):
+                with suppress(PermissionError):  # another user's
+                    os.utime(descriptor)
+                return descriptor
+            os.close(descriptor)
+            say(f"{self.folder / name} is damaged (sha256 differs): fetched again")
+            (self.folder / name).unlink(missing_ok=True)
         raise UserError(
             f"{self.folder / name}: other processes that share this cache keep evicting it; set cache "
             "to another folder for this run, or cache_gb to a larger value"
         )
+
+    def _is_sound(self, name: str, descriptor: int) -> bool:
+        """Return whether a tar has its hash; one that this process has hashed is not hashed again."""
+        if name in self.hashes and name not in self.sound:
+            with open(descriptor, "rb", closefd=False) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != self.hashes[name]:
+                    return False
+        self.sound.add(name)
+        return True
 
     def _work(self) -> None:
         while True:
@@ -135,20 +154,26 @@ class Cache:
     def _fetch(self, name: str) -> None:
         part = self.folder / f"{name}.part"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            own_folder(self.folder, "set cache to a folder of your own")
             while not (self.folder / name).exists():
-                with open(part, "ab") as file:
+                with self._open_part(part) as file:
                     fcntl.flock(file, fcntl.LOCK_EX)  # released by the kernel if its holder dies
                     if (self.folder / name).exists() or not _names(part, file):
                         continue  # the process that held the lock has fetched the tar, or failed
                     self._evict()
                     self._copy(name, part)
                     os.replace(part, self.folder / name)
+                    self.sound.add(name)
         except OSError as error:
             raise UserError(
                 f"{self.store / name} cannot be stored in {self.folder}: {error}; free space there, "
                 "set cache to another folder, or cache_gb to a smaller value"
             ) from error
+
+    @staticmethod
+    def _open_part(part: Path) -> BinaryIO:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        return os.fdopen(os.open(part, flags, 0o600), "ab")
 
     def _copy(self, name: str, part: Path) -> None:
         try:
@@ -185,7 +210,7 @@ class Cache:
     def _sweep(self) -> None:
         """Remove partial files that no process works on any longer."""
         for part in self.folder.glob("*.part"):
-            with suppress(OSError), open(part, "ab") as file:
+            with suppress(OSError), self._open_part(part) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _names(part, file):
                     part.unlink()

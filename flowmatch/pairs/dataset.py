@@ -5,6 +5,7 @@ once, and a batch in any order is one gather. The tars of a set in an object sto
 a local folder (`flowmatch.pairs.cache`) and mapped there.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,8 +42,8 @@ def transport_cost(x0: torch.Tensor, x1: torch.Tensor) -> np.ndarray:
 class PairData(Dataset[dict[str, Any]]):
     """Map-style dataset of the pairs of a sealed folder or URL, numbered from 0 to count - 1.
 
-    Pair i is pair i % shard_size of shard i // shard_size. A tar is mapped when it is first read, by
-    each process for itself; the mappings hold no file descriptors.
+    Pair i is pair i % shard_size of shard i // shard_size. A tar is mapped, and hashed, when it is first
+    read, by each process for itself; the mappings hold no file descriptors.
     """
 
     def __init__(
@@ -87,8 +88,8 @@ class PairData(Dataset[dict[str, Any]]):
                 f"{key}={folder}: its manifest has count={count}; expected shards={self.shards} x "
                 f"shard_size={self.layout.shard_size}, with 1 shard at least; {self._repair}"
             )
-        self._check_sizes()
-        self._checked = np.zeros(self.shards * self.layout.blocks, dtype=bool)
+        self._check_tars()
+        self._sound: set[int] = set()  # shards whose tars are those that were sealed
         self._full = self._heads(0)
         self._last = self._heads(self.layout.blocks - 1)
         self._maps: dict[int, np.ndarray] = {}
@@ -145,7 +146,6 @@ class PairData(Dataset[dict[str, Any]]):
                 f"{self.key}: got ids {ids}; expected one or more, from 0 to {len(self) - 1}"
             )
         shards, index = np.divmod(ids, self.layout.shard_size)
-        self._check_blocks(shards, index // self.layout.block)
         tars = [self._map(k) for k in shards.tolist()]
         gathered: dict[str, Any] = {}
         for name, starts in self.layout.offsets(index).items():
@@ -250,7 +250,7 @@ class PairData(Dataset[dict[str, Any]]):
         return self._texts[number]
 
     def _map(self, k: int) -> np.ndarray:
-        """Map the tar of shard k; uint8 [bytes]."""
+        """Map the tar of shard k, and check it the first time; uint8 [bytes]."""
         if k not in self._maps:
             # torch closes the file at once; mmap.mmap and np.memmap keep a descriptor for each
             # mapping, and a thousand shards would reach the usual limit of a process.
@@ -263,16 +263,28 @@ class PairData(Dataset[dict[str, Any]]):
                 while len(self._maps) >= max(self.cache.capacity, 1):
                     del self._maps[next(iter(self._maps))]
             try:
-                mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+                mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8).numpy()
+            except RuntimeError as error:  # torch's words for an error of the system
+                told = " ".join(str(error).split())
+                raise UserError(
+                    f"{self.key}: {self.folder / tar_name(k)} cannot be read: {told}; {self._repair}"
+                ) from None
             finally:
                 if held is not None:
                     os.close(held)
-            self._maps[k] = mapped.numpy()
+            if k not in self._sound:
+                self._check(k, mapped)
+            self._maps[k] = mapped
         return self._maps[k]
 
-    def _check_sizes(self) -> None:
+    def _check_tars(self) -> None:
+        """Check that every tar is there, and has its size and a hash; raise UserError."""
         faults, expected = [], self.layout.tar_bytes
         names = [tar_name(k) for k in range(self.shards)]
+        if not self.sealed["outputs"].keys() >= set(names):
+            raise UserError(
+                f"{self.key}={self.folder}: {manifest.NAME} has no sha256 of some tars; {self._repair}"
+            )
         for name, size in zip(names, self.folder.sizes(names), strict=True):
             path = self.folder / name
             if size is None:
@@ -295,21 +307,23 @@ class PairData(Dataset[dict[str, Any]]):
             for name, place in places.items()
         ]
 
-    def _check_blocks(self, shards: np.ndarray, blocks: np.ndarray) -> None:
-        """Compare the headers of blocks with the layout, when a block is first read."""
-        numbers = shards * self.layout.blocks + blocks
-        for number in np.unique(numbers[~self._checked[numbers]]).tolist():
-            k, block = divmod(number, self.layout.blocks)
-            tar, begin = self._map(k), block * self.layout.block_bytes
-            for name, start, npy in self._last if block + 1 == self.layout.blocks else self._full:
-                start += begin
+    def _check(self, k: int, tar: np.ndarray) -> None:
+        """Compare a tar with its hash, and its first and last block with the layout; raise UserError.
+
+        A tar of the cache has been hashed there.
+        """
+        damage, outputs = "", self.sealed["outputs"]
+        if self.cache is None and hashlib.sha256(tar.data).hexdigest() != outputs[tar_name(k)]:
+            damage = "its bytes are not those that were sealed (sha256 differs)"
+        for block, heads in ((0, self._full), (self.layout.blocks - 1, self._last)):
+            for name, start, npy in heads:
+                start += block * self.layout.block_bytes
                 first = start - head_bytes(name)
-                head = tar[first:start].tobytes()
-                member = self.layout.member(k, block, name)
-                if head.startswith(f"{member}\0".encode()) and head.endswith(npy):
-                    continue
-                raise UserError(
-                    f"{self.key}: {self.folder / tar_name(k)} is damaged: at byte {first} "
-                    f"expected the header of {member}; {self._repair}"
-                )
-            self._checked[number] = True
+                head, member = tar[first:start].tobytes(), self.layout.member(k, block, name)
+                whole = head.startswith(f"{member}\0".encode()) and head.endswith(npy)
+                if not (whole or damage):
+                    damage = f"at byte {first} expected the header of {member}"
+        if damage:
+            path = self.folder / tar_name(k)
+            raise UserError(f"{self.key}: {path} is damaged: {damage}; {self._repair}")
+        self._sound.add(k)

@@ -9,6 +9,7 @@ store whose client cannot create an object exclusively there are no leases.
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from flowmatch.runs.files import worker
 from flowmatch.runs.storage import Bucket, Place, Store
 
 DAY = 86_400.0  # seconds
+AGAIN = 3  # times that a shard is yielded again
 Seen = dict[str, tuple[Any, float]]  # lease -> its stamp, and when we first saw that stamp
 
 
@@ -37,6 +39,8 @@ def claim(
     The worker's own shards come first. The others follow from the end of `every`, where a slow or dead
     worker has not been yet. A shard that a living worker holds is waited for. A lease is broken if it
     has not changed for `ttl` seconds, or if its process on this host is dead.
+
+    A shard that was yielded and is not done after `settle` is yielded again, a few times.
 
     The generator owns the leases: it keeps each until its shard is done, and closing it returns those
     that it holds. If the shards are written in the background, the writer must stop before the leases
@@ -63,6 +67,7 @@ def claim(
     left = missing(store, [*own, *(k for k in reversed(every) if k not in mine)], fingerprint)
     seen: Seen = {}
     held: dict[int, Lease] = {}
+    yielded: Counter[int] = Counter()
     try:
         while left:
             waiting = True
@@ -81,7 +86,10 @@ def claim(
                     yield k
             settle()
             for k in list(held):
-                assert done(store, k, fingerprint), f"shard {k} was claimed and not written"
+                if not done(store, k, fingerprint):  # another worker removed its half tar
+                    yielded[k] += 1
+                    assert yielded[k] <= AGAIN, f"shard {k} was claimed and not written"
+                    left.append(k)
                 held.pop(k).release()
             if left and waiting:
                 time.sleep(min(1.0, ttl / 10))
@@ -147,7 +155,7 @@ class FileHold:
 
     def create(self) -> None:
         """Create the file exclusively, and keep it open: a rename does not change whose it is."""
-        self.descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        self.descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         try:
             os.write(self.descriptor, worker().encode())
         except OSError:  # the disk is full

@@ -23,7 +23,7 @@ import numpy as np
 from flowmatch.config import UserError
 from flowmatch.pairs.layout import PROMPT, Layout, write_prompts
 from flowmatch.runs import storage
-from flowmatch.runs.files import worker
+from flowmatch.runs.files import create, worker
 from flowmatch.runs.storage import Place, Store
 
 META = ".meta"  # hidden: load_dataset would read a visible .json beside the tars instead of them
@@ -32,6 +32,10 @@ README = "README.md"
 
 Block = tuple[np.ndarray | None, np.ndarray, np.ndarray | None]
 Prompted = tuple[np.ndarray | None, np.ndarray, np.ndarray | None, list[str]]
+
+
+class Vanished(Exception):
+    """Another worker took a half tar for that of a dead one and removed it: make the shard again."""
 
 
 def tar_name(k: int) -> str:
@@ -133,6 +137,7 @@ def write_shard(
         The content of the shard's sidecar.
 
     Raises:
+        Vanished: another worker has removed the half tar.
         UserError: for values that are not finite, and prompts that do not fit.
         ValueError: for blocks that do not fit the layout.
     """
@@ -141,7 +146,7 @@ def write_shard(
     temporary = store.scratch / f"{tar_name(k)}.tmp.{worker()}"
     hashed = hashlib.sha256()
     try:
-        with open(temporary, "wb") as file:
+        with create(temporary) as file:
             for chunk in _chunks(_pieces(k, layout, blocks)):
                 hashed.update(chunk)
                 file.write(chunk)
@@ -152,7 +157,12 @@ def write_shard(
             committed = sidecar(store, k)
             assert committed is not None
             return committed
-        store.put(temporary, tar_name(k))
+        try:
+            store.put(temporary, tar_name(k))
+        except (FileNotFoundError, UserError):
+            if temporary.exists():
+                raise
+            raise Vanished(k) from None
     finally:
         temporary.unlink(missing_ok=True)
     facts = {

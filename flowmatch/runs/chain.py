@@ -8,12 +8,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from flowmatch.config import NotReady, UserError, closest, dump, expanded, together, validate
+from flowmatch.config import (
+    NotReady,
+    UserError,
+    closest,
+    dump,
+    expanded,
+    one_line,
+    together,
+    validate,
+)
 from flowmatch.runs import children, environment, folder, ranks, stopping, storage
 from flowmatch.runs.command import Stage, exit_codes
 from flowmatch.runs.config import PREEMPTED, StageConfig
@@ -103,11 +112,12 @@ class Chain:
     def run(self) -> None:
         """Plan every stage that is not finished, then run them in order."""
         self._prepare()
-        todo = [link for link in self.links if not link.stage.finished(link.config)]
-        for link in self.links:
-            if link not in todo:
-                say(f"{link.section}: {link.config.run_dir} is finished")
-        self._plan(todo)
+        with storage.unplugged(self.call.dry_run):
+            todo = [link for link in self.links if not link.stage.finished(link.config)]
+            for link in self.links:
+                if link not in todo:
+                    say(f"{link.section}: {link.config.run_dir} is finished")
+            self._plan(todo)
         if self.call.dry_run:
             return
         seconds = {}
@@ -152,12 +162,14 @@ class Chain:
             try:
                 environment.check(link.config)
                 plan = link.stage.plan(link.config)
-                folder.compare(link.stage.name, plan)
+                with suppress(storage.Unread):
+                    folder.compare(link.stage.name, plan)
                 if self.call.dry_run:
                     for line in [*plan.lines, *plan.measure()]:
-                        say(f"{name}: {line}")
+                        say(f"{name}: {one_line(line)}")
             except NotReady as error:
-                if not error.places or not coming.issuperset(error.places):
+                unread = set(filter(storage.is_url, error.places)) if self.call.dry_run else set()
+                if not error.places or not coming.issuperset(set(error.places) - unread):
                     raise
                 if self.call.dry_run:
                     for line in error.faults:
@@ -170,7 +182,8 @@ class Chain:
             if self.call.dry_run:
                 calls.append(partial(_print_config, link))
             calls.append(partial(plan, link, set(made)))
-            made.add(str(storage.at(link.config.run_dir)))
+            place = link.config.run_dir
+            made.add(place.rstrip("/") if storage.is_url(place) else str(storage.at(place)))
         with _counted_as(self.processes):
             together(*calls)
 

@@ -4,6 +4,7 @@ Resume means: repeat the command. The same content resumes, a finished folder sa
 other content is an error that lists the keys.
 """
 
+import errno
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +15,8 @@ from typing import Any, TypeVar
 
 import flowmatch
 from flowmatch.config import Config, NotReady, UserError, dump, together, usage, validate
-from flowmatch.runs import agreement, environment, folder, group, ranks, stopping
-from flowmatch.runs.config import PREEMPTED, REFUSED, USER_ERROR, StageConfig
+from flowmatch.runs import agreement, environment, folder, group, ranks, stopping, storage
+from flowmatch.runs.config import PREEMPTED, USER_ERROR, StageConfig
 from flowmatch.runs.experiment import Experiment, find_config
 from flowmatch.runs.process import leads, rank, say
 from flowmatch.runs.values import assign, merge, parse_word, read_yaml
@@ -127,8 +128,6 @@ def exit_codes(name: str, dry_run: bool = False) -> Iterator[None]:
             _fail(name, error)
         for line in error.faults:
             say(f"{name}: later: {line}")
-    except UserError as error:
-        _fail(name, error)
     except stopping.Stopped:  # this one alone: those that stop together have left the group
         if (code := group.ended()) is not None:  # its launcher ends it for another's fault
             sys.exit(code)
@@ -136,18 +135,40 @@ def exit_codes(name: str, dry_run: bool = False) -> Iterator[None]:
         group.end(PREEMPTED, where)
         raise
     except Exception as error:
-        # safetensors' own error, which is no OSError, has the number in its words
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        number = int(told[1]) if told else getattr(error, "errno", None)
-        if number not in REFUSED:
-            if (code := group.ended(patient=True)) is not None:  # which broke a connection here
-                sys.exit(code)
+        refused = refusal(error)
+        broken = refused is None or isinstance(error, ConnectionError | TimeoutError)
+        if broken and (code := group.ended(patient=True)) is not None:  # which broke a connection
+            sys.exit(code)
+        if refused is None:
             group.end(1, f"rank {rank()} has failed: {type(error).__name__}: {error}")
             raise
-        way = (
-            "free space there or make it writable, and repeat the command: finished parts are kept"
-        )
-        _fail(name, UserError(f"the disk refuses: {error}; {way}"))
+        _fail(name, refused)
+
+
+FREE = "free space there or make it writable, and repeat the command: finished parts are kept"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+WAYS = dict.fromkeys(NO_SPACE, FREE)  # number of an error -> how to go on
+KIND = "a file is expected where there is a folder, or the other way round; check the path"
+WAYS |= {errno.EISDIR: KIND, errno.ENOTDIR: KIND, errno.ENAMETOOLONG: "use a shorter path"}
+
+
+def refusal(error: Exception) -> UserError | None:
+    """Return a user's mistake, and turn what the system refuses into one; None for any other error.
+
+    Every OSError is about a file that the user named, or one beside it. safetensors' own error, which
+    is no OSError, has the number in its words.
+    """
+    if isinstance(error, UserError):
+        return error
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    if not (isinstance(error, OSError) or told):
+        return None
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    if number is None or isinstance(error, ConnectionError | TimeoutError):
+        way = "check that the host can be reached, and repeat the command"
+        return UserError(f"the network refuses ({type(error).__name__}: {error}); {way}")
+    way = WAYS.get(number, "check the path and its disk, and repeat the command")
+    return UserError(f"the disk refuses: {error}; {way}")
 
 
 def _fail(name: str, error: UserError) -> None:
@@ -168,15 +189,16 @@ def execute(stage: Stage, config: StageConfig, dry_run: bool = False) -> None:
         ranks.check_group()
         return group.join(stage.name, agreement.stall_seconds(config))
 
-    ignored, job, plan = together(
-        lambda: environment.settle(config), meet, lambda: stage.plan(config)
-    )
-    if ignored:
-        say(f"{stage.name}: {ignored}")
-    if dry_run:
-        say(dump(config))
-        plan.lines.extend(plan.measure())
-    work = folder.begin(stage.name, plan, dry_run)
+    with storage.unplugged(dry_run):
+        ignored, job, plan = together(
+            lambda: environment.settle(config), meet, lambda: stage.plan(config)
+        )
+        if ignored:
+            say(f"{stage.name}: {ignored}")
+        if dry_run:
+            say(dump(config))
+            plan.lines.extend(plan.measure())
+        work = folder.begin(stage.name, plan, dry_run)
     if job is not None:
         job.agree(agreement.facts(plan, work))
     if work:

@@ -1,6 +1,5 @@
 """What every stage has, and the exit codes of a stage."""
 
-import errno
 from typing import Literal
 
 from flowmatch.config import Config, Place, option, required
@@ -8,8 +7,6 @@ from flowmatch.config import Config, Place, option, required
 PREEMPTED = 75  # EX_TEMPFAIL: what a stage exits with after a signal, its work saved
 
 USER_ERROR = 2
-
-REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class StageConfig(Config):
@@ -22,3 +19,7 @@ class StageConfig(Config):
         "auto", "device of the networks; auto uses a GPU if there is one", run=True
     )
     seed: int = option(0, "seed of every random number of the stage", ge=0, lt=2**63)
+
+    def lost(self) -> list[str]:
+        """List the files of the sealed folder that are not hashed and are to be made again."""
+        return []

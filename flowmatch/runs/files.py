@@ -1,7 +1,10 @@
 """Files in a local folder that appear whole or not at all, also after a power cut."""
 
 import os
+import re
+import shutil
 import socket
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,31 +13,61 @@ from typing import BinaryIO
 
 from flowmatch.config import UserError
 
-UMASK = os.umask(0o077)
-os.umask(UMASK)
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+TEMPORARY = re.compile(
+    r"\.tmp\.[^/]+\.\d+$"
+)  # ending of the names that `write_atomic` builds under
 HOST_SPACE = 0xEFFFFFFC  # inode of Linux's initial PID namespace
 
 
 def worker() -> str:
     """Return HOST.PID, which identifies this process among all that may share a folder.
 
-    In a container HOST ends with the number of its PID namespace: containers may share a host name,
-    and a PID of one means nothing in another.
+    HOST ends with the id of the machine's boot: machines may share a host name. In a container the
+    number of its PID namespace follows: a PID of one container means nothing in another.
     """
     host = socket.gethostname()
     with suppress(OSError):  # not Linux
+        host = f"{host}-{BOOT.read_text()[:8]}"
         if (namespace := os.stat("/proc/self/ns/pid").st_ino) != HOST_SPACE:
             host = f"{host}-{namespace}"
     return f"{host}.{os.getpid()}"
 
 
-def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: str | os.PathLike[str]) -> None:
+    """Make the content of a file, or the renames inside a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def create(path: Path) -> BinaryIO:
+    """Open a new file for writing, in the place of one of that name; never follow a link.
+
+    In a folder that others may write to, another user's link would lead us to overwrite a file.
+    """
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
+def own_folder(folder: Path, way: str) -> None:
+    """Make a folder that nobody else may write to; raise UserError if another user has made it.
+
+    Args:
+        folder: The folder; one of ours that others may enter is closed to them.
+        way: How to go on where it is another user's.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+        raise UserError(f"{folder} is another user's, or no folder; {way}")
+    if facts.st_mode & 0o077:
+        folder.chmod(0o700)
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
@@ -43,7 +76,7 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
     temporary = path.with_name(f"{path.name}.tmp.{worker()}")
     data = content.encode() if isinstance(content, str) else content
     try:
-        with open(temporary, "wb") as file:
+        with create(temporary) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -51,13 +84,62 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def allow_readers(*files: str | os.PathLike[str]) -> None:
     """Give files the mode of any new file: safetensors writes 0600, which nobody else can read."""
+    status = Path("/proc/self/status").read_text()  # os.umask could not read it without changing it
+    umask = int(status.partition("Umask:")[2].split()[0], 8)
     for file in files:
-        os.chmod(file, 0o666 & ~UMASK)
+        os.chmod(file, 0o666 & ~umask)
+
+
+class Scratch:
+    """The folder `.scratch` of a run folder, for the holder of its lock.
+
+    What is built there appears whole by a rename; what is removed is renamed into it first.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, folder / ".scratch"
+
+    def sweep(self) -> None:
+        """Remove what killed processes have left, here and as temporary files in the run folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        for path in self.folder.glob("*.tmp.*"):
+            if TEMPORARY.search(path.name):
+                path.unlink()
+
+    def close(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def build(self, name: str) -> Path:
+        """Make an empty folder in which something is built; `place` brings it out."""
+        built = self.path / name
+        shutil.rmtree(built, ignore_errors=True)
+        built.mkdir(parents=True)
+        return built
+
+    def place(self, built: Path, target: Path) -> None:
+        """Rename a file or folder that was built to its place, durable, with the umask's modes."""
+        whole = [built, *built.rglob("*")]
+        allow_readers(*(path for path in whole if path.is_file()))
+        for path in whole:
+            sync(path)
+        self.discard(target)
+        os.rename(built, target)
+        sync(target.parent)
+
+    def discard(self, path: Path) -> None:
+        """Remove a file or folder if it exists; a kill leaves nothing half removed under its name."""
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        doomed = self.build(f"{path.name}.old")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
 
 
 @dataclass(frozen=True)
@@ -145,7 +227,7 @@ class Folder:
     def put(self, built: Path, name: str) -> None:
         """Rename a file of `scratch`, which is synced already, to its final name."""
         os.replace(built, self.path / name)
-        sync_folder(self.path)
+        sync(self.path)
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""

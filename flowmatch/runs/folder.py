@@ -1,23 +1,19 @@
-"""An open stage folder: the lock, the checkpoints, the metrics, and at last the seal."""
+"""An open stage folder: the lock, the metrics, and at last the seal."""
 
 import fcntl
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from typing import Any, ClassVar, TypeVar
 
 from flowmatch import config as configs
 from flowmatch.config import UserError
-from flowmatch.runs import manifest, storage
+from flowmatch.runs import checkpoints, lines, manifest, storage
+from flowmatch.runs.checkpoints import Checkpoints
 from flowmatch.runs.config import StageConfig
-from flowmatch.runs.files import allow_readers, sync_folder, worker, write_atomic
+from flowmatch.runs.files import Scratch, sync, worker, write_atomic
 from flowmatch.runs.process import leads, say
 from flowmatch.runs.storage import Store
 
@@ -28,23 +24,27 @@ class RunFolder:
     """An open stage folder: locked against a second process, with checkpoints and metrics.
 
     Used as a context manager. With several processes rank 0 holds the lock and writes; the others
-    read.
+    read. `scratch` is where files are built.
     """
 
     def __init__(self, name: str, config: StageConfig, inputs: Mapping[str, str]):
         self.name, self.config, self.inputs = name, config, dict(inputs)
         self.folder = Path(config.run_dir)
+        self.scratch = Scratch(self.folder)
+        self.checkpoints = Checkpoints(name, self.folder, config, inputs, self.scratch)
         self._lock: Any = None
 
     def __enter__(self) -> "RunFolder":
         if leads():
             storage.at(self.folder).make()
             self._hold()
+            self.scratch.sweep()
             write_config(self.config, self.inputs)
         return self
 
     def __exit__(self, *error: Any) -> None:
         if self._lock is not None:
+            self.scratch.close()
             self._lock.close()
 
     def _hold(self) -> None:
@@ -70,56 +70,17 @@ class RunFolder:
         self._lock.write(f"process {number} on {host}\n")
         self._lock.flush()
 
-    # Checkpoints: a folder `checkpoints/step_%08d` appears whole (by rename) or not at all.
-
-    def save(self, step: int, tensors: "Mapping[str, Mapping[str, Tensor]]", keep: int) -> None:
-        """Write a checkpoint (rank 0). tensors: file stem -> name -> tensor."""
-        from safetensors.torch import save_file
-
-        parent = self.folder / "checkpoints"
-        parent.mkdir(exist_ok=True)
-        for leftover in parent.glob("*.tmp"):
-            shutil.rmtree(leftover)
-        final = parent / f"step_{step:08d}"
-        if final.exists():
-            return
-        temporary = final.with_suffix(".tmp")
-        temporary.mkdir()
-        for stem, group in tensors.items():
-            file = temporary / f"{stem}.safetensors"
-            save_file({name: t.detach().contiguous() for name, t in group.items()}, file)
-            allow_readers(file)
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        sync_folder(temporary)
-        os.rename(temporary, final)
-        sync_folder(parent)
-        for old in self.checkpoints()[:-keep]:
-            shutil.rmtree(old)
-
-    def checkpoints(self) -> list[Path]:
-        """List the complete checkpoints, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("step_" + "[0-9]" * 8))
-
-    def restore(self) -> "tuple[int, dict[str, dict[str, Tensor]]]":
-        """Read the newest checkpoint: (step, tensors), on the CPU; (0, {}) where there is none."""
-        from safetensors.torch import load_file
-
-        found = self.checkpoints()
-        if not found:
-            return 0, {}
-        tensors = {file.stem: load_file(file) for file in sorted(found[-1].glob("*.safetensors"))}
-        return int(found[-1].name.removeprefix("step_")), tensors
-
     # Metrics: one JSON object a line, in the order of the steps.
 
     def cut_metrics(self, step: int) -> None:
-        """Drop the lines after a step, which a resumed run will write again (rank 0)."""
+        """Drop damaged lines, and those after a step, which a resumed run writes again (rank 0)."""
         path = self.folder / "metrics.jsonl"
-        if path.is_file():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
-            write_atomic(path, "".join(kept))
+        sound, damaged = lines.read_metrics(path)
+        if damaged:
+            say(f"{self.name}: {lines.told(path, damaged)}")
+        if sound or damaged:
+            kept = [line for values, line in sound if values["step"] <= step]
+            write_atomic(path, b"".join(kept))
 
     def log(self, step: int, **values: float) -> None:
         """Append one line to metrics.jsonl (rank 0)."""
@@ -127,7 +88,11 @@ class RunFolder:
             file.write(json.dumps({"step": step} | values) + "\n")
 
     def seal(self, outputs: list[str], **facts: Any) -> None:
-        """Write the manifest: the stage is done (rank 0)."""
+        """Write the manifest: the stage is done, and durable (rank 0)."""
+        for path in [self.folder, *self.folder.rglob("*")]:
+            if path.is_file() or path.is_dir():
+                with suppress(PermissionError):  # a file of another user
+                    sync(path)
         manifest.seal(
             self.folder,
             stage=self.name,
@@ -139,21 +104,20 @@ class RunFolder:
         say(f"{self.name}: sealed {self.folder}")
 
 
-def _step(line: str) -> int:
-    return int(json.loads(line)["step"])
-
-
 def finished(
     name: str, config: StageConfig, intact: Callable[[Any, dict[str, Any]], bool] | None = None
 ) -> bool:
     """Check whether a folder holds the finished work of a config, without opening its inputs.
 
     True where the manifest is there, the whole config is the one in config.yaml but for the device,
-    the inputs' own manifests have the digests of then, and the files are intact (`intact(config,
-    manifest)`, or their hashes). Data are not hashed again. False means: plan the stage, which tells.
+    the inputs' own manifests have the digests of then, the files are intact (`intact(config,
+    manifest)`, or their hashes), and none is to be made again (`config.lost()`). Data are not hashed
+    again. False means: plan the stage, which tells.
     """
-    folder = storage.at(config.run_dir)
+    if storage.is_url(config.run_dir) and intact is None:
+        return False  # refused by the plan
     try:
+        folder = storage.at(config.run_dir)
         sealed = manifest.find(folder, "run_dir", (name,))
         early = folder.read_all(["config.yaml"])[0] if sealed is not None else None
         if sealed is None or early is None:
@@ -169,9 +133,9 @@ def finished(
         if intact is not None:
             return intact(config, sealed)
         manifest.verify(folder, "run_dir", sealed)
+        return not config.lost()
     except UserError:
         return False
-    return True
 
 
 def _digests(config: StageConfig, key: str) -> set[Any]:
@@ -196,9 +160,10 @@ class Plan:
     """What a stage is going to do: all refusals are behind it, its inputs are open.
 
     config: the config of the stage. inputs: the digest of each input by its name. lines: the plan in
-    words.
+    words. in_store: whether the folder may be in an object store.
     """
 
+    in_store: ClassVar[bool] = False
     config: Any
     inputs: dict[str, str]
     lines: list[str]
@@ -218,10 +183,11 @@ def compare(name: str, plan: Plan) -> tuple[bool, bool]:
     Raises UserError where the folder was made with other content, listing the keys, or where a sealed
     file has changed.
     """
-    config, folder = plan.config, storage.at(plan.config.run_dir)
-    storage.check_folder(folder, "run_dir")
-    if storage.is_url(folder) and type(plan).reopen is Plan.reopen:
-        raise UserError(f"run_dir={folder}: only pairs go into a store; use a local folder")
+    config = plan.config
+    storage.check_folder(config.run_dir, "run_dir")
+    if storage.is_url(config.run_dir) and not plan.in_store:
+        raise UserError(f"run_dir={config.run_dir}: only pairs go into a store; use a local folder")
+    folder = storage.at(config.run_dir)
     sealed = manifest.find(folder, "run_dir", (name,))
     if sealed is not None:
         before = configs.complete(sealed["config"], type(config))
@@ -230,10 +196,16 @@ def compare(name: str, plan: Plan) -> tuple[bool, bool]:
         if reopened is None:
             manifest.verify(folder, "run_dir", sealed)
         if not reopened:
-            return True, False
+            return True, bool(config.lost())
+    else:
+        changed = checkpoints.check(Path(str(folder)), config, plan.inputs)
+        _refuse(folder, changed)
     early = folder.read_all(["config.yaml"])[0]
     if early is not None:
-        written, before_inputs = read_config(folder, early, type(config))
+        text, damaged = lines.read_text(early)
+        if damaged:
+            say(f"{name}: {lines.told(folder / 'config.yaml', damaged)}")
+        written, before_inputs = read_config(folder, text, type(config))
         try:
             _refuse_other(folder, configs.content(written), before_inputs, config, plan.inputs)
         except UserError as error:
@@ -251,20 +223,26 @@ def begin(name: str, plan: Plan, dry_run: bool) -> bool:
 
     A sealed folder that the plan reopens is unsealed. Raises what `compare` raises.
     """
-    sealed, work = compare(name, plan)
+    try:
+        sealed, work = compare(name, plan)
+    except storage.Unread:
+        assert dry_run
+        sealed, work = False, True
     if not work:
         say(f"{name}: {plan.config.run_dir} is sealed: nothing to do")
         return False
     for line in plan.lines:
-        say(f"{name}: {line}")
-    if sealed and not dry_run:
+        say(f"{name}: {configs.one_line(line)}")
+    if sealed and (lost := plan.config.lost()):
+        say(f"{name}: {plan.config.run_dir} is sealed, and made again are {', '.join(lost)}")
+    elif sealed and not dry_run:
         storage.at(plan.config.run_dir).remove(manifest.NAME)
     return not dry_run
 
 
 def _holds_nothing(folder: Store) -> bool:
     """Check that nothing was made in a folder: no checkpoint, shard, lease or result."""
-    begun = {"config.yaml", ".lock", "metrics.jsonl", "checkpoints", ".meta"}
+    begun = {"config.yaml", ".lock", ".scratch", "metrics.jsonl", "checkpoints", ".meta"}
     names = [*folder.names("checkpoints"), *folder.names(".meta"), *folder.names()]
     return all(name in begun or ".tmp" in name for name in names)
 
@@ -274,6 +252,10 @@ def _refuse_other(
 ) -> None:
     changed = configs.differences(old, configs.content(config))
     changed += [f"(input) {line}" for line in configs.differences(old_inputs, dict(inputs))]
+    _refuse(folder, changed)
+
+
+def _refuse(folder: Store, changed: list[str]) -> None:
     if changed:
         way_out = "set them back, or use another run_dir"
         raise UserError(
@@ -282,7 +264,7 @@ def _refuse_other(
         )
 
 
-def read_config(folder: Store, text: bytes, model: type[S]) -> tuple[S, dict[str, str]]:
+def read_config(folder: Store, text: str | bytes, model: type[S]) -> tuple[S, dict[str, str]]:
     """Read the text of a run folder's config.yaml, and the digests of its inputs."""
     import yaml
 
@@ -290,16 +272,24 @@ def read_config(folder: Store, text: bytes, model: type[S]) -> tuple[S, dict[str
         values = yaml.safe_load(text)
         inputs = values.pop("inputs")
         return configs.validate(model, values), inputs
-    except (yaml.YAMLError, KeyError, AttributeError, UserError) as error:
+    except (
+        yaml.YAMLError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
+        told = " ".join(str(error).split())
         raise UserError(
-            f"run_dir={folder}: config.yaml is not one that this stage wrote ({error}); "
-            "use another run_dir"
+            f"run_dir={folder}: config.yaml is damaged, or of another stage ({told}); use another "
+            "run_dir, or if the folder is this stage's own delete config.yaml"
         ) from None
 
 
 def write_config(config: StageConfig, inputs: Mapping[str, str]) -> None:
     """Write config.yaml: the resolved config, and the digests of the inputs under `inputs`."""
-    lines = ["inputs:"] if inputs else ["inputs: {}"]
-    lines += [f"  {name}: {digest}" for name, digest in sorted(inputs.items())]
-    text = configs.dump(config) + "\n".join(lines) + "\n"
+    digests = ["inputs:"] if inputs else ["inputs: {}"]
+    digests += [f"  {name}: {digest}" for name, digest in sorted(inputs.items())]
+    text = configs.dump(config) + "\n".join(digests) + "\n"
     storage.at(config.run_dir).write("config.yaml", text)

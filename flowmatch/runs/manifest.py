@@ -22,6 +22,17 @@ NAME = "manifest.json"
 ADDED: dict[str, Any] = {"precision": "fp32", "prompts": None, "call": {}, "x0": "stored"}
 
 
+FACTS: dict[str, tuple[type, ...]] = {  # kinds of the facts that later stages read
+    **{"round": (int,), "net": (str,), "features": (list,), "one_step": (bool,), "shape": (list,)},
+    **{"classes": (int, type(None)), "accuracy": (int, float), "sha256": (str,), "kind": (str,)},
+    **{"layout": (dict,), "shards": (int,), "count": (int,), "fingerprint": (str,)},
+}
+NEEDED = {  # stage -> facts that all of its manifests have
+    **{stage: {"round"} for stage in ("train_flow", "reflow", "generate_pairs", "export")},
+    "train_classifier": {"accuracy", "sha256", "shape", "classes"},
+}
+
+
 class Damaged(UserError):
     """A manifest that cannot be parsed."""
 
@@ -139,7 +150,24 @@ def read_hashed(folder: Place, key: str, stages: Iterable[str] = ()) -> tuple[di
     if stages and stage not in stages:
         expected = " or ".join(stages)
         raise UserError(f"{key}={folder} holds the result of {stage}; expected one of {expected}")
+    if fault := odd_fact(manifest["facts"], stage):
+        raise Damaged(
+            f"{key}={folder}: {NAME} is damaged ({fault}); delete it and repeat its stage"
+        )
     return manifest, hashlib.sha256(text).hexdigest()
+
+
+def odd_fact(facts: Mapping[str, Any], stage: Any) -> str:
+    """Name a fact that a stage's manifest lacks, or that is of another kind than it writes; else ""."""
+    needed = NEEDED.get(stage, set()) if isinstance(stage, str) else set()
+    for name in sorted(needed - facts.keys()):
+        return f"its facts have no {name}"
+    for name in sorted(FACTS.keys() & facts.keys()):
+        value = facts[name]
+        wrong = type(value) not in FACTS[name] or (name == "round" and value < 0)
+        if wrong or (name == "features" and not all(isinstance(each, str) for each in value)):
+            return f"{name}={value!r}"
+    return ""
 
 
 def find(folder: Place, key: str, stages: Iterable[str] = ()) -> dict[str, Any] | None:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flowmatch.config import UserError
-from flowmatch.runs.files import Folder, worker
+from flowmatch.config import NotReady, UserError
+from flowmatch.runs.files import Folder, own_folder, worker
 
 EXCLUSIVE = {"s3", "s3a", "memory"}  # protocols whose client can refuse to replace an object
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # errors of the local disk, not of the store
@@ -66,9 +66,10 @@ class Bucket:
     def scratch(self) -> Path:
         """The local folder in which files are built; it is made here."""
         key = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        folder = Path(tempfile.gettempdir()) / f"flowmatch-{os.getuid()}" / key
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        own = Path(tempfile.gettempdir()) / f"flowmatch-{os.getuid()}"
+        for folder in (own, own / key):
+            own_folder(folder, "set TMPDIR to a folder of your own")
+        return own / key
 
     def make(self, *parts: str) -> None:
         """Do nothing: an object store has no folders."""
@@ -230,12 +231,40 @@ class Bucket:
 
 Store = Folder | Bucket
 Place = str | os.PathLike[str] | Store
+_unplugged = False
+
+
+class Unread(NotReady):
+    """A URL that a dry run does not read: who wrote a config shall not learn who plans it."""
+
+
+@contextmanager
+def unplugged(dry_run: bool) -> Iterator[None]:
+    """Let `at` raise Unread for every URL during a dry run."""
+    global _unplugged
+    before, _unplugged = _unplugged, dry_run
+    try:
+        yield
+    finally:
+        _unplugged = before
+
+
+def is_unplugged() -> bool:
+    """Return whether this is a dry run, which contacts no host that a config names."""
+    return _unplugged
 
 
 def at(place: Place) -> Store:
-    """Return the folder or store of a path or URL; raise UserError if fsspec has no client for it."""
+    """Return the folder or store of a path or URL.
+
+    Raises:
+        UserError: fsspec has no client for the URL.
+        Unread: This is a dry run, and the place a URL.
+    """
     if isinstance(place, (Folder, Bucket)):
         return place
+    if _unplugged and is_url(place):
+        raise Unread(f"{place} is read when the stage runs: a dry run contacts no host", [place])
     return _bucket(str(place), os.getpid()) if is_url(place) else Folder(Path(place))
 
 

@@ -27,7 +27,10 @@ def read_yaml(file: str) -> dict[str, Any]:
         raise UserError(f"{file}: no such config file") from None
     except UserError:
         raise
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError, ImportError) as error:
+    except (
+        *(YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError, KeyError),
+        *(AttributeError, ImportError, RecursionError),
+    ) as error:
         raise UserError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from None
     for key, value in flatten(values).items():
         if "${" in str(value):
@@ -48,7 +51,10 @@ def parse_word(word: str) -> tuple[str, Any]:
     try:
         read = OmegaConf.from_dotlist([f"value={text}"])
         value = OmegaConf.to_container(read, resolve=False)["value"]  # type: ignore[call-overload, index]
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+    except (
+        *(YAMLError, OmegaConfBaseException, ValueError, TypeError, KeyError),
+        *(AttributeError, RecursionError),
+    ) as error:
         told = " ".join(str(error).split())
         raise UserError(f"{word}: not readable as key=value: {told}") from None
     if "${" in str(value):

@@ -22,7 +22,7 @@ from flowmatch.flow.config import TimesConfig
 from flowmatch.flow.coupling import Coupling
 from flowmatch.models import precision
 from flowmatch.models.velocity import Velocity
-from flowmatch.runs import group, stopping
+from flowmatch.runs import checkpoints, group, stopping
 from flowmatch.runs.folder import RunFolder
 from flowmatch.runs.process import leads, say, start_accelerator
 from flowmatch.training import compilation, ema, trackers
@@ -272,7 +272,7 @@ def _train(
     group.leave()
     if not done:
         at = f" at step {state.step:,} of {config.steps:,}"
-        saved = ", which is saved" if run.checkpoints() else ": nothing to save yet"
+        saved = ", which is saved" if checkpoints.folders(run.folder) else ": nothing to save yet"
         stopping.leave(at + saved, signal.Signals(stop))
     return files
 

@@ -1,6 +1,5 @@
 """What training changes: weights, optimizer, averages, the step, and the sums of the loss."""
 
-import shutil
 from functools import partial
 from typing import Any
 
@@ -38,7 +37,7 @@ class State:
 
     def __init__(self, net: Any, config: FitConfig, accelerator: Any, run: RunFolder):
         self.net, self.config, self.accelerator, self.run = net, config, accelerator, run
-        self.step, saved = run.restore()  # every rank reads
+        self.step, saved = run.checkpoints.restore(config.steps)  # every rank reads
         if saved:
             net.load_state_dict(saved["net"])
         self.kind = type(net)  # sharding changes it
@@ -197,7 +196,7 @@ class State:
             tensors["scaler"] = {key: torch.tensor(scaler[key]) for key in SCALER}
         whole = {stem: sharding.gather(group) for stem, group in tensors.items()}
         if leads():
-            self.run.save(self.step, whole, self.config.keep)
+            self.run.checkpoints.save(self.step, whole, self.config.keep)
         self.accelerator.wait_for_everyone()
 
     def averaged(self, folder: str) -> dict[str, Tensor]:
@@ -217,11 +216,9 @@ class State:
                 continue
             net = self.kind.from_config(self.net.config)
             net.load_state_dict(whole)
-            temporary, final = self.run.folder / f"{folder}.tmp", self.run.folder / folder
-            for path in (temporary, final):
-                shutil.rmtree(path, ignore_errors=True)
-            files += [f"{folder}/{name}" for name in networks.save(net, temporary)]
-            temporary.rename(final)
+            built = self.run.scratch.build(folder)
+            files += [f"{folder}/{name}" for name in networks.save(net, built)]
+            self.run.scratch.place(built, self.run.folder / folder)
         return files
 
     def close(self) -> None:

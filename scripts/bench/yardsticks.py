@@ -99,7 +99,7 @@ def write_set(folder: Path, shape: tuple[int, ...], count: int, block: int = 64)
             )
             yield x0, x1, None
 
-    shards.write_shard(folder, 0, layout, blocks(), "0" * 64, {}, "")
+    side = shards.write_shard(folder, 0, layout, blocks(), "0" * 64, {}, "")
     sizes = {
         "shape": shape,
         "dtype": "float16",
@@ -108,7 +108,8 @@ def write_set(folder: Path, shape: tuple[int, ...], count: int, block: int = 64)
         "block": block,
     }
     facts = {"layout": sizes, "shards": 1, "count": count, "round": 0}
-    manifest.seal(folder, stage="generate_pairs", config={}, inputs={}, outputs={}, **facts)
+    rest = {"config": {}, "inputs": {}, "outputs": {shards.tar_name(0): side["sha256"]}}
+    manifest.seal(folder, stage="generate_pairs", **rest, **facts)
 
 
 def python(*words: str, **environment: str) -> str:

@@ -116,7 +116,7 @@ def test_shifted_steps_by_the_config_of_the_scheduler():
     velocity = Velocity(unet)
     with torch.no_grad():
         end = solvers.integrate(velocity, start, grids.shift_grid(3, 3.0), "ab2")
-    close(by_ab2, (end / 2 + 0.5).clamp(0, 1))
+    close(by_ab2, (end / 2 + 0.5).clamp(0, 1), 3e-6)
 
 
 def test_output_types():

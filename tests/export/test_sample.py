@@ -16,7 +16,7 @@ def made(tmp_path_factory):
     net = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, num_class_embeds=4, **UNET)
     DDPMPipeline(net, DDPMScheduler()).save_pretrained(folder)
     files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    manifest.seal(folder, stage="export", config={}, inputs={}, outputs=files)
+    manifest.seal(folder, stage="export", config={}, inputs={}, outputs=files, round=1)
     return folder
 
 

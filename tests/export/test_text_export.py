@@ -244,7 +244,7 @@ def test_a_sealed_folder_is_uploaded_on_request(tmp_path, monkeypatch, capsys):
     manifest.seal(tmp_path, stage="export", config={}, inputs={}, outputs=[])
     push.check_push("a/b")
     export.upload(tmp_path, "a/b")
-    assert Hub.calls == ["whoami", "a/b", ("a/b", tmp_path, [".lock", "config.yaml"])]
+    assert Hub.calls == ["whoami", "a/b", ("a/b", tmp_path, push.KEPT_BACK)]
     assert "uploaded to https://huggingface.co/a/b" in capsys.readouterr().out
     config = export.ExportConfig(run_dir=str(tmp_path), student="x", push_to_hub="a/b")
     plan = export.Plan(config, {}, [], None, None, "")

@@ -335,3 +335,19 @@ def test_the_reader_reaches_another_process(tmp_path, place):
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_tar_that_is_damaged_in_the_cache_is_fetched_again(tmp_path, place, fetched, capsys):
+    """Two bits of a value, at the next start; what this process has hashed is not hashed again."""
+    first = list(walk(remote(place, tmp_path, 0, SHARDS), 12))
+    (path,) = (tmp_path / "cache").rglob(tar_name(3))
+    raw, fetches = bytearray(path.read_bytes()), len(fetched)
+    raw[int(LAYOUT.offsets(5)["x1"]) + 1] ^= 96
+    path.write_bytes(raw)
+    again = remote(place, tmp_path, 0, SHARDS)
+    assert all(same(*pair) for pair in zip(walk(again, 12), first, strict=True))
+    assert fetched[fetches:] == [tar_name(3)]
+    assert (
+        capsys.readouterr().out.count("pairs-000003.tar is damaged (sha256 differs): fetched") == 1
+    )
+    assert again.cache.sound == {tar_name(k) for k in range(SHARDS)}

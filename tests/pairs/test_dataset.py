@@ -1,10 +1,13 @@
 """The pair store in training: what is read is what was written, and damage is named."""
 
+import hashlib
+import json
 import os
 import pickle
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -86,7 +89,7 @@ def test_ten_million_pairs_are_opened_in_little_memory(tmp_path):
         (tmp_path / name).touch()
         os.truncate(tmp_path / name, layout.tar_bytes)
     facts = {"layout": asdict(layout), "shards": len(names), "count": 2048 * len(names)}
-    rest = {"stage": "generate_pairs", "config": {}, "inputs": {}}
+    rest = {"stage": "generate_pairs", "config": {}, "inputs": {}, "round": 0}
     manifest.seal(tmp_path, outputs={name: "0" * 64 for name in names}, **rest, **facts)
     command = [sys.executable, "-c", OPEN, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -125,10 +128,11 @@ def test_the_reader_refuses_what_is_not_a_set_of_pairs(tmp_path):
     write(tmp_path, 0, layout)
     with pytest.raises(NotReady, match="reflow_pairs="):
         PairData(tmp_path, "reflow_pairs")
-    manifest.seal(tmp_path, stage="train_flow", config={}, inputs={}, outputs={})
+    seal_as = partial(manifest.seal, tmp_path, config={}, inputs={}, outputs={}, round=0)
+    seal_as(stage="train_flow")
     with pytest.raises(UserError, match="the result of train_flow; expected one of gen"):
         PairData(tmp_path)
-    manifest.seal(tmp_path, stage="generate_pairs", config={}, inputs={}, outputs={})
+    seal_as(stage="generate_pairs")
     with pytest.raises(UserError, match="not a folder of pairs"):
         PairData(tmp_path)
     seal(tmp_path, layout, 0)
@@ -152,26 +156,61 @@ def test_of_one_set_a_batch_is_what_was_gathered(tmp_path, monkeypatch):
     assert isinstance(mixture(counters), np.ndarray)
 
 
-def test_a_block_out_of_place_is_found_at_its_first_touch(tmp_path):
-    """Same sizes, another meaning: shards swapped, a hole of zeros, a wrong layout."""
+def test_a_tar_that_is_not_the_sealed_one_is_found_at_its_first_touch(tmp_path):
+    """Same sizes, other bytes: shards swapped, a hole of zeros, two bits of a value, a wrong layout."""
     layout = Layout((2,), "float32", False, 8, 4)
     finish(tmp_path, layout, 2)
     a, b = tmp_path / "pairs-000000.tar", tmp_path / "pairs-000001.tar"
     raw = a.read_bytes(), b.read_bytes()
     a.write_bytes(raw[1])
-    with pytest.raises(UserError, match=r"000000\.tar is damaged.*000000-000004\.x0\.npy"):
+    said = (
+        r"\.tar is damaged: its bytes are not those that were sealed \(sha256 differs\); flowmatch"
+    )
+    with pytest.raises(UserError, match=f"000000{said}"):
         PairData(tmp_path).batch([5])
     a.write_bytes(raw[0])
-    start = layout.block_bytes + layout.member_bytes("x0", 4)
-    b.write_bytes(raw[1][:start] + bytes(1024) + raw[1][start + 1024 :])
-    data = PairData(tmp_path)
-    data.batch([0, 4, 8])
-    for _ in range(2):  # a failed check does not count as done
-        with pytest.raises(UserError, match=r"000001-000004\.x1\.npy"):
-            data.batch([0, 13])
+    start, value = layout.block_bytes + layout.member_bytes("x0", 4), int(layout.offsets(6)["x1"])
+    hole = raw[1][:start] + bytes(1024) + raw[1][start + 1024 :]
+    flipped = raw[1][:value] + bytes([raw[1][value] ^ 96]) + raw[1][value + 1 :]
+    for bad in (hole, flipped):
+        b.write_bytes(bad)
+        data = PairData(tmp_path)
+        data.batch([0, 4])
+        for _ in range(2):  # a failed check does not count as done
+            with pytest.raises(UserError, match=f"000001{said}"):
+                data.batch([0, 13])
     b.write_bytes(raw[1])
+    data.batch([0, 13])
     other = Layout((2,), "float32", False, 8, 8)
     assert other.tar_bytes == layout.tar_bytes
     seal(tmp_path, other, 2)
-    with pytest.raises(UserError, match=r"pairs-000000\.tar is damaged"):
+    with pytest.raises(
+        UserError, match=r"pairs-000000\.tar is damaged: at byte 0 expected the head"
+    ):
         PairData(tmp_path).batch([0])
+
+
+def test_each_tar_is_hashed_once_a_process(tmp_path, monkeypatch):
+    finish(tmp_path, layout := Layout((2,), "float32", False, 8, 4), 3)
+    hashed, sha256 = [], hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda data: hashed.append(len(data)) or sha256(data))
+    data = PairData(tmp_path)
+    hashed.clear()
+    for _ in range(2):
+        data.batch([3, 17, 2])
+    copy = pickle.loads(pickle.dumps(data))
+    copy.batch([3, 17])
+    assert hashed == [layout.tar_bytes] * 2
+    copy.batch([8])
+    assert len(hashed) == 3
+
+
+def test_a_seal_without_a_hash_is_refused(tmp_path):
+    finish(tmp_path, Layout((2,), "float32", False, 8, 4), 2)
+    sealed = json.loads((tmp_path / "manifest.json").read_text())
+    del sealed["outputs"]["pairs-000001.tar"]
+    (tmp_path / "manifest.json").write_text(json.dumps(sealed))
+    with pytest.raises(
+        UserError, match="manifest.json has no sha256 of some tars; flowmatch verify"
+    ):
+        PairData(tmp_path)

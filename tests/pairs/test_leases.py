@@ -4,14 +4,14 @@ import os
 import signal
 import socket
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 
 from flowmatch.config import UserError
 from flowmatch.pairs import leases, shards
 from flowmatch.pairs.leases import FileHold, Lease, claim
-from flowmatch.runs import files
+from flowmatch.runs import files, storage
 from tests import forked, store
 from tests.store import PRINT, WORKED, write
 
@@ -193,7 +193,8 @@ def test_a_container_of_the_same_name_is_another_host(tmp_path, monkeypatch):
     assert sorted(leftovers(tmp_path)) == sorted(kept)
     monkeypatch.setattr(files, "HOST_SPACE", 1)
     space = os.stat("/proc/self/ns/pid").st_ino
-    assert files.worker() == f"{host}-{space}.{os.getpid()}"
+    boot = files.BOOT.read_text()[:8]
+    assert files.worker() == f"{host}-{boot}-{space}.{os.getpid()}"
 
 
 def test_only_temporary_files_of_the_dead_are_swept(tmp_path):
@@ -274,3 +275,28 @@ def test_the_lease_of_a_worker_killed_after_its_commit_is_swept(tmp_path):
     (tmp_path / ".meta/000001.lease").write_text("elsewhere.1")
     make(tmp_path, [0], [0])
     assert leftovers(tmp_path) == ["000001.lease"]
+
+
+@pytest.mark.parametrize("place", ["folder", "store"])
+def test_a_half_tar_that_another_worker_removed_is_made_again(tmp_path, monkeypatch, place):
+    """Its clock is a day ahead: what was written a moment ago is a day old."""
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    folder = storage.at(tmp_path / "set" if place == "folder" else "memory://ahead/set")
+    made, put, ahead = [], type(folder).put, time.time() + 90_000
+
+    def swept(self, built, name):
+        if len(made) == 2:  # the first shard's second try is left alone
+            with monkeypatch.context() as patch:
+                patch.setattr(files.socket, "gethostname", lambda: "elsewhere")
+                patch.setattr(leases.time, "time", lambda: ahead)
+                leases.sweep(folder)
+        put(self, built, name)
+
+    monkeypatch.setattr(type(folder), "put", swept)
+    with closing(leases.claim(folder, [0, 1], [0, 1], PRINT)) as todo:
+        for k in todo:
+            made.append(k)
+            with suppress(shards.Vanished):
+                write(folder, k, WORKED)
+    assert made == [0, 1, 1]
+    assert not shards.missing(folder, [0, 1], PRINT)

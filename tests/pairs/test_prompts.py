@@ -249,5 +249,5 @@ def test_a_damaged_header_is_found_by_all(tmp_path, capsys):
     for flags in ([], ["--full"]):
         assert verify_pairs.main([str(tmp_path), *flags]) == 2
         assert f"at byte {place} expected the header of 000001-000004" in capsys.readouterr().err
-    with pytest.raises(UserError, match=rf"at byte {place} expected the header of .*prompt\.json"):
+    with pytest.raises(UserError, match="its bytes are not those that were sealed"):
         PairData(tmp_path).batch([15])

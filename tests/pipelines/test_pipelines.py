@@ -15,7 +15,7 @@ from flowmatch.data.config import DataConfig
 from flowmatch.data.dataset import load as load_data
 from flowmatch.data.dataset import reference
 from flowmatch.evaluation import features, metrics
-from flowmatch.export import model_card
+from flowmatch.export import model_card, network_folder
 from flowmatch.flow import grids, noise, solvers
 from flowmatch.models import networks, teachers
 from flowmatch.models.config import NetConfig
@@ -97,9 +97,9 @@ def test_a_card_promises_no_more_steps_than_the_student_has(kind, one_step):
 
 def test_an_export_that_differs_is_not_sealed(tmp_path, monkeypatch):
     trained(tmp_path / "reflow", "UNet2DModel", UNET, (1, 8, 8), None)
-    honest = export.own_samples
+    honest = network_folder.own_samples
     monkeypatch.setattr(
-        export, "own_samples", lambda student, *words: honest(student, *words) + 1e-3
+        network_folder, "own_samples", lambda student, *words: honest(student, *words) + 1e-3
     )
     with pytest.raises(UserError, match="differs from our solver by 0.001"):
         run(export, f"run_dir={tmp_path}/export", f"student={tmp_path}/reflow", "steps=[1]")

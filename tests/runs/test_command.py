@@ -39,9 +39,11 @@ def test_a_disk_that_refuses_is_named_and_exits_2(tmp_path):
     assert code == 2
     assert err.startswith("toy: the disk refuses: [Errno 28] No space left on device; free space")
     assert err.count("\n") == 1
-    code, _, err = outcome(tmp_path, "fault=EIO")  # not the user's: a traceback
-    assert code == 1
-    assert "Traceback" in err
+    for fault in ("EIO", "ESTALE", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP"):
+        code, _, err = outcome(tmp_path, f"fault={fault}")
+        assert code == 2
+        assert err.startswith("toy: the disk refuses: [Errno")
+        assert err.count("\n") == 1
 
 
 def test_a_missing_input_is_a_remark_for_a_plan_and_an_error_for_a_run(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_a_folder_that_holds_nothing_yet_is_taken_over_in_a_line(tmp_path, capsy
         assert "was begun with other settings, and holds nothing yet: lr: 0.1 -> " in told
         assert "(input) data: 'abc' -> 'xyz'" in told
     with RunFolder("toy", config(tmp_path), {"data": "abc"}) as folder:
-        folder.save(10, {"net": {"w": torch.zeros(1)}}, keep=2)
+        folder.checkpoints.save(10, {"net": {"w": torch.zeros(1)}}, keep=2)
     with pytest.raises(UserError, match="was made with other settings"):
         begin("toy", other, False)
 
@@ -133,22 +134,6 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
             RunFolder("toy", config(tmp_path), {}).__enter__()
     with RunFolder("toy", config(tmp_path), {}):  # given back
         pass
-
-
-def test_checkpoints_appear_whole_newest_first_and_are_pruned(tmp_path):
-    with RunFolder("toy", config(tmp_path), {}) as folder:
-        assert folder.restore() == (0, {})
-        for step in (10, 20, 30):
-            folder.save(step, {"net": {"w": torch.full((2,), float(step))}}, keep=2)
-        parent = folder.folder / "checkpoints"
-        (parent / "step_00000040.tmp").mkdir()  # what a kill leaves
-        step, tensors = folder.restore()
-        assert step == 30
-        assert tensors["net"]["w"].tolist() == [30, 30]
-        assert sorted(p.name for p in parent.iterdir() if not p.name.endswith(".tmp")) == [
-            "step_00000020",
-            "step_00000030",
-        ]
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
@@ -214,7 +199,8 @@ class Reader(StageConfig):
 def test_a_finished_folder_is_known_without_opening_its_inputs(tmp_path):
     """As long as config, inputs and files are those of then; otherwise the plan says what differs."""
     (tmp_path / "flow").mkdir()
-    manifest.seal(tmp_path / "flow", stage="train_flow", config={}, inputs={}, outputs={}, net="n")
+    seal = partial(manifest.seal, tmp_path / "flow", config={}, inputs={}, outputs={})
+    seal(stage="train_flow", net="n", round=0)
     values = {"run_dir": str(tmp_path / "stage"), "teacher": str(tmp_path / "flow")}
     reader = Reader(**values)
     assert not finished("toy", reader)
@@ -231,9 +217,9 @@ def test_a_finished_folder_is_known_without_opening_its_inputs(tmp_path):
     (tmp_path / "stage" / "w.bin").write_bytes(b"v")
     assert not finished("toy", reader)
     (tmp_path / "stage" / "w.bin").write_bytes(b"w")
-    manifest.seal(tmp_path / "flow", stage="train_flow", config={}, inputs={}, outputs={}, net="m")
+    seal(stage="train_flow", net="m", round=0)
     assert not finished("toy", reader)  # another teacher lies there by now
-    manifest.seal(tmp_path / "flow", stage="evaluate", config={}, inputs={}, outputs={})
+    seal(stage="evaluate")
     digest = manifest.digest(tmp_path / "flow")  # an input of no facts is known by its manifest
     with RunFolder("toy", reader, {"teacher": digest}) as folder:
         folder.seal(["w.bin"])

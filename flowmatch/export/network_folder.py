@@ -1,0 +1,120 @@
+"""The folder of an exported network: written, and compared with our own solver in a fresh process."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowmatch.config import UserError
+from flowmatch.export import model_card
+from flowmatch.export.fresh import Fresh
+from flowmatch.export.model_card import Kind
+from flowmatch.flow import grids, solvers
+from flowmatch.models import mlp
+from flowmatch.models.teachers import Teacher
+from flowmatch.models.velocity import Velocity
+from flowmatch.runs.files import write_atomic
+
+TOLERANCE = 1e-6  # largest difference of a pixel in [0, 1] to our own solver, exact schedulers
+SAMPLES = 4  # of each check
+
+
+def write(folder: Path, student: Teacher, kind: Kind, steps: list[int]) -> list[str]:
+    """Write everything but the card; return the file names, relative to the folder."""
+    from diffusers import (
+        ConsistencyModelPipeline,
+        DDPMPipeline,
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+    )
+
+    from flowmatch.export import pipeline, scheduler
+
+    net = student.net
+    net.register_to_config(_name_or_path="")
+    # DDIM is Euler on this path: first order in log-SNR is right to about 0.5% for any number of steps
+    any_n = DPMSolverMultistepScheduler(
+        solver_order=1,
+        algorithm_type="dpmsolver++",
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        flow_shift=1.0,
+        final_sigmas_type="zero",
+    )
+    one_n = FlowMatchEulerDiscreteScheduler()  # its first step goes from 1000 to 0 where N = 1
+    named = one_n if student.one_step else any_n
+    parts: dict[str, Callable[[], Any]] = {
+        "DDPMPipeline": lambda: DDPMPipeline(unet=net, scheduler=named),
+        "ConsistencyModelPipeline": lambda: ConsistencyModelPipeline(unet=net, scheduler=any_n),
+        "ReflowPipeline": lambda: pipeline.ReflowPipeline(net, one_n),
+    }
+    parts[kind.name]().save_pretrained(folder, safe_serialization=True)
+    for n in steps:
+        exact: Any = FlowMatchEulerDiscreteScheduler(shift_terminal=1 / n if n > 1 else None)
+        exact.save_pretrained(folder / f"scheduler_{n}")
+    ours = scheduler.RectifiedFlowScheduler(reflow_round=student.round)
+    ours.save_pretrained(folder / "scheduler_flowmatch")
+    shutil.copyfile(pipeline.__file__, folder / "pipeline.py")
+    if type(net).__name__ == "VelocityMLP":  # its class travels with its weights
+        shutil.copyfile(mlp.__file__, folder / "unet" / "mlp.py")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["unet"] = ["mlp", "VelocityMLP"]
+        write_atomic(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+    names = ["model_index.json", "pipeline.py"]
+    for part in ("unet", "scheduler", "scheduler_flowmatch", *(f"scheduler_{n}" for n in steps)):
+        names += [f"{part}/{p.name}" for p in (folder / part).iterdir() if p.is_file()]
+    return sorted(set(names))
+
+
+def compare(
+    built: Path, student: Teacher, kind: Kind, steps: list[int], seed: int, fresh: Fresh
+) -> dict[int, dict[str, float]]:
+    """Sample in a fresh process without flowmatch, and compare with our own solver.
+
+    Returns the largest differences, in [0, 1] after the clamp for images: steps -> name -> difference.
+    Raises UserError where the exact schedulers differ by more than TOLERANCE.
+    """
+    theirs = fresh.sample(
+        {
+            "folder": str(built.resolve()),
+            "steps": steps,
+            "pipeline": kind.name,
+            "samples": SAMPLES,
+            "seed": seed,
+            "output_type": "latent" if model_card.latent(student) else "np",
+            "labels": None if student.classes is None else labels(student).tolist(),
+        }
+    )
+    differences: dict[int, dict[str, float]] = {}
+    for n in steps:
+        mine = own_samples(student, n, seed)
+        largest = {name: (x - mine).abs().max().item() for name, x in theirs[str(n)].items()}
+        if not largest["exact"] <= TOLERANCE:
+            raise UserError(
+                f"at {n} steps the export differs from our solver by "
+                f"{largest['exact']:.2g}, expected at most {TOLERANCE}; check that this diffusers "
+                "release is a supported one"
+            )
+        differences[n] = largest
+    return differences
+
+
+def labels(student: Teacher) -> Tensor:
+    """Labels of the check: the first classes in turn."""
+    return torch.arange(SAMPLES) % (student.classes or 1)
+
+
+def own_samples(student: Teacher, steps: int, seed: int) -> Tensor:
+    """Sample with our solver, the noise drawn as DDPMPipeline draws it; pictures in [0, 1]."""
+    from diffusers.utils.torch_utils import randn_tensor
+
+    x0 = randn_tensor((SAMPLES, *student.shape), generator=torch.Generator().manual_seed(seed))
+    v = Velocity(student.net)
+    cond = None if student.classes is None else {"label": labels(student)}
+    with torch.no_grad():
+        x = solvers.integrate(lambda x, t: v(x, t, cond), x0, grids.uniform_grid(steps))
+    return x if x.ndim < 4 or model_card.latent(student) else (x / 2 + 0.5).clamp(0, 1)
