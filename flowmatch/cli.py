@@ -100,6 +100,8 @@ def find_command(name: str, words: list[str]) -> Callable[[list[str]], object]:
     section = section_stage(name, words)
     if section is None:
         near = closest(name, [*OTHER, *STAGES, *CHAIN])
+        if name in shipped() or name.endswith((".yaml", ".yml")):
+            near = f"did you mean flowmatch run {name}? "
         raise UserError(f"{name}: unknown command; {near}try flowmatch --help")
     flags = [] if any(word.startswith("section=") for word in words) else [f"section={name}"]
     config = next((word for word in words if "=" not in word and word[0] != "-"), None)

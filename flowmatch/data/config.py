@@ -71,6 +71,13 @@ class DataConfig(Config):
     memory: int = option(2048, "keep decoded images in memory up to so many MiB", run=True, ge=0)
     threads: int = option(1, "number of threads that decode images", run=True, ge=1)
 
+    @pydantic.field_validator("source", mode="before")
+    @classmethod
+    def _source(cls, source: Any) -> Any:
+        if isinstance(source, str) and ("/" in source or "." in source):
+            raise ValueError(f"this is no source; set data={{source: images, path: {source}}}")
+        return source
+
     @pydantic.field_validator("path")
     @classmethod
     def _path(cls, path: str, info: pydantic.ValidationInfo) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -9,9 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flowmatch.config import (
     NotReady,
@@ -24,7 +27,7 @@ from flowmatch.config import (
     validate,
 )
 from flowmatch.runs import children, environment, folder, ranks, stopping, storage
-from flowmatch.runs.command import Stage, exit_codes
+from flowmatch.runs.command import Stage, exit_codes, unknown_flag
 from flowmatch.runs.config import PREEMPTED, StageConfig
 from flowmatch.runs.experiment import EVALUATIONS, Experiment, find_config, root, stage_module
 from flowmatch.runs.process import say, world_size
@@ -61,9 +64,11 @@ def main(stage_of: Callable[[str], Stage], argv: list[str]) -> None:
                 f"WORLD_SIZE={world_size()}: the chain starts the processes of each stage itself; start "
                 "it once, with --accelerate FILE or --launcher WORDS"
             )
-        for word in unknown:
-            keys = f"keys have no dashes: {word.lstrip('-')}" if "=" in word else "see --help"
-            raise UserError(f"{word}: unknown flag; {keys}")
+        if unknown:
+            flags = [f"--{name.replace('_', '-')}" for name in vars(call)][
+                2:
+            ]  # after CONFIG, words
+            raise UserError([unknown_flag(word, flags) for word in unknown])
         chain = Chain(stage_of, call)
         if call.list:
             say("\n".join(link.section for link in chain.links))
@@ -92,6 +97,7 @@ class Chain:
         if call.only is not None:
             sections = self._only(call.only.split(","), sections)
         self.links = together(*(partial(self._link, stage_of, name) for name in sections))
+        together(*(partial(self._check_reached, key, value) for key, value in pairs))
 
     def _only(self, asked: list[str], chain: list[str]) -> list[str]:
         for name in asked:
@@ -108,6 +114,19 @@ class Chain:
         except UserError as error:
             raise UserError([f"{section}.{fault}" for fault in error.faults]) from None
         return Link(section, stage, config)
+
+    def _check_reached(self, key: str, value: Any) -> None:
+        """Refuse a shared key that no section takes over, because they have their own."""
+        if key == "name" or self.experiment.has(key.partition(".")[0]):
+            return
+        marked, mark = deepcopy(self.experiment), "a value that no config has"
+        marked.apply(key, {mark: 0} if isinstance(value, dict) else mark)
+        values = [marked.values(link.section, link.stage.config) for link in self.links]
+        if mark not in repr(values):
+            first = re.split(r"[.\[]", key)[0]
+            own = [n for n, keys in self.experiment.sections.items() if first in (keys or {})]
+            way = f"{', '.join(own)}: write {own[0]}.{key}={value}" if own else "leave it out"
+            raise UserError(f"{key}={value} reaches no section; those that have their own: {way}")
 
     def run(self) -> None:
         """Plan every stage that is not finished, then run them in order."""

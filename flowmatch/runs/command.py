@@ -7,14 +7,23 @@ other content is an error that lists the keys.
 import errno
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 import flowmatch
-from flowmatch.config import Config, NotReady, UserError, dump, together, usage, validate
+from flowmatch.config import (
+    Config,
+    NotReady,
+    UserError,
+    closest,
+    dump,
+    together,
+    usage,
+    validate,
+)
 from flowmatch.runs import agreement, environment, folder, group, ranks, stopping, storage
 from flowmatch.runs.config import PREEMPTED, USER_ERROR, StageConfig
 from flowmatch.runs.experiment import Experiment, find_config
@@ -67,15 +76,22 @@ FLAGS = {"--dry-run": "dry_run", "--help": "help", "-h": "help", "--version": "v
 FLAGS |= {"--chain": "chain"}
 
 
+def unknown_flag(word: str, known: Iterable[str]) -> str:
+    """Explain what is wrong with a word that begins with a dash."""
+    flag, given, _ = word.partition("=")
+    if flag in known:
+        return f"{word}: {flag} takes no value"
+    if given or "." in word:
+        key = word.lstrip("-") + ("" if given else "=value")
+        return f"{word}: unknown flag; keys have no dashes: {key}"
+    return f"{word}: unknown flag; {closest(flag, known)}known: {', '.join(known)}"
+
+
 def read_flags(argv: list[str]) -> tuple[Call, list[str]]:
     """Split a command line into flags and words. Raises UserError for an unknown flag."""
     flags = [word for word in argv if word.startswith("-")]
-    faults = []
-    for word in flags:
-        if word not in FLAGS:
-            known = "--dry-run, --help, --version"
-            way = f"keys have no dashes: {word.lstrip('-')}" if "=" in word else f"known: {known}"
-            faults.append(f"{word}: unknown flag; {way}")
+    known = ("--dry-run", "--help", "--version")
+    faults = [unknown_flag(word, known) for word in flags if word not in FLAGS]
     if faults:
         raise UserError(faults)
     return Call(**{FLAGS[word]: True for word in flags}), [w for w in argv if w not in flags]
@@ -100,6 +116,8 @@ def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
     experiment: Experiment | None = None
     for file, found in zip(files, read, strict=False):
         if "name" in found and hasattr(model, "stage"):
+            if experiment is not None:
+                raise UserError(f"{experiment.file} and {file} are two experiments; name one")
             experiment = Experiment(found, file)
         else:
             values = merge(values, found)
@@ -108,6 +126,8 @@ def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
         together(*(partial(assign, values, key, value) for key, value in given))
         return validate(model, values), call
     asked = [value for key, value in given if key == "section"]
+    if None in asked:
+        raise UserError(f"section=: expected one of {', '.join(experiment.sections)}")
     section = experiment.section_for(str(model.stage), *asked[-1:])  # type: ignore[attr-defined]
     if call.chain:
         together(*(partial(experiment.apply, *pair) for pair in given if pair[0] != "section"))

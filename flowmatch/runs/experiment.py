@@ -75,6 +75,8 @@ def find_config(word: str) -> str:
         return str(file)
     what = "a folder without a config.yaml" if Path(word).is_dir() else "no such config file"
     near = closest(Path(word).stem, shipped())
+    if "." in word and "/" not in word and not word.endswith((".yaml", ".yml")):
+        near += f"if it is a key, write {word.partition(':')[0]}=value; "
     raise UserError(f"{word}: {what}; {near}expected a YAML file or one of {', '.join(shipped())}")
 
 
@@ -117,10 +119,15 @@ class Experiment:
                 faults.append(
                     f"{file}: {section}.stage={stage!r}: {near}stages: {', '.join(STAGES)}"
                 )
-        if not re.fullmatch(r"[\w.-]+", self.name):
-            faults.append(f"{file}: name={self.name!r}: expected letters, digits, '_', '.' and '-'")
         if faults:
             raise UserError(faults)
+        self._check_name()
+
+    def _check_name(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise UserError(
+                f"{self.file}: name={self.name!r}: expected letters, digits, '_', '.' and '-'"
+            )
 
     @staticmethod
     def _is_section(key: str, value: Any) -> bool:
@@ -182,7 +189,8 @@ class Experiment:
         """Set SECTION.key, or a shared key. Raises UserError where the experiment has neither."""
         first, _, rest = key.partition(".")
         if key == "name":
-            self.name = str(value)
+            self.name = "" if value is None else str(value)
+            self._check_name()
         elif rest and self.has(first):
             assign(self.sections.setdefault(first, {}), rest, value)
         elif re.split(r"[.\[]", key)[0] in SHARED:

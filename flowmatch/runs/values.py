@@ -7,6 +7,8 @@ from typing import Any
 
 from flowmatch.config import UserError, flatten
 
+KEY = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*")
+
 
 def read_yaml(file: str) -> dict[str, Any]:
     """Read a YAML file, or a URL of one, into plain values.
@@ -77,9 +79,11 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
 
     A mapping is merged into the one that is there. Raises UserError where the way is blocked.
     """
+    if not KEY.fullmatch(key):
+        raise UserError(
+            f"{key}={value}: not a key; expected KEY=value, KEY.KEY=value or KEY[0].KEY=value"
+        )
     parts = re.findall(r"[^.\[\]]+", key)
-    if not parts:
-        raise UserError(f"{key}={value}: expected key=value")
     here: Any = values
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
@@ -97,9 +101,8 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
             here.setdefault(part, None)
         else:
             before = ".".join(parts[:number])
-            raise UserError(
-                f"{key}: {before} is {here!r}, not a mapping; give it as {before}.KEY=..."
-            )
+            kind = "list" if part.isdecimal() else "mapping"
+            raise UserError(f"{key}: {before} is {here!r}, not a {kind}; give all of {before}=")
         if last:
             here[at] = merge(here[at], value)
         elif here[at] is None:

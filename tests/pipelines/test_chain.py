@@ -144,6 +144,18 @@ def test_a_new_experiment_of_images_is_planned_from_one_file(tmp_path):
         (["run", "ring", "reflow.fit.stepz=3", "pairs.shards=x"], "did you mean steps?"),
         (["run", "ring", "--only", "flow,paris"], "--only paris: did you mean pairs?"),
         (["run", "ring", "--flow.fit.steps=3"], "keys have no dashes: flow.fit.steps=3"),
+        (["run", "ring", "--dryrun"], "--dryrun: unknown flag; did you mean --dry-run?"),
+        (
+            ["run", "ring", "--list", "fit.steps=3"],
+            "fit.steps=3 reaches no section; those that have their own: flow, reflow",
+        ),
+        (
+            ["run", "ring", "--list", "--only", "flow", "solver.steps=3"],
+            "solver.steps=3 reaches no section; those that have their own: pairs: write pairs.solver",
+        ),
+        (["run", "ring", "--list", "name="], "name='': expected letters"),
+        (["run", "ring", "--list", "name=a/b"], "name='a/b': expected letters"),
+        (["digits"], "digits: unknown command; did you mean flowmatch run digits?"),
         (["run", "ring", "--rounds", "0"], "--rounds 0: expected 1 or more"),
         (["reflw", "digits"], "reflw: unknown command; did you mean reflow?"),
         (["distil", "ring"], "distil: unknown command"),

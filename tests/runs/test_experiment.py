@@ -15,7 +15,7 @@ from flowmatch.runs.experiment import (
     shipped,
 )
 from flowmatch.runs.values import parse_word, read_yaml
-from pipelines import reflow, train_classifier
+from pipelines import reflow, train_classifier, train_flow
 from tests.stages import MODELS as CONFIGS
 
 MODELS = {module.STAGE.name: module.STAGE.config for module in CONFIGS}
@@ -194,6 +194,19 @@ def test_a_stage_reads_its_own_section(tmp_path, monkeypatch):
         (["digit"], "no such config file; did you mean digits?"),
         (["."], "a folder without a config.yaml"),
         (["configs/digits"], "no such config file; did you mean digits?"),
+        (["digits", "ring"], "digits and ring are two experiments; name one"),
+        (["digits", "fit.lr"], "no such config file; if it is a key, write fit.lr=value"),
+        (["digits", "fit.lr:3"], "if it is a key, write fit.lr=value"),
+        (["digits", "--fit.lr", "3"], "keys have no dashes: fit.lr=value"),
+        (["digits", "--dryrun"], "unknown flag; did you mean --dry-run? known: --dry-run, --help"),
+        (["digits", "--dry-run=1"], "--dry-run takes no value"),
+        (["digits", "section="], "section=: expected one of flow, pairs"),
+        (["digits", "data=/my/pictures"], "set data={source: images, path: /my/pictures}"),
+        (["digits", "fit..steps=3"], "fit..steps=3: not a key; expected KEY=value, KEY.KEY=value"),
+        (["digits", ".fit=3"], "not a key"),
+        (["digits", "=3"], "not a key"),
+        (["digits", "pairs[0.path=x"], "not a key"),
+        (["digits", "fit.steps.0=3"], "fit.steps is 1200, not a list; give all of fit.steps="),
         (["digits", "--fit.lr=1e-3"], "keys have no dashes: fit.lr=1e-3"),
         (["digits", "pairs={path:x}"], "a blank is missing after the colon in 'path:x'"),
         (["digits", "pairs.0.pth=x"], "did you mean path?"),
@@ -206,8 +219,9 @@ def test_a_stage_reads_its_own_section(tmp_path, monkeypatch):
 )
 def test_what_is_not_known_is_named(tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
+    model = train_flow.FlowConfig if "data=/my/pictures" in words else reflow.ReflowConfig
     with pytest.raises(UserError) as error:
-        load(reflow.ReflowConfig, words)
+        load(model, words)
     assert message in str(error.value)
 
 
