@@ -7,6 +7,7 @@ prediction into the velocity of our path, within the noise levels of that traini
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -26,6 +27,7 @@ from flowmatch.models.velocity import Condition, Solve, Velocity, classes_of
 
 NETWORKS = ("unet", "transformer")  # names that diffusers gives to the network of a pipeline
 OTHERS = {"scheduler", "vae"}  # other components that are accepted; text encoders are not
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
@@ -199,6 +201,8 @@ def read_index(path: str | os.PathLike[str], key: str) -> dict[str, Any]:
     """
     import diffusers
 
+    if not Path(path).exists() and not HUB_NAME.fullmatch(str(path)):
+        raise NotReady(f"{key}={path} does not exist; run the stage that makes it first", [path])
     try:
         index = diffusers.DiffusionPipeline.load_config(path)
         if not isinstance(index, dict):

@@ -1,7 +1,6 @@
 """Teachers: the networks that generate pairs, and from whose weights reflow starts."""
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from flowmatch.config import NotReady, UserError
 from flowmatch.models import networks, two_time
 from flowmatch.models.diffusion import (
+    HUB_NAME,
     Diffusion,
     DiffusionVelocity,
     own_classes,
@@ -135,7 +135,7 @@ def load(path: str | os.PathLike[str], key: str) -> Teacher:
         NotReady: The folder does not exist or is not sealed.
     """
     folder = Path(path)
-    if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):  # a hub name
+    if not folder.is_dir() and HUB_NAME.fullmatch(str(path)):
         try:
             index = read_index(path, key)
         except NotReady:

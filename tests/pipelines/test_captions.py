@@ -22,10 +22,12 @@ from flowmatch.flow.noise import Order
 from flowmatch.models import latents, text
 from flowmatch.models.config import CallConfig
 from flowmatch.runs import manifest
-from flowmatch.runs.command import load
+from flowmatch.runs.command import execute, load
+from flowmatch.runs.experiment import Experiment, find_config
+from flowmatch.runs.values import read_yaml
 from flowmatch.training.draw import draw
 from pipelines import generate_pairs, reflow, tiny_pipeline, train_flow
-from tests.stages import run
+from tests.stages import MODELS, run
 from tests.tiny import TINY
 
 NET = {
@@ -307,3 +309,31 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             run(train_flow, *base, *more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits_text", "digits_text_sd3"])
+def test_a_shipped_experiment_runs_to_its_export(name, tmp_path, monkeypatch):
+    """With a few updates; then a stock pipeline of the class of its own."""
+    monkeypatch.chdir(tmp_path)
+    experiment = Experiment(read_yaml(find_config(name)), name)
+    words = ["tiny.vae_steps=2", "classifier.steps=2", "evaluate.samples=8", "evaluate.steps=[1]"]
+    words += ["evaluate.compute_batch=8", "pairs.shard_size=8", "pairs.shards=1", "data.memory=0"]
+    words += [
+        f"{stage}.fit.{key}" for stage in ("flow", "reflow") for key in ("steps=2", "batch_size=8")
+    ]
+    words += ["call.num_inference_steps=2", "export.steps=[1]", "device=cpu"]
+    for section in experiment.chain(1):
+        (stage,) = [s for s in MODELS if s.STAGE.name == experiment.stage_of(section)]
+        config, _ = load(stage.STAGE.config, [name, f"section={section}", "--chain", *words])
+        execute(stage.STAGE, config)
+    result = json.loads((tmp_path / f"runs/{name}/evaluate/metrics.json").read_text())
+    assert {"accuracy: digit", "accuracy: colour", "accuracy: place"} <= set(result["rows"][0])
+    pipe = DiffusionPipeline.from_pretrained(f"runs/{name}/export")
+    start = DiffusionPipeline.from_pretrained(f"runs/{name}/tiny")
+    assert type(pipe) is type(start)
+    call = {
+        key: value for key, value in experiment.shared["call"].items() if key != "guidance_scale"
+    }
+    call |= {"num_inference_steps": 1, "guidance_scale": 1.0}
+    assert pipe("a red seven at the left", **call).images[0].size == (16, 16)
