@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             expanded(call.out or "")
             or (f"{folder.name}_inspect" if storage.is_url(folder) else local)
         )
+        storage.check_folder(out, "--out")
         data = PairData(folder, "DIR")
         found = summary(data, call.samples, call.teacher)
         costs, at_random = found["cost"].pop("values"), found["cost"].pop("values_at_random")

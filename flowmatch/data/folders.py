@@ -91,6 +91,8 @@ def _by_metadata(split: Split, where: str) -> tuple[Any, list[str]]:
         names = table[column].to_pylist()
         paths += [_picture(file, row, name, split.top, where) for row, name in enumerate(names)]
         image = column.removesuffix("file_name").removesuffix("_") or "image"
+        if image in table.column_names:  # the files that are named take its place
+            table = table.drop_columns([image])
         tables.append(
             table.rename_columns([image if c == column else c for c in table.column_names])
         )

@@ -5,6 +5,7 @@ an error that names it.
 """
 
 import struct
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 
     from flowmatch.data.config import DataConfig
 
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)  # as Pillow says it
+BROKEN = (  # what Pillow raises for damaged files
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError),
+    *(struct.error, zlib.error, NotImplementedError),
+)
 LOOKED = 4096  # images that a plan opens at most
 CHANNELS = {"1": 1, "L": 1, "LA": 1, "RGB": 3, "RGBA": 3, "P": 3, "PA": 3, "CMYK": 3, "YCbCr": 3}
 

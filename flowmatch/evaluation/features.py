@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flowmatch.config import UserError
+from flowmatch.config import UserError, require
 from flowmatch.data.dataset import Data
 from flowmatch.flow import noise
 from flowmatch.models.digest import module_digest
@@ -333,6 +333,7 @@ class Inception(nn.Module):
         Raises:
             UserError: If the file does not exist or torch-fidelity is not installed.
         """
+        require("torchmetrics", "eval", "features=inception")
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         super().__init__()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmatch.config import UserError, expanded
-from flowmatch.runs import manifest
+from flowmatch.runs import manifest, storage
 
 
 def main(argv: list[str]) -> None:
@@ -67,6 +67,7 @@ def sample(
     ]
     if faults:
         raise UserError(faults)
+    storage.check_folder(out, "--out")
     folder = Path(export)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(f"{export}: not an export: it has no model_index.json")

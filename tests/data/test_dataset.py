@@ -441,8 +441,15 @@ def test_an_image_that_unpacks_into_too_much_is_named_with_the_way_to_allow_it(t
 
 def test_images_that_are_no_images_are_found_before_any_training(tmp_path):
     path = folder_of(tmp_path / "set", pictures(4))
-    (path / "b" / "3.png").write_bytes(b"GIF89a, or so")
-    assert f"image 3 ({path}/b/3.png) cannot be read" in refusal(path=str(path))
+    for damaged in (
+        b"GIF89a, or so",
+        b"II*\0\x08" + bytes(20),
+        b"",
+        b"RIFF\0\0\0\0WEBPVP8 ",
+        b"BM",
+    ):
+        (path / "b" / "3.png").write_bytes(damaged)
+        assert f"image 3 ({path}/b/3.png) cannot be read" in refusal(path=str(path))
     stored = [b"", None]
     (tmp_path / "a.png").write_bytes(b"")
     for kind in stored:

@@ -76,7 +76,7 @@ def metadata(root, *rows, name="metadata.jsonl"):
 
 def test_metadata_say_which_pictures_and_their_labels(tmp_path):
     make(tmp_path, "0.png", "1.png", "2.png", "b/3.png", "b/4.png", "a/5.png")
-    rows = [{"file_name": f"{k}.png", "label": k % 2} for k in (2, 0, 1)]
+    rows = [{"file_name": f"{k}.png", "label": k % 2, "image": "x"} for k in (2, 0, 1)]
     path = metadata(tmp_path, *rows)
     found = load(path=path, labels=True)
     assert all_of(found)["label"].tolist() == [0, 0, 1]

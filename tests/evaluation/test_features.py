@@ -242,7 +242,11 @@ def test_the_classifier_learns_fashion_mnist(tmp_path):
     assert facts["accuracy"] >= 0.92
 
 
-def test_inception_is_used_only_where_its_weights_are_given(tmp_path):
+def test_inception_is_used_only_where_its_weights_are_given(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(UserError, match="features=inception needs torchmetrics, .*eval"):
+            features.Inception("weights.pth")
     with pytest.raises(
         UserError, match="set inception_weights to the file weights-inception-.*http"
     ):

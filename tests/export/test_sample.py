@@ -55,6 +55,12 @@ def test_a_number_out_of_its_range_is_refused(made, words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_file_where_the_folder_should_be_is_refused_before_sampling(made, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"--out={tmp_path}/file/x lies below the file"):
+        sample(str(made), 1, tmp_path / "file" / "x", 1, 0)
+
+
 @pytest.mark.parametrize("index", ["", "[]", "{}", '{"_class_name": []}', '{"_class_name": "X"}'])
 def test_what_is_no_pipeline_is_refused(tmp_path, index):
     (tmp_path / "model_index.json").write_text(index)

@@ -164,6 +164,12 @@ def test_a_new_experiment_of_images_is_planned_from_one_file(tmp_path):
         (["sample", "."], ".: not an export: it has no model_index.json"),
         (["reflow", "digits", "--fit.lr=1"], "keys have no dashes: fit.lr=1"),
         (["reflow"], "expected a config; usage: flowmatch reflow CONFIG"),
+        (["sample"], "usage: flowmatch sample"),
+        (["verify"], "usage: flowmatch verify"),
+        (["inspect"], "usage: flowmatch inspect"),
+        (["new"], "usage: flowmatch new"),
+        (["run"], "usage: flowmatch run"),
+        (["flow", "digits", "data={source:digits}"], "a blank is missing after the colon"),
     ],
 )
 def test_what_the_command_does_not_know_is_named(words, message, tmp_path, monkeypatch, capsys):

@@ -132,6 +132,9 @@ def test_a_mixture_of_environments_is_warned_of(whole, tmp_path, capsys):
 
 
 def test_what_is_no_sealed_set_is_refused(whole, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert inspect_pairs.main([str(whole), "--out", str(tmp_path / "file")]) == 2
+    assert f"--out={tmp_path}/file is a file; expected a folder" in capsys.readouterr().err
     folder = copy(whole, tmp_path)
     for argv in (["--pairs", "0"], ["--samples", "x"], ["--nonsense"]):
         with pytest.raises(SystemExit) as left:
