@@ -33,8 +33,8 @@ def fork(body: Callable[[], int]) -> int:
     code = 1
     try:
         os.setpgid(0, 0)
-        for number in Signals.numbers():  # not the chain's handlers
-            signal.signal(number, signal.SIG_DFL)
+        stopping.forget()
+        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
         if sys.platform == "linux":  # also when the chain is killed
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() == chain:

@@ -68,6 +68,14 @@ def heard(name: str, defer: bool = False) -> Iterator[None]:
             _state.asked = None
 
 
+def forget() -> None:
+    """Hear nothing, as a new program: for a fork of a process that is inside `heard`."""
+    global _state
+    for number in heard_signals():
+        signal.signal(number, signal.SIG_DFL)
+    _state = _State()
+
+
 def heard_signals() -> list[signal.Signals]:
     """List the signals that mean "stop"; SIGHUP does not where `nohup` has switched it off."""
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

@@ -17,8 +17,8 @@ from PIL import Image
 import flowmatch
 from flowmatch import cli
 from flowmatch.pairs.dataset import PairData
-from flowmatch.runs import children, manifest
-from tests import forked
+from flowmatch.runs import children, manifest, stopping
+from tests import forked, toy
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -233,6 +233,18 @@ def test_ranks_are_forks_and_the_first_that_fails_ends_them(end, status, tmp_pat
     child = children.fork(partial(children.ranks, None, ["a=1"], 2))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
     assert {(tmp_path / rank).read_text() for rank in "01"} == {f"['a=1'] 2 {here}"}
+
+
+def test_a_fork_that_is_stopped_says_so_itself(tmp_path, capfd):
+    """The chain it was forked from listens to signals, too."""
+    with stopping.heard("run"):
+        words = [f"run_dir={tmp_path / 'stage'}"]
+        child = children.fork(partial(children.ranks, toy.STAGE, words, 1))
+        while not (tmp_path / "stage/config.yaml").exists():
+            time.sleep(0.01)
+        os.killpg(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    assert capfd.readouterr().out.count("toy: stopped by SIGTERM") == 1
 
 
 @pytest.mark.slow
