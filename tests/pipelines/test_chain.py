@@ -208,7 +208,7 @@ def test_version_help_and_completion(capsys, monkeypatch):
         return capsys.readouterr().out.split()
 
     assert complete("flowmatch ref") == ["reflow"]
-    assert complete("flowmatch reflow dig") == ["digits"]
+    assert complete("flowmatch reflow rin") == ["ring"]
     assert "fit.steps=" in complete("flowmatch reflow digits fit.")
     assert complete("flowmatch run digits reflow.fit.max") == ["reflow.fit.max_grad_norm="]
     assert complete("flowmatch distil digits times.ze") == ["times.zero="]
