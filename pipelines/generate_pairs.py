@@ -163,7 +163,13 @@ def load(config: PairsConfig) -> "Teacher":
         dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
         device=process.worker_device(process.pick_device(config.device)),
     )
-    if teacher.script.kind != "flow" and config.solver.name != "own":
+    own, velocity = config.solver.name == "own", teacher.schedule or teacher.script.kind == "flow"
+    if own and teacher.round:
+        raise UserError(
+            f"solver.name=own: teacher={config.teacher} is a student, with guidance in it, which its "
+            "pipeline's own run would guide again; name a solver, such as solver.name=ab2"
+        )
+    if not own and not velocity:
         raise UserError(
             f"solver.name={config.solver.name}: the network of teacher={config.teacher} predicts "
             f"{teacher.script.kind}; use solver.name=own, its own run"

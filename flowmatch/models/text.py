@@ -48,7 +48,8 @@ class OwnRun(TextVelocity):
     """
 
     def __init__(self, teacher: "TextTeacher", guidance: float = 1.0):
-        super().__init__(teacher.net, teacher.script, teacher.conditions(), guidance=guidance)
+        table = teacher.conditions()
+        super().__init__(teacher.net, teacher.script, table, teacher.schedule, guidance)
         self.teacher = teacher
 
     def labels(self, seed: int, ids: np.ndarray) -> np.ndarray:

@@ -267,3 +267,27 @@ def test_our_solvers_follow_the_velocity_that_was_learnt(made):
         batch = PairData(folder / place).batch([0, 1, 2, 3])
         assert torch.allclose(batch["x1"], seen.steps[-1].after, atol=2e-4)
         assert PairData(folder / place).sealed["facts"]["evaluations"] == 3 * (1 if w == 1 else 2)
+
+
+def test_a_student_teaches_a_second_round_by_our_solvers_alone(made):
+    """Its own run would guide it a second time; one Euler step is its velocity at the noise."""
+    name, folder = made
+    fit = ["fit.steps=2", "fit.batch_size=4", "fit.label_drop=0"]
+    base = words(name, folder, f"start={folder}/pipe", f"pairs={folder}/pairs", *fit)
+    run(reflow, *base, f"run_dir={folder}/student")
+    second = [f"teacher={folder}/student", f"pipeline={folder}/pipe"]
+    with pytest.raises(UserError, match="is a student, with guidance in it.*name a solver"):
+        run(generate_pairs, *pair_words(name, folder, "second", *second))
+    run(
+        generate_pairs,
+        *pair_words(name, folder, "second", *second, "solver={name: euler, steps: 1}"),
+    )
+    data = PairData(folder / "second")
+    assert data.sealed["facts"]["round"] == 1
+    batch = data.batch([0, 1, 2, 3])
+    listed, call = PromptsConfig(path=f"{folder}/prompts.txt"), CallConfig(**call_of(name))
+    student = text.load(folder / "student", "start", listed, call, pipeline=str(folder / "pipe"))
+    v = student.field(student.net)(student.net)
+    with torch.no_grad():
+        ours = batch["x0"] + v(batch["x0"], 0.0, {"label": batch["label"]})
+    assert torch.allclose(batch["x1"], ours, atol=1e-4)
