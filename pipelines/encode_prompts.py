@@ -82,11 +82,13 @@ def run(plan: Plan) -> None:
 def encode(plan: Plan) -> None:
     """Encode the missing files, and seal the folder."""
     from flowmatch.models import rows
+    from flowmatch.pairs import leases
     from flowmatch.runs import storage
 
     config: EncodeConfig = plan.config
     place = Path(config.run_dir)
     storage.at(config.run_dir).make()
+    leases.sweep(config.run_dir)  # what dead workers left
     folder.write_config(config, plan.inputs)
     if process.leads():
         rows.write_shared(place, plan.form, plan.shared)

@@ -307,3 +307,23 @@ def test_the_whole_chain(tmp_path):
         f"evaluation={at.evaluate}",
     )
     assert (at.export / "model_index.json").exists()
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ab2"])
+def test_a_step_of_the_scheduler_waits_for_no_value_on_the_gpu(solver):
+    """Also of a copy of a time, which is known to be in turn by the result alone."""
+    scheduler = RectifiedFlowScheduler(solver=solver)
+    for time in (lambda t: t, torch.clone):
+        scheduler.set_timesteps(4, device="cuda")
+        scheduler.set_begin_index(0)
+        x = torch.randn(2, 3, 8, 8, device="cuda", dtype=torch.float16)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for t in scheduler.timesteps:
+                x = scheduler.step(x, time(t), x, return_dict=False)[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert x.isfinite().all()
+    scheduler.set_timesteps(4, device="cuda")
+    scheduler.set_begin_index(0)
+    assert scheduler.step(x, scheduler.timesteps[-1].clone(), x)[0].isnan().all()

@@ -96,6 +96,7 @@ class Checkpoints:
     ):
         self.stage, self.run, self.scratch = stage, run, scratch
         self.config, self.inputs = config, dict(inputs)
+        self.begun = False  # whether the run was begun before
 
     def save(self, step: int, tensors: "Mapping[str, Mapping[str, Tensor]]", keep: int) -> None:
         """Write a checkpoint, and remove all but the newest ones (rank 0).
@@ -151,8 +152,7 @@ class Checkpoints:
             raise UserError(
                 [*unsound.values(), f"run_dir={self.run}: no checkpoint is sound; {way}"]
             )
-        log = self.run / "metrics.jsonl"
-        if log.is_file() and log.stat().st_size:
+        if self.begun:
             say(f"{self.stage}: {self.run} has no checkpoint: starts at 0 of {last:,}")
         return 0, {}
 

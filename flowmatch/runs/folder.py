@@ -39,6 +39,8 @@ class RunFolder:
             storage.at(self.folder).make()
             self._hold()
             self.scratch.sweep()
+            traces = ("config.yaml", "metrics.jsonl", "checkpoints")
+            self.checkpoints.begun = any((self.folder / name).exists() for name in traces)
             write_config(self.config, self.inputs)
         return self
 

@@ -146,6 +146,7 @@ def test_a_run_of_damaged_checkpoints_stops_and_never_starts_again_by_itself(
             tiny(killed)
         assert len(error.value.faults) == 3
     shutil.rmtree(killed / "checkpoints")
+    (killed / "metrics.jsonl").unlink()
     tiny(killed)
     assert "has no checkpoint: starts at 0 of 40" in capsys.readouterr().out
     assert weights(killed) == weights(sealed)
