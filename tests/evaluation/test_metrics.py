@@ -63,8 +63,10 @@ def test_frechet_is_that_of_torchmetrics(n, m):
     for x, real in ((a, True), (b, False)):
         for part in x.split(100):
             metric.update(part, real=real)
-    assert metrics.frechet(a, b) == pytest.approx(float(metric.compute()), rel=1e-9)
-    assert metrics.frechet(a, b, batch=7) == pytest.approx(float(metric.compute()), rel=1e-9)
+    # four samples have a singular covariance: the root of a rounded zero is 1e-8, and differs by CPU
+    wide = 1e-9 if min(n, m) > 6 else 1e-8
+    assert metrics.frechet(a, b) == pytest.approx(float(metric.compute()), rel=wide)
+    assert metrics.frechet(a, b, batch=7) == pytest.approx(float(metric.compute()), rel=wide)
 
 
 def test_what_frechet_refuses():
