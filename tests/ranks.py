@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import weakref
+from pathlib import Path
 
 from flowmatch.runs import command, process
 from flowmatch.training import loop, state
@@ -56,9 +57,10 @@ def half(step):
 
     save = safetensors.torch.save_file
 
-    def save_file(tensors, path):
-        save(tensors, path)
-        if path.parent.name == f"step_{step:08d}.tmp" and path.stem == "optimizer":
+    def save_file(tensors, path, **more):
+        save(tensors, path, **more)
+        path = Path(path)
+        if path.parent.name == f"step_{step:08d}" and path.stem == "optimizer":
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -59,7 +59,9 @@ def _pieces(
             shape = (pairs, *(layout.shape if name in ("x0", "x1") else ()))
             if array is None or array.dtype != dtype or array.shape != shape:
                 actual = "nothing" if array is None else f"{array.dtype} {array.shape}"
-                expected = f"{dtype} {shape}" if dtype else "nothing: the layout has none"
+                expected = (
+                    f"{dtype} {shape}" if dtype else f"nothing: the layout has none of {name}"
+                )
                 raise ValueError(
                     f"shard {k} block {number - 1} {name}: {actual}; expected {expected}"
                 )

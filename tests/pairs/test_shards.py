@@ -136,7 +136,7 @@ def test_blocks_that_do_not_fit_are_refused_and_leave_nothing(tmp_path):
         (good * 2, "more than the 2 blocks"),
         ([(x0, x1.astype(np.float32), None), good[1]], "x1: float32"),
         ([(x0[:3], x1, None), good[1]], r"\(3, 2\); expected float16 \(4, 2\)"),
-        ([(x0, x1, np.zeros(4, np.int64)), good[1]], "no labels"),
+        ([(x0, x1, np.zeros(4, np.int64)), good[1]], "the layout has none of y"),
         ([(x0, hole, None), good[1]], "not finite"),
     ]:
         with pytest.raises(ValueError, match=message):

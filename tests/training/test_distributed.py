@@ -87,8 +87,9 @@ def test_a_rank_that_dies_ends_the_job_with_the_cause(tmp_path, fault, cause):
     done = launch(tmp_path / "flow", "fit.steps=1000", FAULT=fault)
     assert done.returncode == 1
     assert cause in done.stderr
-    rank = fault.split(":")[1]
-    assert f"rank      : {rank} " in done.stderr.split("Root Cause")[1]
+    kind, rank, _ = fault.split(":")
+    if kind != "raise":  # the launcher may see first a rank that the failing one has ended
+        assert f"rank      : {rank} " in done.stderr.split("Root Cause")[1]
     assert [p.name for p in (tmp_path / "flow/checkpoints").iterdir()] == ["step_00000020"]
 
 
@@ -151,8 +152,9 @@ def test_three_ranks_resume_bit_for_bit(tmp_path):
 @pytest.mark.slow
 def test_machines_that_see_different_folders_are_told_so(tmp_path):
     """Only rank 0 writes, so local disks show at a resume first."""
-    train(tmp_path / "flow", 1, *RING, "fit.steps=20")
-    shutil.copytree(tmp_path / "flow/checkpoints", tmp_path / "one/checkpoints")
+    train(tmp_path / "flow", 1, *RING)
+    first = "checkpoints/step_00000020"
+    shutil.copytree(tmp_path / "flow" / first, tmp_path / "one" / first)
     environment = os.environ | {
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
@@ -336,7 +338,7 @@ def test_sharded_training_is_killed_resumed_and_agrees_with_unsharded(plain, tmp
     train(tmp_path / "whole", 2, *words)
     train(tmp_path / "cut", 2, *words, codes=[-9, 1], FAULT="save:0:10")
     found = sorted(path.name for path in (tmp_path / "cut/checkpoints").iterdir())
-    assert found == ["step_00000005", "step_00000010.tmp"]
+    assert found == ["step_00000005"]
     train(tmp_path / "cut", 2, *words, codes=[1, -9], FAULT="kill:1:8")
     train(tmp_path / "cut", 2, *words)
     assert difference(tmp_path / "whole", tmp_path / "cut") == 0
