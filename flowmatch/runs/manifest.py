@@ -26,7 +26,7 @@ FACTS: dict[str, tuple[type, ...]] = {  # kinds of the facts that later stages r
     **{"round": (int,), "net": (str,), "features": (list,), "one_step": (bool,), "shape": (list,)},
     **{"classes": (int, type(None)), "accuracy": (int, float), "sha256": (str,), "kind": (str,)},
     **{"layout": (dict,), "shards": (int,), "count": (int,), "fingerprint": (str,)},
-    **{"script": (dict,), "call": (dict,), "prompts": (dict,), "shard_size": (int,)},
+    **dict.fromkeys(("script", "call", "prompts"), (dict, type(None))),
 }
 NEEDED = {  # stage -> facts that all of its manifests have
     **{stage: {"round"} for stage in ("train_flow", "reflow", "generate_pairs", "export")},
