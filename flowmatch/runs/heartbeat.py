@@ -116,11 +116,12 @@ class Heartbeat:
     def _follow(self, record: dict[str, Any]) -> None:
         """End as another process asks for, once it has had the time to end before."""
         meeting, self._following = self.meeting, True
-        meeting.put("beat", LEFT)
         if record["rank"] != meeting.rank:
             meeting.closed.wait(record["grace"])
         tells = record["text"] and stopping.asked() is None
-        tells = tells and meeting.claim("told", str(meeting.rank))
+        with contextlib.suppress(RuntimeError):  # the store has gone
+            tells = tells and meeting.claim("told", str(meeting.rank))
+            meeting.put("beat", LEFT)  # last: the store may go now
         self._exit(int(record["code"]), record["text"] if tells else "")
 
     def _exit(self, code: int, text: str) -> None:

@@ -36,6 +36,7 @@ class Meeting:
         launcher_serves = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self.serves = self.rank == 0 and not launcher_serves
         self.open, self.closed = threading.Event(), threading.Event()
+        self._ended: dict[str, Any] | None = None
         self._store: Store | None = self._connect() if self.serves else None
 
     def _connect(self) -> "Store":
@@ -112,9 +113,9 @@ class Meeting:
         self.claim("end", json.dumps({"code": code, "rank": who, "text": text, "grace": grace}))
 
     def ended(self) -> dict[str, Any] | None:
-        """Read how the job ends, if it does."""
+        """Read how the job ends, if it does. What was read once is known when the store is gone."""
         with contextlib.suppress(RuntimeError):
-            if self.open.is_set() and not self.closed.is_set() and self.store.check(["end"]):
-                record: dict[str, Any] = json.loads(self.store.get("end"))
-                return record
-        return None
+            asks = self._ended is None and self.open.is_set() and not self.closed.is_set()
+            if asks and self.store.check(["end"]):
+                self._ended = json.loads(self.store.get("end"))
+        return self._ended
