@@ -36,6 +36,7 @@ class Plan(folder.Plan):
     fingerprint: str
     evaluations: float | None  # a pair; None: dopri5 chooses
     texts: list[str]  # prompts by number
+    times: list[float]  # of the states that are kept
 
     @property
     def store(self) -> storage.Store:
@@ -73,6 +74,7 @@ def plan(config: PairsConfig) -> Plan:
     """Check the config, load the teacher, and lay out the shards."""
     from flowmatch.data import dataset
     from flowmatch.models import precision
+    from flowmatch.pairs import path_times
     from flowmatch.pairs.layout import Layout, bytes_per_pair
 
     def check_device() -> str:
@@ -82,7 +84,7 @@ def plan(config: PairsConfig) -> Plan:
             require("torchdiffeq", "eval", "solver.name=dopri5")
         return device
 
-    def load_teacher() -> "tuple[Teacher, Velocity, Layout]":
+    def load_teacher() -> "tuple[Teacher, Velocity, Layout, list[float]]":
         teacher = load(config)
         teacher.check_teaches("teacher")
         texts = texts_of(teacher)
@@ -95,8 +97,10 @@ def plan(config: PairsConfig) -> Plan:
             index=config.data is not None,
             prompt_bytes=bytes_per_pair(texts) if texts else 0,
             noise=config.x0 == "stored",
+            states=len(config.states),
         )
-        return teacher, teacher.velocity(config.guidance), layout
+        velocity = teacher.velocity(config.guidance)
+        return teacher, velocity, layout, path_times.of(config, velocity)
 
     def check_store() -> list[str]:
         try:
@@ -105,7 +109,7 @@ def plan(config: PairsConfig) -> Plan:
             return [f"later: run_dir={line}" for line in error.faults]
         return []
 
-    device, (teacher, velocity, layout), source, later = together(
+    device, (teacher, velocity, layout, times), source, later = together(
         check_device,
         load_teacher,
         lambda: None if config.data is None else dataset.load(config.data),
@@ -139,9 +143,11 @@ def plan(config: PairsConfig) -> Plan:
     if source:
         lines.append(f"inverted: items 0 to {count - 1:,} of the {len(source):,} of the data")
         lines += source.notes
+    if times:
+        lines.append(f"states of each path are kept at t = {', '.join(f'{t:.4g}' for t in times)}")
     lines += [*teacher.lines, *later]
     opened = (device, teacher, velocity, layout, source)
-    return Plan(config, inputs, lines, *opened, fingerprint, evaluations, texts_of(teacher))
+    return Plan(config, inputs, lines, *opened, fingerprint, evaluations, texts_of(teacher), times)
 
 
 def load(config: PairsConfig) -> "Teacher":
@@ -211,6 +217,7 @@ def make_shards(plan: Plan) -> None:
         solver=config.solver,
         precision=config.precision,
         compile=config.compile,
+        times=plan.times,
     )
     card = card_of(plan)
     shards.write_card(store, card)
@@ -269,6 +276,7 @@ def seal(plan: Plan) -> None:
         shards=config.shards,
         count=plan.count,
         convention="x0 noise, x1 data, x_t = (1 - t) x0 + t x1, v = x1 - x0",
+        **({"times": plan.times} if plan.times else {}),
         **plan.teacher.facts,
     )
     process.say(f"generate_pairs: sealed {plan.store}")

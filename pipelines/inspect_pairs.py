@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from flowmatch.config import UserError, expanded, one_line, require
 from flowmatch.evaluation import figures
 from flowmatch.flow import noise
 from flowmatch.pairs import audit, shards
 from flowmatch.pairs.dataset import PairData, transport_cost
-from flowmatch.pairs.layout import PROMPT
+from flowmatch.pairs.layout import PROMPT, STATES
 from flowmatch.runs import manifest, storage
 from flowmatch.runs.command import refusal
 from flowmatch.runs.config import USER_ERROR
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         storage.check_folder(out, "--out")
         data = PairData(folder, "DIR")
+        data.reads_states = bool(data.times)
         found = summary(data, call.samples, call.teacher)
         costs, at_random = found["cost"].pop("values"), found["cost"].pop("values_at_random")
         out.mkdir(parents=True, exist_ok=True)
@@ -133,6 +135,7 @@ def statistics(data: PairData, samples: int) -> dict[str, Any]:
     ids = some[shard] * size + index
     cost, at_random = [], []
     labels: Counter[int] = Counter()
+    bends: list[np.ndarray] = []
     moments: dict[str, list[tuple[float, ...]]] = {name: [] for name in ("x0", "x1")}
     for batch in data.parts(ids):
         x0, x1 = (batch[name].double().flatten(1) for name in ("x0", "x1"))  # [B, D]
@@ -148,6 +151,10 @@ def statistics(data: PairData, samples: int) -> dict[str, Any]:
             )
             moments[name].append(sums)
         labels.update(batch["label"].tolist() if data.has_labels else ())
+        if data.times:
+            lines = [(1 - t) * x0 + t * x1 for t in data.times]
+            apart = batch[STATES].double().flatten(2) - torch.stack(lines, 1)  # [B, K, D]
+            bends.append(apart.square().sum(2).numpy())
     values, others = np.concatenate(cost), np.concatenate(at_random)
     return {
         "samples": count,
@@ -162,6 +169,12 @@ def statistics(data: PairData, samples: int) -> dict[str, Any]:
             "values_at_random": others,
         },
         **{name: moment(parts) for name, parts in moments.items()},
+        "states": {
+            f"{t:.4g}": float((bend / values.mean()) ** 0.5)
+            for t, bend in zip(
+                data.times, np.concatenate(bends).mean(0) if bends else (), strict=True
+            )
+        },
         "labels": {str(label): labels[label] for label in sorted(labels)},
     }
 
@@ -279,6 +292,9 @@ def tell(folder: Store, found: dict[str, Any]) -> Iterator[str]:
             f"{name}: mean {m['mean']:.3f}, standard deviation {m['deviation']:.3f}, "
             f"{m['min']:.3g} to {m['max']:.3g}"
         )
+    if found["states"]:
+        told = [f"t = {t}: {bend:.3g}" for t, bend in found["states"].items()]
+        yield f"states, distance from the line in units of |x1 - x0|: {', '.join(told)}"
     if found["labels"]:
         yield "labels: " + ", ".join(f"{label}: {n}" for label, n in found["labels"].items())
     if found["prompts"]:

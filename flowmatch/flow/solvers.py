@@ -19,6 +19,7 @@ from flowmatch.flow.config import FIXED, SolverConfig, check_times
 
 VelocityField = Callable[[Tensor, float], Tensor]  # v(x: [B, ...], t) -> [B, ...]
 Step = Callable[[VelocityField, Tensor, float, float], Tensor]  # one step of x from t to s
+Keep = dict[float, Any]  # times of a path -> None, then the states there, [B, ...]
 
 
 def euler(v: VelocityField, x: Tensor, t: float, s: float) -> Tensor:
@@ -97,7 +98,9 @@ def checked(v: VelocityField) -> VelocityField:
     return same_shape
 
 
-def integrate(v: VelocityField, x: Tensor, grid: Tensor, solver: str = "euler") -> Tensor:
+def integrate(
+    v: VelocityField, x: Tensor, grid: Tensor, solver: str = "euler", keep: Keep | None = None
+) -> Tensor:
     """Carry x along v through the times of a grid.
 
     Args:
@@ -105,6 +108,7 @@ def integrate(v: VelocityField, x: Tensor, grid: Tensor, solver: str = "euler") 
         x: State at grid[0], [B, ...], float32 or float64.
         grid: Strictly monotone times in [0, 1], [N + 1]; a falling grid integrates backward.
         solver: "euler", "midpoint", "heun", "rk4" or "ab2".
+        keep: Gets the states at those of its times that are times of the grid.
 
     Returns:
         State at grid[-1], [B, ...].
@@ -121,10 +125,12 @@ def integrate(v: VelocityField, x: Tensor, grid: Tensor, solver: str = "euler") 
     v = checked(v)
     for t, s in pairwise(points):
         x = step(v, x, t, s)
+        if keep is not None and s in keep:
+            keep[s] = x
     return x
 
 
-def jumps(u: Callable[..., Tensor], x: Tensor, grid: Tensor) -> Tensor:
+def jumps(u: Callable[..., Tensor], x: Tensor, grid: Tensor, keep: Keep | None = None) -> Tensor:
     """Carry x through the times of a grid with average velocities: x_s = x_t + (s - t) u(x_t, t, s).
 
     This is how a MeanFlow network is sampled (arXiv 2505.13447, eq. 12).
@@ -133,6 +139,7 @@ def jumps(u: Callable[..., Tensor], x: Tensor, grid: Tensor) -> Tensor:
         u: Average velocity u(x, t, s) from t to s, floats, [B, ...].
         x: State at grid[0], [B, ...], float32 or float64.
         grid: Times in [0, 1], [N + 1].
+        keep: As in `integrate`.
 
     Returns:
         State at grid[-1], [B, ...].
@@ -143,6 +150,8 @@ def jumps(u: Callable[..., Tensor], x: Tensor, grid: Tensor) -> Tensor:
     check_state(x)
     for t, s in pairwise(grid.tolist()):
         x = x + (s - t) * u(x, t, s)
+        if keep is not None and s in keep:
+            keep[s] = x
     return x
 
 
@@ -154,6 +163,7 @@ def dopri5(
     *,
     rtol: float = 1e-5,
     atol: float = 1e-5,
+    keep: Keep | None = None,
 ) -> Tensor:
     """Carry x along v from start to end with Dormand-Prince 5(4), which chooses its own steps.
 
@@ -168,6 +178,7 @@ def dopri5(
         rtol: Allowed error of a step, relative to the state; float32 does not reach less than about
             1e-6.
         atol: Allowed error of a step.
+        keep: Gets the states at its times, interpolated to fourth order: the steps stay the same.
 
     Returns:
         State at end, [B, ...].
@@ -193,10 +204,14 @@ def dopri5(
             )
         return out
 
-    times = torch.tensor([start, end], dtype=torch.float64, device=x.device)
-    options: dict[str, Any] = {"step_t": times[1:], "dtype": torch.float64}
+    between = sorted(keep or {}, reverse=end < start)
+    times = torch.tensor([start, *between, end], dtype=torch.float64, device=x.device)
+    options: dict[str, Any] = {"step_t": times[-1:], "dtype": torch.float64}
     try:
-        return odeint(slope, x, times, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
+        path = odeint(slope, x, times, rtol=rtol, atol=atol, method="dopri5", options=options)
+        if keep is not None:
+            keep.update(zip(between, path[1:-1], strict=True))
+        return path[-1]
     except AssertionError as error:
         if not str(error).startswith("underflow in dt"):
             raise
@@ -213,6 +228,7 @@ def solve(
     span: tuple[float, float] = (0.0, 1.0),
     *,
     backward: bool = False,
+    keep: Keep | None = None,
 ) -> Tensor:
     """Carry x from noise to data, or from data to noise, with the solver of a config.
 
@@ -222,6 +238,7 @@ def solve(
         config: The solver and its steps.
         span: The times of noise and data, into which the grid is squeezed.
         backward: From data to noise.
+        keep: As in `integrate` and `dopri5`; `times_of` lists the times of a grid.
 
     Returns:
         State at the other end, [B, ...], in the config's dtype.
@@ -232,6 +249,11 @@ def solve(
     x, (start, end) = x.to(getattr(torch, config.state)), span
     if config.name == "dopri5":
         times = (end, start) if backward else (start, end)
-        return dopri5(v, x, *times, rtol=config.rtol, atol=config.atol)
+        return dopri5(v, x, *times, rtol=config.rtol, atol=config.atol, keep=keep)
     grid = grids.squeeze(grids.make(config, config.steps), span)
-    return integrate(v, x, grid.flip(0) if backward else grid, config.name)
+    return integrate(v, x, grid.flip(0) if backward else grid, config.name, keep)
+
+
+def times_of(config: SolverConfig, span: tuple[float, float] = (0.0, 1.0)) -> list[float]:
+    """List the times between noise and data at which the solver of a config, not dopri5, has states."""
+    return grids.squeeze(grids.make(config, config.steps), span).tolist()[1:-1]

@@ -1,8 +1,6 @@
 """Pictures from a pipeline's states, decoded by the pipeline itself."""
 
-import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from flowmatch.config import UserError
 from flowmatch.models.learn import FAILURES
-from flowmatch.models.script import Script, dtype_of, few_steps, unguided
+from flowmatch.models.script import Script, answered_once, dtype_of, few_steps, unguided
 from flowmatch.models.text import TextTeacher
 from flowmatch.models.watch import quiet, run
 
@@ -31,7 +29,7 @@ class Decoder:
 
     def __init__(self, pipe: Any, script: Script, call: dict[str, Any]):
         self.pipe, self.script, self.call = pipe, script, call
-        self._answers: dict[int, Any] = {}  # by the size of the batch
+        self._answers: dict[Any, Any] = {}
 
     @torch.no_grad()
     def __call__(self, x: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -51,27 +49,9 @@ class Decoder:
         call = few_steps(pipe, self.call | script.off, 2)  # one step is too few for some classes
         end = x.to(pipe._execution_device, dtype_of(pipe, script.network))
         how: dict[str, Any] = dict(inject=script.inject, network=script.network, end=end)
-        with quiet(), unguided(pipe, script), self._answered(len(prompts)):
+        net = getattr(pipe, script.network)
+        with quiet(), unguided(pipe, script), answered_once(net, self._answers):
             return pictures(run(pipe, prompts, call, end, **how).result)
-
-    @contextmanager
-    def _answered(self, size: int) -> Iterator[None]:
-        net = getattr(self.pipe, self.script.network)
-        own, before = net.forward, net.__dict__.get("forward")
-
-        @functools.wraps(own)  # its signature is read
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if size not in self._answers:
-                self._answers[size] = own(*args, **kwargs)
-            return self._answers[size]
-
-        net.forward = forward
-        try:
-            yield
-        finally:
-            del net.forward
-            if before is not None:
-                net.forward = before
 
 
 def pictures(result: Any) -> Tensor:

@@ -13,79 +13,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flowmatch.config import UserError
 from flowmatch.data import prompts as lists
 from flowmatch.data.config import PromptsConfig
 from flowmatch.data.prompts import PromptList
-from flowmatch.flow.config import SolverConfig
 from flowmatch.models import learn, networks
 from flowmatch.models.conditions import Conditions, Encoded, check_lengths
 from flowmatch.models.config import CallConfig
 from flowmatch.models.digest import module_digest, network_digest
+from flowmatch.models.own_run import OwnRun
 from flowmatch.models.rows import Stored
 from flowmatch.models.script import Script
 from flowmatch.models.teachers import TRAINED, Teacher, run_of
 from flowmatch.models.text_velocity import TextVelocity, ZeroTerminal, betas_of
-from flowmatch.models.velocity import Condition, Velocity
-from flowmatch.models.watch import quiet, run
+from flowmatch.models.velocity import Velocity
+from flowmatch.models.watch import quiet
 from flowmatch.runs import manifest
 
 BUILT = "tiny_pipeline"  # the stage whose folder is a pipeline
-OWN = "own"  # solver.name of the pipeline's own run
 DECODERS = ("vae", "vqvae", "vocoder", "safety_checker", "feature_extractor", "image_encoder")
-
-
-class OwnRun(TextVelocity):
-    """The velocity of a teacher whose pairs may come from its own run.
-
-    Args:
-        teacher: The teacher, on its device.
-        guidance: Of our solvers; the own run has that of its call.
-    """
-
-    def __init__(self, teacher: "TextTeacher", guidance: float = 1.0):
-        table = teacher.conditions()
-        super().__init__(teacher.net, teacher.script, table, teacher.schedule, guidance)
-        self.teacher = teacher
-
-    def labels(self, seed: int, ids: np.ndarray) -> np.ndarray:
-        """Draw the prompts of some pairs, int64 [B]; each depends on (seed, i) and the list alone."""
-        return self.teacher.prompts.number(seed, ids)
-
-    def integrate(
-        self,
-        x: Tensor,
-        config: SolverConfig,
-        cond: Condition | None = None,
-        *,
-        backward: bool = False,
-        before: Callable[[], None] | None = None,
-    ) -> Tensor:
-        """Carry noise to data: by the pipeline's own run, or by the solver of a config."""
-        if config.name != OWN:
-            return super().integrate(x, config, cond, backward=backward, before=before)
-        assert cond is not None, "a prompt for each sample"
-        teacher, script = self.teacher, self.script
-        prompts = [teacher.prompts.texts[i] for i in cond["label"].tolist()]
-        noise = x.to(next(self.net.parameters()).dtype)
-        if script.rides:  # the longest prompt of the set rides along, and is dropped
-            prompts, noise = [*prompts, teacher.prompts.longest], torch.cat([noise, noise[-1:]])
-        seen = run(
-            teacher.pipe,
-            prompts,
-            teacher.whole_call,
-            noise,
-            inject=script.inject,
-            network=script.network,
-            count=script.steps,
-            before=before,
-        )
-        self.evaluations += script.evaluations
-        return seen.steps[-1].after[: len(x)].to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -168,7 +117,8 @@ class TextTeacher(Teacher):
 
     def velocity(self, guidance: float = 1.0) -> Velocity:
         """Return its velocity, which may run the pipeline itself."""
-        return OwnRun(self, guidance)
+        parts = (self.net, self.script, self.conditions(), self.schedule, guidance)
+        return OwnRun(self.pipe, self.whole_call, self.prompts, *parts)
 
     def field(self, net: Any) -> Callable[[Any], Velocity]:
         """Return what makes the velocity of a student of `net`, or of its wrapper, in training."""

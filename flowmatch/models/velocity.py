@@ -10,7 +10,7 @@ from torch import Tensor
 from flowmatch.config import UserError
 from flowmatch.flow import grids, noise, samplers, solvers
 from flowmatch.flow.config import SamplerConfig, SolverConfig
-from flowmatch.flow.solvers import VelocityField
+from flowmatch.flow.solvers import Keep, VelocityField
 from flowmatch.models import two_time
 from flowmatch.models.network import Network
 
@@ -176,6 +176,7 @@ class Velocity:
         *,
         backward: bool = False,
         before: Callable[[], None] | None = None,
+        keep: Keep | None = None,
     ) -> Tensor:
         """Carry noise to data, or data to noise, with the solver of a config.
 
@@ -187,6 +188,7 @@ class Velocity:
             cond: As in `__call__`.
             backward: Carry data to noise.
             before: Called before each evaluation; it may raise.
+            keep: Gets the states at its times, which are some of `times`.
 
         Returns:
             The other end, [B, ...].
@@ -199,10 +201,14 @@ class Velocity:
                 return v(*words)
 
             if self._jumps(config.name) and not backward:
-                return solvers.jumps(field, x, grids.make(config, config.steps))
-            return solvers.solve(field, x, config, span, backward=backward)
+                return solvers.jumps(field, x, grids.make(config, config.steps), keep)
+            return solvers.solve(field, x, config, span, backward=backward, keep=keep)
 
         return (self.invert if backward else self.carry)(x, solve, cond)
+
+    def times(self, config: SolverConfig) -> list[float] | None:
+        """List the times between noise and data at which `integrate` has states; None for any time."""
+        return None if config.name == "dopri5" else solvers.times_of(config, self.span)
 
     def sample(
         self,

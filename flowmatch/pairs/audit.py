@@ -193,6 +193,8 @@ def read_manifest(folder: Store, found: Findings, pairs_here: bool) -> Promise:
         wrong.append(f"fingerprint={fingerprint!r} is not that of its config, inputs and round")
     if not (classes is None or type(classes) is int) or (classes is None) == layout.labels:
         wrong.append(f"classes={classes!r}, but labels={layout.labels}")
+    if not isinstance(times := facts.get("times", []), list) or len(times) != layout.states:
+        wrong.append(f"times={times!r}, but states={layout.states}")
     if wrong:
         found.faults.append(Fault(f"{name} is damaged: {'; '.join(wrong)}", (manifest.NAME,)))
         return Promise()

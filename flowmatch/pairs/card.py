@@ -29,7 +29,9 @@ def text(
         solver=solver,
         guidance=guidance,
         digest=teacher,
-        labels=(LABELS if layout.labels else "") + (INDEX if layout.index else ""),
+        labels=(STATES.format(count=layout.states) if layout.states else "")
+        + (LABELS if layout.labels else "")
+        + (INDEX if layout.index else ""),
     )
 
 
@@ -53,6 +55,8 @@ INVERTED = """`x0` is where the teacher's flow,
 followed backward (x_t = (1 - t) x0 + t x1, from t = 1 to 0), carries the sample `x1` of a data set
 (sha256 {digest})"""
 INDEX = ", `.i.npy` (the sample's number in the data, int64)"
+STATES = """, `.xt.npy` ({count} states of each path, [block, {count}, ...]; their times are
+`facts.times` of `manifest.json`)"""
 LABELS = ", `.y.npy` (class label, int64)"
 CARD = """# Noise/sample pairs of a flow model
 

@@ -67,6 +67,11 @@ class PairsConfig(StageConfig):
         "drawn: leave the noise out of the tars, which halves them; flowmatch draws it again from the "
         "seed, other readers cannot",
     )
+    states: list[float] = option(
+        [],
+        "rising times in (0, 1) at which the state of the teacher's path is kept beside x0 and x1, "
+        "without further evaluations; each a time of the solver's grid, or of the own run, to 0.001",
+    )
     lease_seconds: float = option(
         60.0, "seconds after which the shard of a silent worker is taken over", run=True, gt=0
     )
@@ -84,6 +89,13 @@ class PairsConfig(StageConfig):
         if info.data.get("data") is not None and dtype != "float32":
             raise ValueError("the noise of inverted data cannot be drawn again; set dtype=float32")
         return dtype
+
+    @pydantic.field_validator("states")
+    @classmethod
+    def _rising(cls, states: list[float]) -> list[float]:
+        if [0.0, *states, 1.0] != sorted({0.0, *states, 1.0}):
+            raise ValueError("expected times between 0 and 1, each larger than the one before")
+        return states
 
     @pydantic.model_validator(mode="after")
     def _of_prompts(self) -> "PairsConfig":

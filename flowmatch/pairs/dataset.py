@@ -19,7 +19,7 @@ from flowmatch.config import UserError
 from flowmatch.flow import noise
 from flowmatch.flow.noise import GroupedOrder, Order
 from flowmatch.pairs.cache import Cache, default_folder, repair, room
-from flowmatch.pairs.layout import PROMPT, Layout, head_bytes, npy_header, read_prompts
+from flowmatch.pairs.layout import PROMPT, STATES, Layout, head_bytes, npy_header, read_prompts
 from flowmatch.pairs.shards import tar_name
 from flowmatch.runs import manifest, storage
 from flowmatch.runs.storage import Bucket, Place
@@ -53,6 +53,7 @@ class PairData(Dataset[dict[str, Any]]):
         group: int = 0,
         cache: str | os.PathLike[str] | None = None,
         cache_gb: float | None = None,
+        states: bool = False,
     ):
         """Open a set.
 
@@ -62,6 +63,7 @@ class PairData(Dataset[dict[str, Any]]):
             group: shards that `order` shuffles together; 0 for all.
             cache: local folder for the tars of a URL; default: in the user's cache folder.
             cache_gb: 10^9 bytes that they may take there; default: nine tenths of the free space.
+            states: whether batches hold the states of the paths, which take K times the bytes of x1.
 
         Raises:
             UserError: if the set is not sealed, or shards are missing or have another size than their
@@ -88,6 +90,12 @@ class PairData(Dataset[dict[str, Any]]):
                 f"{key}={folder}: its manifest has count={count}; expected shards={self.shards} x "
                 f"shard_size={self.layout.shard_size}, with 1 shard at least; {self._repair}"
             )
+        if len(self.times) != self.layout.states or (states and not self.times):
+            raise UserError(
+                f"{key}={folder}: its manifest gives {len(self.times)} times of states, and its layout "
+                f"has {self.layout.states}; make a set with states=[...] to read them"
+            )
+        self.reads_states = states
         self._check_tars()
         self._sound: set[int] = set()  # shards whose tars are those that were sealed
         self._full = self._heads(0)
@@ -107,6 +115,11 @@ class PairData(Dataset[dict[str, Any]]):
     def shape(self) -> tuple[int, ...]:
         """Shape of one x0 or x1."""
         return self.layout.shape
+
+    @property
+    def times(self) -> list[float]:
+        """Times of the states that are stored."""
+        return list(self.sealed["facts"].get("times", []))
 
     @property
     def has_labels(self) -> bool:
@@ -133,8 +146,9 @@ class PairData(Dataset[dict[str, Any]]):
             ids: int [B] in [0, len), in any order.
 
         Returns:
-            x0, x1: float32 [B, *shape]; label: int64 [B], if pairs have labels; prompt: a list of B
-            strings, if pairs have prompts.
+            x0, x1: float32 [B, *shape]; xt: float32 [B, K, *shape], the states of the paths at `times`,
+            if the set was opened with states=True; label: int64 [B], if pairs have labels; prompt: a
+            list of B strings, if pairs have prompts.
 
         Raises:
             IndexError: for no ids, or ids out of range.
@@ -151,10 +165,13 @@ class PairData(Dataset[dict[str, Any]]):
         for name, starts in self.layout.offsets(index).items():
             if name in ("i", PROMPT):  # i: the pair's own number
                 continue
+            if name == STATES and not self.reads_states:
+                continue
             dtype, size = self.layout.members[name]
             parts = [tar[a : a + size] for tar, a in zip(tars, starts.tolist(), strict=True)]
             values = torch.from_numpy(np.concatenate(parts).view(dtype))
-            gathered[name] = values if name == "y" else values.view(-1, *self.shape).float()
+            lead = (-1, self.layout.states) if name == STATES else (-1,)
+            gathered[name] = values if name == "y" else values.view(*lead, *self.shape).float()
         if not self.layout.noise:
             x0 = noise.normal(self.seed, ids, self.shape, noise.PAIR_NOISE)
             gathered["x0"] = torch.from_numpy(x0.astype(self.layout.dtype)).float()

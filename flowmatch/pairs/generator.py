@@ -12,6 +12,7 @@ from torch import Tensor
 from flowmatch.data.dataset import Data
 from flowmatch.flow import noise
 from flowmatch.flow.config import SolverConfig
+from flowmatch.flow.solvers import Keep
 from flowmatch.models.config import Precision
 from flowmatch.models.precision import arithmetic, deterministic
 from flowmatch.models.velocity import Velocity
@@ -25,13 +26,15 @@ Array = Callable[[], np.ndarray]  # waits until the array is computed and copied
 class Made:
     """Pairs that were integrated together: x0, x1 [n, *shape] float32 or of the stored dtype.
 
-    label is int64 [n] or None; evaluations counts the network's evaluations of each pair.
+    label is int64 [n] or None; evaluations counts the network's evaluations of each pair; states are
+    those of the path, [n, K, *shape], or None.
     """
 
     x0: Array
     x1: Array
     label: np.ndarray | None
     evaluations: int
+    states: Array | None = None
 
 
 class PairGenerator:
@@ -53,6 +56,7 @@ class PairGenerator:
         solver: SolverConfig,
         precision: Precision,
         compile: bool,
+        times: Sequence[float] = (),
         before_evaluation: Callable[[], None] = lambda: None,
     ):
         """Move the network to the device, and compile it if asked to.
@@ -67,6 +71,7 @@ class PairGenerator:
             solver: config of the ODE solver.
             precision: of the network's arithmetic, see `precision.arithmetic`.
             compile: whether to compile the network.
+            times: rising times of the solver at which the state is kept.
             before_evaluation: called before each evaluation of the network; an exception that it
                 raises ends the generation.
         """
@@ -75,7 +80,7 @@ class PairGenerator:
             velocity.net.compile(fullgraph=True, dynamic=False)
         self.layout, self.velocity, self.device, self.data = layout, velocity, device, data
         self.seed, self.compute_batch, self.solver = seed, compute_batch, solver
-        self.before_evaluation = before_evaluation
+        self.before_evaluation, self.times = before_evaluation, tuple(times)
         self.environment: dict[str, Any] = {
             "torch": torch.__version__,
             "numpy": np.__version__,
@@ -96,6 +101,7 @@ class PairGenerator:
             x, label = self._starts(k * size + begin + np.arange(step))
             cond = None if label is None else {"label": self._to_device(label)}
             before = self.velocity.evaluations
+            keep: Keep = dict.fromkeys(self.times)
             with arithmetic(self.precision, self.device), deterministic():
                 carried = self.velocity.integrate(
                     self._to_device(x.astype(np.float32)),
@@ -103,12 +109,15 @@ class PairGenerator:
                     cond,
                     backward=backward,
                     before=self.before_evaluation,
+                    keep=keep,
                 )
             n = min(step, size - begin)
             start, end = on_host(x[:n]), to_host(carried[:n])
             x0, x1 = (end, start) if backward else (start, end)
             evaluations = self.velocity.evaluations - before
-            yield Made(x0, x1, None if label is None else label[:n], evaluations)
+            kept = [keep[t][:n].float() for t in self.times]
+            states = to_host(torch.stack(kept, 1)) if kept else None
+            yield Made(x0, x1, None if label is None else label[:n], evaluations, states)
 
     def _starts(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Draw noise and labels, or read data; padding beyond the last item continues with the first."""
@@ -166,22 +175,24 @@ def cut(
         environment: gets the mean number of evaluations as "evaluations", after the last block.
     """
 
-    def piece(x0: Any, x1: Any, y: Any) -> Any:
+    def piece(x0: Any, x1: Any, y: Any, states: Any) -> Any:
+        kept = [states] if layout.states else []
         prompts = [[texts[i] for i in y.tolist()]] if layout.prompt_bytes else []
-        return (x0 if layout.noise else None, x1, y, *prompts)
+        return (x0 if layout.noise else None, x1, y, *kept, *prompts)
 
     held: list[Any] = []
     counts = []
     for batch in batches:
         counts.append(batch.evaluations)
         x0, x1 = (end().astype(layout.dtype) for end in (batch.x0, batch.x1))
-        held.append((x0, x1, batch.label))
-        x0, x1, y = (join(column) for column in zip(*held, strict=True))
-        whole = len(x0) // layout.block * layout.block
+        states = None if batch.states is None else batch.states().astype(layout.dtype)
+        held.append((x0, x1, batch.label, states))
+        columns = [join(column) for column in zip(*held, strict=True)]
+        whole = len(columns[0]) // layout.block * layout.block
         for a in range(0, whole, layout.block):
             b = a + layout.block
-            yield piece(x0[a:b], x1[a:b], None if y is None else y[a:b])
-        held = [(x0[whole:], x1[whole:], None if y is None else y[whole:])]
+            yield piece(*(None if column is None else column[a:b] for column in columns))
+        held = [tuple(None if column is None else column[whole:] for column in columns)]
     if len(held[0][0]):
         yield piece(*held[0])
     environment["evaluations"] = sum(counts) / len(counts)

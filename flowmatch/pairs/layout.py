@@ -16,7 +16,7 @@ from flowmatch.config import UserError
 
 RECORD = tarfile.RECORDSIZE  # a tar's size is a multiple of it
 LARGEST_MEMBER = 8 * 1024**3  # USTAR writes sizes in 11 octal digits
-PROMPT = "prompt"
+PROMPT, STATES = "prompt", "xt"
 Advance = Callable[[int], Any]  # called with the number of bytes that were read since the last call
 
 
@@ -35,6 +35,7 @@ class Layout:
         prompt_bytes: bytes for the prompt of each pair, 0 for no prompts. The prompts of a block
             share the bytes of all its pairs.
         noise: whether x0 is stored; without it readers draw it again from the seed of the set.
+        states: number K of states of the path between x0 and x1 that are stored, 0 or more.
 
     Raises:
         UserError: for values that cannot be stored.
@@ -48,11 +49,12 @@ class Layout:
     index: bool = False
     prompt_bytes: int = 0
     noise: bool = True
+    states: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))  # JSON knows lists only
         faults = []
-        sizes = (*self.shape, self.shard_size, self.block, self.prompt_bytes)
+        sizes = (*self.shape, self.shard_size, self.block, self.prompt_bytes, self.states)
         if not all(type(size) is int for size in sizes) or not {
             type(self.labels),
             type(self.index),
@@ -71,6 +73,8 @@ class Layout:
             faults.append(f"block={self.block}: expected 1 to shard_size={self.shard_size} pairs")
         if self.prompt_bytes < 0:
             faults.append(f"prompt_bytes={self.prompt_bytes}: expected 0 or more")
+        if self.states < 0:
+            faults.append(f"states={self.states}: expected 0 or more")
         largest = max(size for _, size in self.members.values()) if not faults else 0
         if self.block * largest + 128 >= LARGEST_MEMBER:
             faults.append(
@@ -87,6 +91,8 @@ class Layout:
             del entries["prompt_bytes"]
         if self.noise:  # likewise
             del entries["noise"]
+        if not self.states:  # likewise
+            del entries["states"]
         return entries
 
     @cached_property
@@ -95,6 +101,8 @@ class Layout:
         value = np.dtype(self.dtype).newbyteorder("<")
         state = (value, value.itemsize * math.prod(self.shape))
         arrays = {"x0": state, "x1": state} if self.noise else {"x1": state}
+        if self.states:
+            arrays[STATES] = (value, self.states * state[1])
         for name, stored in (("y", self.labels), ("i", self.index)):
             arrays |= {name: (np.dtype("<i8"), 8)} if stored else {}
         if self.prompt_bytes:
@@ -169,7 +177,7 @@ def npy_header(layout: Layout, name: str, pairs: int) -> bytes:
     """Return the .npy header (version 1.0, 128 bytes) of a block's array; b"" for prompts."""
     if name == PROMPT:
         return b""
-    shape = (int(pairs), *(layout.shape if name in ("x0", "x1") else ()))
+    shape = shape_of(layout, name, pairs)
     entries = {"descr": layout.members[name][0].str, "fortran_order": False, "shape": shape}
     fields = "".join(f"'{key}': {value!r}, " for key, value in entries.items())
     text = f"{{{fields}}}".encode()
@@ -178,6 +186,12 @@ def npy_header(layout: Layout, name: str, pairs: int) -> bytes:
             f"shape={layout.shape}: too many dimensions for a .npy header of 128 bytes; flatten some"
         )
     return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117) + b"\n"
+
+
+def shape_of(layout: Layout, name: str, pairs: int) -> tuple[int, ...]:
+    """Return the shape of an array of a block: [pairs], or with the shape of a pair, or of K states."""
+    states = (layout.states,) if name == STATES else ()
+    return (int(pairs), *states, *(layout.shape if name in ("x0", "x1", STATES) else ()))
 
 
 def tar_header(name: str, size: int) -> bytes:

@@ -1,11 +1,11 @@
-"""The pair store on disk: shards of (x0, x1[, label][, prompt]) in plain tar files, and their commits.
+"""The pair store on disk: shards of (x0, x1[, states][, label][, prompt]) in plain tars, and commits.
 
 Shard k is `pairs-%06d.tar`: an uncompressed USTAR archive of blocks of pairs with one .npy member for
-each array, named SHARD-INDEX.x0.npy, .x1.npy[, .y.npy][, .i.npy], where INDEX is the number of the
-block's first pair in its shard. If there are prompts, .prompt.json is the last member of a block: a
-JSON list, padded with spaces to a fixed size. All offsets are computed (`Layout.offsets`), so no index
-is stored; stock `webdataset` and `datasets` read the same files. The sidecar
-`.meta/pairs-%06d.json`, written last, is the commit.
+each array, named SHARD-INDEX.x0.npy, .x1.npy[, .xt.npy][, .y.npy][, .i.npy], where INDEX is the number
+of the block's first pair in its shard. If there are prompts, .prompt.json is the last member: a JSON
+list, padded with spaces to a fixed size. All offsets are computed (`Layout.offsets`), so no index is
+stored; stock `webdataset` and `datasets` read the same files. The sidecar `.meta/pairs-%06d.json`,
+written last, is the commit.
 
 Shard k is a pure function of its fingerprint and k: two workers that make it write the same bytes.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from flowmatch.config import UserError
-from flowmatch.pairs.layout import PROMPT, Layout, write_prompts
+from flowmatch.pairs.layout import PROMPT, STATES, Layout, shape_of, write_prompts
 from flowmatch.runs import storage
 from flowmatch.runs.files import create, worker
 from flowmatch.runs.storage import Place, Store
@@ -31,7 +31,7 @@ CHUNK = 2**22  # bytes that are written at once
 README = "README.md"
 
 Block = tuple[np.ndarray | None, np.ndarray, np.ndarray | None]
-Prompted = tuple[np.ndarray | None, np.ndarray, np.ndarray | None, list[str]]
+Prompted = tuple[Any, ...]  # a Block with its states, its prompts, or both behind it
 
 
 class Vanished(Exception):
@@ -47,16 +47,18 @@ def _pieces(
     k: int, layout: Layout, blocks: Iterable[Block | Prompted]
 ) -> Iterator[bytes | memoryview]:
     written = number = 0
-    for number, (x0, x1, y, *prompts) in enumerate(blocks, 1):
+    for number, (x0, x1, y, *rest) in enumerate(blocks, 1):
         if number > layout.blocks:
             raise ValueError(f"shard {k}: more than the {layout.blocks} blocks of its layout")
         pairs = int(layout.pairs(number - 1))
         number_of = layout.numbers(k, number - 1) if layout.index else None
-        for name, array in zip(("x0", "x1", "y", "i"), (x0, x1, y, number_of), strict=True):
+        states = rest.pop(0) if layout.states else None
+        arrays = {"x0": x0, "x1": x1, STATES: states, "y": y, "i": number_of}
+        for name, array in arrays.items():
             if name not in layout.members and array is None:
                 continue
             dtype = layout.members[name][0] if name in layout.members else None
-            shape = (pairs, *(layout.shape if name in ("x0", "x1") else ()))
+            shape = shape_of(layout, name, pairs)
             if array is None or array.dtype != dtype or array.shape != shape:
                 actual = "nothing" if array is None else f"{array.dtype} {array.shape}"
                 expected = (
@@ -75,7 +77,7 @@ def _pieces(
             yield values.data
             yield bytes(-(128 + values.nbytes) % 512)
             written += int(layout.member_bytes(name, pairs))
-        texts = prompts[0] if prompts else []
+        texts = rest[0] if rest else []
         if [type(text) for text in texts] != [str] * (pairs if layout.prompt_bytes else 0):
             expected = (
                 f"{pairs} strings" if layout.prompt_bytes else "none: the layout has no prompts"
@@ -127,9 +129,10 @@ def write_shard(
         folder: path or URL. For a URL the tar is built in local scratch and uploaded whole.
         k: the number of the shard.
         layout: of the set.
-        blocks: (x0 or None, x1, y or None[, prompts]) for each block in order, with n =
-            layout.pairs(block): x0 and x1 [n, *shape] of the stored dtype, y int64 [n], prompts a
-            list of n strings. What the layout does not store is None.
+        blocks: (x0 or None, x1, y or None[, states][, prompts]) for each block in order, with n =
+            layout.pairs(block): x0 and x1 [n, *shape] and states [n, K, *shape] of the stored dtype,
+            y int64 [n], prompts a list of n strings. Of the first three, what the layout does not
+            store is None; the other two are there where the layout stores them.
         fingerprint: hash of all that the bytes come from, see `manifest.pair_fingerprint`.
         environment: versions, device and settings on which bitwise equality of x1 also depends; not
             part of the fingerprint.

@@ -19,7 +19,13 @@ FORMAT = 1  # incremented when a manifest of an older format no longer means the
 PAIR_FORMAT = 1  # incremented when the same config would make other pairs
 NAME = "manifest.json"
 # keys that older sets of pairs lack, with the values they were made with
-ADDED: dict[str, Any] = {"precision": "fp32", "prompts": None, "call": {}, "x0": "stored"}
+ADDED: dict[str, Any] = {
+    "precision": "fp32",
+    "prompts": None,
+    "call": {},
+    "x0": "stored",
+    "states": [],
+}
 
 
 FACTS: dict[str, tuple[type, ...]] = {  # kinds of the facts that later stages read

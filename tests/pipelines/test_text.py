@@ -10,7 +10,7 @@ import torch
 from flowmatch.config import UserError
 from flowmatch.data.config import PromptsConfig
 from flowmatch.flow import noise
-from flowmatch.models import text
+from flowmatch.models import own_run, text
 from flowmatch.models.config import CallConfig
 from flowmatch.models.watch import run as run_pipeline
 from flowmatch.pairs.dataset import PairData
@@ -291,3 +291,32 @@ def test_a_student_teaches_a_second_round_by_our_solvers_alone(made):
     with torch.no_grad():
         ours = batch["x0"] + v(batch["x0"], 0.0, {"label": batch["label"]})
     assert torch.allclose(batch["x1"], ours, atol=1e-4)
+
+
+def test_states_of_the_own_run_lie_on_the_way_from_noise_to_data(made):
+    """A scheduler's state is a x1 + s x0: of a flow x_t itself, of a diffusion x_t times a + s."""
+    name, folder = made
+    prompts, call = PromptsConfig(path=f"{folder}/prompts.txt"), CallConfig(**call_of(name))
+    teacher = text.load(folder / "pipe", "teacher", prompts, call)
+    times = own_run.times_of(teacher.pipe, teacher.script, teacher.call, PROMPTS)
+    assert len(times) == call_of(name)["num_inference_steps"] - 1
+    run(generate_pairs, *pair_words(name, folder, "paths", f"states=[{times[-1]:.4f}]"))
+    data, plain = PairData(folder / "paths", states=True), PairData(folder / "pairs")
+    batch = data.batch(np.arange(12))
+    assert data.times == times[-1:]
+    assert torch.equal(batch["x1"], plain.batch(np.arange(12))["x1"])
+    seen = run_pipeline(teacher.pipe, batch["prompt"][:4], call_of(name), batch["x0"][:4])
+    before, t = seen.steps[-1], times[-1]
+    factor = 1.0
+    if teacher.script.kind != "flow":
+        product = teacher.pipe.scheduler.alphas_cumprod[int(before.timestep)]
+        a, s = product.sqrt(), (1 - product).sqrt()
+        factor = float(1 / (a + s))
+        predicted = (before.sample - s * before.output) / a  # DDIM, Song et al. 2021, eq. 12
+        line = (1 - t) * before.output + t * predicted
+        assert torch.allclose(batch["xt"][:4, 0], line, atol=1e-5)
+    assert torch.allclose(batch["xt"][:4, 0], factor * before.sample, atol=1e-6)
+    with pytest.raises(
+        UserError, match=r"states: 0\.0123 is no time of solver\.name=own; its times"
+    ):
+        run(generate_pairs, *pair_words(name, folder, "wrong", "states=[0.0123]"))
