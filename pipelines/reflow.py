@@ -12,52 +12,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
 
-from flowmatch.config import Config, LocalPath, Place, UserError, option, required, together
+from flowmatch.config import LocalPath, UserError, option, require, required, together
 from flowmatch.data.config import PromptsConfig
 from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
-from flowmatch.models.config import CallConfig
+from flowmatch.models.config import CallConfig, LoraConfig
+from flowmatch.pairs.config import PairsEntry
 from flowmatch.runs import command, folder, process
 from flowmatch.runs.config import StageConfig
 from flowmatch.training.config import FitConfig
 
 if TYPE_CHECKING:
+    from flowmatch.models.adapters import Writer
     from flowmatch.models.teachers import Teacher
     from flowmatch.pairs.dataset import PairData
     from flowmatch.pairs.mixture import Mixture
-
-
-class PairsEntry(Config):
-    """One set of pairs."""
-
-    called: ClassVar[str] = "path"
-
-    path: Place = required(
-        "folder of a finished set of pairs, or a URL such as s3://BUCKET/PREFIX", run=True
-    )
-    weight: float = option(1.0, "share of each batch, relative to the other sets", gt=0)
-    group: int = option(
-        0,
-        "shards that are shuffled together: a pass over the set touches each shard once, and two "
-        "groups of a URL must fit into its cache; 0: all of them",
-        ge=0,
-    )
-    truncate: float = option(
-        0.0,
-        "share of the pairs that is left out of training: those with the largest |x1 - x0|^2, found "
-        "in one pass over the whole set at the start of each process",
-        ge=0,
-        lt=1,
-    )
-    cache: LocalPath | None = option(
-        None, "folder in which tars of a URL are kept (default: ~/.cache/flowmatch/pairs)", run=True
-    )
-    cache_gb: float | None = option(
-        None,
-        "size limit of that cache in 10^9 bytes; the least recently used tars are removed first "
-        "(default: nine tenths of the free space, shared equally by all sets without a limit)",
-        run=True,
-        gt=0,
-    )
 
 
 class ReflowConfig(StageConfig):
@@ -72,6 +40,11 @@ class ReflowConfig(StageConfig):
         run=True,
     )
     fit: FitConfig = required("the training loop")
+    lora: LoraConfig | None = option(
+        None,
+        "train an adapter of the start, which stays as it is, in the half precision of fit.precision if "
+        "that is bf16 or fp16; default: train all of its weights",
+    )
     objective: ObjectiveConfig = option(ObjectiveConfig(), "what the network learns from the pairs")
     times: TimesConfig = option(
         TimesConfig(name="noise_heavy", zero=0.5),
@@ -119,12 +92,14 @@ class Plan(folder.Plan):
     round: int
     seen_features: set[str]
     start: "Teacher"
+    writer: "Writer | None"
 
 
 def plan(config: ReflowConfig) -> Plan:
     """Check the config, open the pairs, and load the start."""
     from flowmatch.evaluation import features
     from flowmatch.flow import objectives
+    from flowmatch.models import adapters
     from flowmatch.pairs import truncation
     from flowmatch.pairs.dataset import PairData
     from flowmatch.pairs.mixture import Mixture
@@ -151,8 +126,9 @@ def plan(config: ReflowConfig) -> Plan:
             truncation.check(data, entry.truncate)
         return data
 
-    device, _, _, start, *sets = together(
+    device, _, _, _, start, *sets = together(
         check_loop,
+        lambda: check_lora(config),
         lambda: objectives.check(config.objective, config.loss, config.times, config.fit),
         check_features,
         load_start,
@@ -165,6 +141,10 @@ def plan(config: ReflowConfig) -> Plan:
         lambda: Mixture(list(zip(sets, weights, strict=True)), config.fit.batch_size, config.seed),
         lambda: network(start, config),
     )
+    writer = None
+    if config.lora is not None:
+        writer = adapters.writer(config.lora, start)
+        adapters.add(net, config.lora, config.seed)
     inputs = {"start": start.digest}
     inputs |= {f"pairs.{number}": data.digest for number, data in enumerate(sets)}
     if config.prompts is not None:
@@ -196,11 +176,13 @@ def plan(config: ReflowConfig) -> Plan:
         f"{'with prompts' if config.prompts else 'with labels' if start.classes else 'no labels'}",
         *cuts,
         f"{type(net).__name__} of {net.num_parameters():,} parameters, on {device}",
+        *(writer.lines(net) if writer else ()),
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / count:.1f} epochs{only}",
         *start.lines,
     ]
     last = max(data.sealed["facts"]["round"] for data in sets)
-    return Plan(config, inputs, lines, net, stream, module, last + 1, seen_features, start)
+    more = (net, stream, module, last + 1, seen_features, start, writer)
+    return Plan(config, inputs, lines, *more)
 
 
 def load(config: ReflowConfig, device: str) -> "Teacher":
@@ -209,10 +191,11 @@ def load(config: ReflowConfig, device: str) -> "Teacher":
         from flowmatch.models import teachers
 
         return teachers.load(config.start, "start")
-    from flowmatch.models import text
+    from flowmatch.models import adapters, text
 
     prompts, call, place = config.prompts, config.call, config.pipeline
-    more: Any = {"pipeline": place, "rows": config.conditions, "device": device}
+    dtype = adapters.dtype_of(config.lora, config.fit.precision)
+    more: Any = {"pipeline": place, "rows": config.conditions, "device": device, "dtype": dtype}
     return text.load(config.start, "start", prompts, call, **more)
 
 
@@ -225,6 +208,11 @@ def run(plan: Plan) -> None:
 
     config: ReflowConfig = plan.config
     field = plan.start.field(plan.net)
+    if config.prompts is not None and process.world_size() > 1 and not config.fit.shard:
+        from flowmatch.models import text
+
+        there = process.worker_device(process.pick_device(config.device))
+        text.freeze_unused(plan.net.to(there), field, plan.start.shape)
     with folder.RunFolder("reflow", config, plan.inputs) as opened:
         files = fit(
             plan.net,
@@ -237,6 +225,7 @@ def run(plan: Plan) -> None:
             seed=config.seed,
             device=config.device,
             field=field,
+            writer=plan.writer,
         )
         if process.leads():
             facts: dict[str, Any] = plan.start.student_facts
@@ -244,8 +233,11 @@ def run(plan: Plan) -> None:
                 facts["features"] = sorted(plan.seen_features)
             if config.times.zero == 1:
                 facts["one_step"] = True
-            net = networks.load(opened.folder / "net", "net")
-            opened.seal(files, round=plan.round, net=network_digest(net), **facts)
+            if plan.writer is None:
+                facts["net"] = network_digest(networks.load(opened.folder / "net", "net"))
+            else:
+                facts |= plan.writer.facts(opened.folder / "net")
+            opened.seal(files, round=plan.round, **facts)
 
 
 def network(start: "Teacher", config: ReflowConfig) -> Any:
@@ -269,6 +261,18 @@ def network(start: "Teacher", config: ReflowConfig) -> Any:
             "leave untrained; use objective.name=meanflow, or start from the flow before it"
         )
     return start.net
+
+
+def check_lora(config: ReflowConfig) -> None:
+    """Raise UserError where peft is missing, or an adapter would leave new layers untrained."""
+    if config.lora is None:
+        return
+    require("peft", "text", "lora")
+    if config.objective.name == "meanflow":
+        raise UserError(
+            "lora: objective.name=meanflow adds a second time to the network, which an adapter leaves "
+            "untrained; leave one of them out"
+        )
 
 
 def check_match(start: "Teacher", sets: "list[PairData]") -> None:

@@ -189,7 +189,13 @@ def run(plan: Plan) -> None:
 
     config: FlowConfig = plan.config
     order = Order(len(plan.data), config.seed)
-    teacher = plan.teacher
+    teacher, field = plan.teacher, Velocity  # type: Any, Any
+    if teacher is not None:
+        field = teacher.field(plan.net)
+        if process.world_size() > 1 and not config.fit.shard:
+            from flowmatch.models import text
+
+            text.freeze_unused(plan.net, field, teacher.shape)
     with folder.RunFolder("train_flow", config, plan.inputs) as opened:
         files = fit(
             plan.net,
@@ -201,7 +207,7 @@ def run(plan: Plan) -> None:
             objectives.build(ObjectiveConfig(), config.loss),
             seed=config.seed,
             device=config.device,
-            field=Velocity if teacher is None else teacher.field(plan.net),
+            field=field,
         )
         if process.leads():
             net = networks.load(opened.folder / "net", "net")

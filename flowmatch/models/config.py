@@ -1,10 +1,10 @@
-"""The config of a network, and the precisions of its products."""
+"""The configs of a network, of its adapter and of a pipeline's call; the precisions of products."""
 
 from typing import Literal
 
 import pydantic
 
-from flowmatch.config import Config, required
+from flowmatch.config import Config, option, required
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
@@ -21,3 +21,29 @@ class NetConfig(Config):
     model_config = pydantic.ConfigDict(extra="allow")
 
     name: str = required("class of the network; its keyword arguments are net.KEY")
+
+
+class LoraConfig(Config):
+    """An adapter: low-rank updates of some layers of a frozen network (LoRA)."""
+
+    rank: int = option(16, "rank of the update of each layer", ge=1)
+    alpha: float | None = option(
+        None, "the update is scaled by alpha / rank; null: alpha = rank", gt=0
+    )
+    targets: list[str] = option(
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        "layers that are adapted, by the ends of their names; all: every linear layer",
+        min_length=1,
+    )
+    dropout: float = option(0.0, "share of a layer's input that its update drops", ge=0, lt=1)
+    merge: bool = option(
+        False,
+        "write net/ as the whole network with the adapter in its weights; else the adapter alone, as "
+        "load_lora_weights and ComfyUI read it (always whole where the pipeline reads no adapters, and "
+        "for a network that reads no prompts)",
+    )
+
+    @property
+    def scale(self) -> float:
+        """What an update is multiplied by."""
+        return (self.rank if self.alpha is None else self.alpha) / self.rank

@@ -5,7 +5,6 @@ a flow, from our solvers on the velocity that was learnt. A student is trained o
 terms, called once a sample, without guidance.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -14,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from flowmatch.config import UserError
 from flowmatch.data import prompts as lists
 from flowmatch.data.config import PromptsConfig
 from flowmatch.data.prompts import PromptList
-from flowmatch.models import learn, networks
+from flowmatch.models import adapters, learn, networks
 from flowmatch.models.conditions import Conditions, Encoded, check_lengths
 from flowmatch.models.config import CallConfig
-from flowmatch.models.digest import module_digest, network_digest
+from flowmatch.models.digest import files_digest, network_digest, pipeline_digest
 from flowmatch.models.own_run import OwnRun
 from flowmatch.models.rows import Stored
 from flowmatch.models.script import Script
@@ -34,7 +32,6 @@ from flowmatch.models.watch import quiet
 from flowmatch.runs import manifest
 
 BUILT = "tiny_pipeline"  # the stage whose folder is a pipeline
-DECODERS = ("vae", "vqvae", "vocoder", "safety_checker", "feature_extractor", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,6 @@ class TextTeacher(Teacher):
         def made(net: Any) -> TextVelocity:
             return TextVelocity(net, self.script, table, schedule)
 
-        freeze_unused(net, made, self.shape)
         return made
 
     @property
@@ -222,7 +218,7 @@ def load(
         run_folder: What to do where `path` is a run folder and `pipeline` is missing, for the message.
         pipeline: The pipeline of a run folder.
         rows: A sealed folder of encode_prompts, made with this pipeline and call. Its text encoders are
-            not loaded then, and nothing is run.
+            not loaded then, and nothing is run: the network stays on the CPU, the rows go to `device`.
         dtype: Of the weights of a teacher.
         device: Where it is watched; it stays there.
 
@@ -252,8 +248,8 @@ def load(
     given = call.model_dump()
     table = None if rows is None else Stored(rows, "conditions", device)
     pipe = open_pipeline(source, key if trained is None else "pipeline", dtype, table is None)
-    pipe.to(device)
     if table is None:
+        pipe.to(device)
         script = learn.learn(pipe, given | _negative(prompts), where)
     else:
         script = Script.of(table.sealed["facts"]["script"])
@@ -262,7 +258,7 @@ def load(
         check_lengths(pipe, prompts, given, truncate)
     teacher = TextTeacher(
         getattr(pipe, script.network).eval(),
-        digest_of(pipe, script),
+        pipeline_digest(pipe, script),
         0,
         pipe=pipe,
         script=script,
@@ -274,7 +270,7 @@ def load(
         return teacher
     student = with_network(teacher, path, key, trained)
     setattr(pipe, script.network, student.net)
-    return replace(student, digest=digest_of(pipe, script))
+    return replace(student, digest=pipeline_digest(pipe, script))
 
 
 def with_network(
@@ -284,14 +280,23 @@ def with_network(
     folder, name = run_of(path)
     manifest.verify(folder, key, sealed)
     weights, facts = next(teacher.net.parameters()), sealed["facts"]
-    net = networks.load(folder / name, key).to(weights.device).eval()
+    net, adapted = None, facts.get("base") is not None
+    if adapted:
+        if facts["base"] != files_digest(teacher.net):
+            raise UserError(
+                f"{key}={path} is an adapter of another network than that of the given pipeline; name "
+                "the pipeline of its training"
+            )
+        net = adapters.apply(teacher.net, folder / name, facts["lora"])
+    else:
+        net = networks.load(folder / name, key).to(weights.device).eval()
     if weights.dtype != torch.float32:
         net.to(weights.dtype)
     schedule = ZeroTerminal(betas_of(teacher.pipe.scheduler)) if facts.get("form") == "v" else None
     return replace(
         teacher,
         net=net,
-        digest=network_digest(net),
+        digest=facts["net"] if adapted else network_digest(net),
         round=facts["round"],
         one_step=facts.get("one_step", False),
         features=tuple(facts.get("features", ())),
@@ -327,34 +332,19 @@ def _negative(prompts: PromptList) -> dict[str, str]:
 
 
 def freeze_unused(net: Any, field: Callable[[Any], Velocity], shape: tuple[int, ...]) -> list[str]:
-    """Freeze the parameters that the network's answer does not depend on; DDP wants it so.
+    """Freeze the parameters that the network's answer does not depend on, as DDP needs it.
 
     Returns:
         Their names.
     """
-    device = next(net.parameters()).device
+    first = next(net.parameters())
+    device, half = first.device, first.dtype != torch.float32
     x, t = torch.zeros(1, *shape, device=device), torch.full((1,), 0.5, device=device)
-    field(net)(x, t, {"label": torch.zeros(1, dtype=torch.long)}).sum().backward()
+    with torch.autocast(device.type, first.dtype if half else torch.bfloat16, enabled=half):
+        v = field(net)(x, t, {"label": torch.zeros(1, dtype=torch.long)})
+    v.sum().backward()
     unused = [name for name, p in net.named_parameters() if p.grad is None]
     for name, parameter in net.named_parameters():
         parameter.grad = None
         parameter.requires_grad_(parameter.requires_grad and name not in unused)
     return unused
-
-
-def digest_of(pipe: Any, script: Script) -> str:
-    """Hash what a pipeline's samples depend on: networks but for decoders, tokenizers, scheduler."""
-    parts: dict[str, str] = {"script": manifest.fingerprint(script.entries())}
-    for name, part in sorted(pipe.components.items()):
-        if part is None or name in DECODERS:
-            continue
-        if isinstance(part, nn.Module):
-            parts[name] = network_digest(part) if name == script.network else module_digest(part)
-        elif hasattr(part, "get_vocab"):
-            facts = [part.get_vocab(), str(part.special_tokens_map), part.model_max_length]
-            parts[name] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        elif hasattr(part, "config"):
-            config = {k: v for k, v in dict(part.config).items() if not k.startswith("_")}
-            text = json.dumps(config, sort_keys=True, default=str)
-            parts[name] = hashlib.sha256(text.encode()).hexdigest()
-    return manifest.fingerprint(parts)

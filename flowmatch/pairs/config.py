@@ -1,10 +1,10 @@
-"""The config of stage two."""
+"""The config of stage two, and of its sets where they are read."""
 
 from typing import Any, ClassVar, Literal
 
 import pydantic
 
-from flowmatch.config import LocalPath, option, required
+from flowmatch.config import Config, LocalPath, Place, option, required
 from flowmatch.data.config import DataConfig, PromptsConfig
 from flowmatch.flow.config import SolverConfig
 from flowmatch.models.config import CallConfig, Precision
@@ -120,3 +120,37 @@ class PairsConfig(StageConfig):
                 "out (guidance of an own run is an argument of call)"
             )
         return self
+
+
+class PairsEntry(Config):
+    """One set of pairs."""
+
+    called: ClassVar[str] = "path"
+
+    path: Place = required(
+        "folder of a finished set of pairs, or a URL such as s3://BUCKET/PREFIX", run=True
+    )
+    weight: float = option(1.0, "share of each batch, relative to the other sets", gt=0)
+    group: int = option(
+        0,
+        "shards that are shuffled together: a pass over the set touches each shard once, and two "
+        "groups of a URL must fit into its cache; 0: all of them",
+        ge=0,
+    )
+    truncate: float = option(
+        0.0,
+        "share of the pairs that is left out of training: those with the largest |x1 - x0|^2, found "
+        "in one pass over the whole set at the start of each process",
+        ge=0,
+        lt=1,
+    )
+    cache: LocalPath | None = option(
+        None, "folder in which tars of a URL are kept (default: ~/.cache/flowmatch/pairs)", run=True
+    )
+    cache_gb: float | None = option(
+        None,
+        "size limit of that cache in 10^9 bytes; the least recently used tars are removed first "
+        "(default: nine tenths of the free space, shared equally by all sets without a limit)",
+        run=True,
+        gt=0,
+    )

@@ -33,6 +33,7 @@ FACTS: dict[str, tuple[type, ...]] = {  # kinds of the facts that later stages r
     **{"classes": (int, type(None)), "accuracy": (int, float), "sha256": (str,), "kind": (str,)},
     **{"layout": (dict,), "shards": (int,), "count": (int,), "fingerprint": (str,)},
     **dict.fromkeys(("script", "call", "prompts"), (dict, type(None))),
+    **{"lora": (dict,), "base": (str,)},
 }
 NEEDED = {  # stage -> facts that all of its manifests have
     **{stage: {"round"} for stage in ("train_flow", "reflow", "generate_pairs", "export")},

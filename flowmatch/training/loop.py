@@ -29,7 +29,7 @@ from flowmatch.training import compilation, ema, trackers
 from flowmatch.training.bar import Bar
 from flowmatch.training.config import FitConfig
 from flowmatch.training.draw import Ahead, Drawn, Stream, draw, mask_seed
-from flowmatch.training.state import State
+from flowmatch.training.state import State, Writer
 
 
 def split_batch(config: FitConfig, processes: int) -> tuple[int, int]:
@@ -144,6 +144,7 @@ def fit(
     seed: int,
     device: str,
     field: Field = Velocity,
+    writer: Writer | None = None,
     on_log: OnLog | None = None,
 ) -> list[str]:
     """Train a network's velocity, from the newest checkpoint of the run if it has one.
@@ -161,6 +162,7 @@ def fit(
         seed: Seed of the noise, the times, the label drop and the dropout masks.
         device: "auto", "cpu" or "cuda".
         field: Makes the velocity of the network, or of its wrapper.
+        writer: Writes the averaged networks; default: as diffusers writes a network.
         on_log: Called on each rank with the step and what is logged there, and with `waited`: the
             seconds since the last call that the loop has waited for data.
 
@@ -183,11 +185,12 @@ def fit(
             draw_at = partial(
                 draw, stream, coupling, t_config, config.label_drop, field(net).null, seed
             )
-            return _train(net, field, draw_at, accelerator, run, config, objective, seed, on_log)
+            state = State(net, config, accelerator, run, writer)
+            return _train(state, field, draw_at, accelerator, run, config, objective, seed, on_log)
 
 
 def _train(
-    net: Any,
+    state: State,
     field: Field,
     draw_at: Callable[[np.ndarray], Drawn],
     accelerator: Any,
@@ -200,8 +203,7 @@ def _train(
     """Train; return the files of the averaged networks. Leaves the process where a signal asks it to."""
     rank, world = accelerator.process_index, accelerator.num_processes
     micro, accumulation = split_batch(config, world)
-    state = State(net, config, accelerator, run)
-    v, plain = field(state.model), field(net)
+    v, plain = field(state.model), field(state.net)
     start = state.step
     _check_one_folder(accelerator, run, start)
     _begin_logs(accelerator, run, config, start)

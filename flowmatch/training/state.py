@@ -1,13 +1,15 @@
 """What training changes: weights, optimizer, averages, the step, and the sums of the loss."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from flowmatch.config import UserError
-from flowmatch.models import networks
+from flowmatch.models import adapters, networks
 from flowmatch.models.teachers import NETS
 from flowmatch.runs.folder import RunFolder
 from flowmatch.runs.process import leads
@@ -22,6 +24,30 @@ EMA = dict(zip(NETS, ("ema", "ema_2"), strict=True))  # folder of an average -> 
 MAX_SKIPPED = 40  # fp16 updates in a row: the scale has fallen by 2^40 and is not the cause
 
 
+class Writer(Protocol):
+    """Writes the network of a finished run."""
+
+    def keeps(self, name: str) -> bool:
+        """Return whether a tensor of the network's state is written."""
+
+    def write(self, kind: Any, net: Any, state: dict[str, Tensor], folder: Path) -> list[str]:
+        """Write what `keeps` let pass; return the names of the files in the folder."""
+
+
+class Whole:
+    """Writes a network as diffusers does."""
+
+    def keeps(self, name: str) -> bool:
+        """Return True."""
+        return True
+
+    def write(self, kind: Any, net: Any, state: dict[str, Tensor], folder: Path) -> list[str]:
+        """Write a network of a class, with the config of another one, and some weights."""
+        fresh = kind.from_config(net.config)
+        fresh.load_state_dict(state)
+        return networks.save(fresh, folder)
+
+
 class State:
     """The state of a training run, restored from its newest checkpoint if there is one.
 
@@ -33,17 +59,28 @@ class State:
         config: The training loop.
         accelerator: Accelerate's Accelerator of this process.
         run: The run folder, whose checkpoints are read and written.
+        writer: Writes the network at the end.
     """
 
-    def __init__(self, net: Any, config: FitConfig, accelerator: Any, run: RunFolder):
+    def __init__(
+        self,
+        net: Any,
+        config: FitConfig,
+        accelerator: Any,
+        run: RunFolder,
+        writer: Writer | None = None,
+    ):
         self.net, self.config, self.accelerator, self.run = net, config, accelerator, run
+        self.writer = writer or Whole()
+        self.adapted = any(adapters.is_adapters(name) for name, _ in net.named_parameters())
         self.step, saved = run.checkpoints.restore(config.steps)  # every rank reads
         if saved:
-            net.load_state_dict(saved["net"])
+            net.load_state_dict(saved["net"], strict=not self.adapted)
         self.kind = type(net)  # sharding changes it
         self._place_network()
-        self.names = [name for name, _ in net.named_parameters()]
-        self.parameters = list(net.parameters())  # listing them takes time, at each step
+        trained = adapters.trained(net)
+        self.names = list(trained)
+        self.parameters = list(trained.values())  # listing them takes time, at each step
         self.adamw = torch.optim.AdamW(
             self.parameters,
             lr=config.lr,
@@ -89,7 +126,7 @@ class State:
         like = {"step": torch.zeros((), device=counter)}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             if f"{name}/step" not in saved["optimizer"]:
-                continue  # a frozen one, such as the frequencies of a Fourier embedding
+                continue  # one without a gradient, on which the network's answer does not depend
             self.adamw.state[parameter] = {
                 key: sharding.lay_out(saved["optimizer"][f"{name}/{key}"], like.get(key, parameter))
                 for key in ADAMW
@@ -185,7 +222,7 @@ class State:
             for key, tensor in self.adamw.state[parameter].items()
         }
         tensors = {
-            "net": self.net.state_dict(),
+            "net": self._kept(adapters.is_adapters if self.adapted else Whole().keeps),
             "optimizer": optimizer,
             "progress": {"window": window},
         }
@@ -199,6 +236,10 @@ class State:
             self.run.checkpoints.save(self.step, whole, self.config.keep)
         self.accelerator.wait_for_everyone()
 
+    def _kept(self, keeps: Callable[[str], bool]) -> dict[str, Tensor]:
+        """Return the tensors of the network's state that something keeps."""
+        return {name: tensor for name, tensor in self.net.state_dict().items() if keeps(name)}
+
     def averaged(self, folder: str) -> dict[str, Tensor]:
         """Return the averaged parameters that are saved in a folder, by name."""
         return dict(zip(self.names, self.averages[folder].tensors, strict=True))
@@ -211,13 +252,13 @@ class State:
         """
         files = []
         for folder in self.averages:
-            whole = sharding.gather(self.net.state_dict() | self.averaged(folder))
+            kept = self._kept(self.writer.keeps) | self.averaged(folder)
+            whole = sharding.gather(kept)
             if not leads():
                 continue
-            net = self.kind.from_config(self.net.config)
-            net.load_state_dict(whole)
             built = self.run.scratch.build(folder)
-            files += [f"{folder}/{name}" for name in networks.save(net, built)]
+            written = self.writer.write(self.kind, self.net, whole, built)
+            files += [f"{folder}/{name}" for name in written]
             self.run.scratch.place(built, self.run.folder / folder)
         return files
 

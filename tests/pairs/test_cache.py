@@ -19,13 +19,13 @@ from flowmatch.config import UserError
 from flowmatch.pairs import cache as caching
 from flowmatch.pairs import dataset
 from flowmatch.pairs.cache import Cache, room
+from flowmatch.pairs.config import PairsEntry
 from flowmatch.pairs.dataset import PairData
 from flowmatch.pairs.layout import Layout
 from flowmatch.pairs.mixture import Mixture
 from flowmatch.pairs.shards import sidecar, tar_name
 from flowmatch.runs import storage
 from flowmatch.runs.storage import Bucket
-from pipelines.reflow import PairsEntry
 from tests.store import finish, write
 
 LAYOUT = Layout((2, 3), "float16", True, 10, 4)

@@ -1,0 +1,214 @@
+"""Adapters through stage three: what is trained, saved and loaded again, killed and resumed."""
+
+import json
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowmatch.config import UserError
+from flowmatch.data.config import PromptsConfig
+from flowmatch.models import adapters, networks, text
+from flowmatch.models.config import CallConfig, LoraConfig
+from flowmatch.models.watch import run as run_pipeline
+from flowmatch.runs import manifest
+from pipelines import encode_prompts, generate_pairs, reflow
+from tests import pairset, ranks
+from tests.pipelines.test_text import PROMPTS, call_of, words
+from tests.stages import UNET, run
+from tests.tiny import TINY
+
+NAMES = ["StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionPipeline"]
+LORA = ["lora={rank: 3, alpha: 6}", "fit.batch_size=4", "fit.log_every=1", "fit.lr=0.05"]
+LORA += ["fit.warmup=0", "fit.ema_decay=0.5"]
+
+
+def make(name, folder):
+    """Write a tiny pipeline, pairs of its own run, and its prompts, encoded."""
+    TINY[name].build().save_pretrained(folder / "pipe")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    sizes = ["shards=1", "shard_size=12", "block=4", "compute_batch=4", "dtype=float32"]
+    base = words(name, folder, f"teacher={folder}/pipe")
+    run(generate_pairs, *base, f"run_dir={folder}/pairs", *sizes)
+    run(encode_prompts, *base, f"run_dir={folder}/rows", "shard_size=4", "batch_size=2")
+    return folder
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def made(request, tmp_path_factory):
+    return request.param, make(request.param, tmp_path_factory.mktemp("adapters"))
+
+
+def reflow_words(name, folder, place, *more):
+    base = [f"start={folder}/pipe", f"pairs={folder}/pairs", f"conditions={folder}/rows", *LORA]
+    return [*words(name, folder, *base), f"run_dir={folder}/{place}", *more]
+
+
+def student(name, folder, place, **more):
+    listed, call = PromptsConfig(path=f"{folder}/prompts.txt"), CallConfig(**call_of(name))
+    pipeline = str(folder / "pipe")
+    return text.load(folder / place, "student", listed, call, pipeline=pipeline, **more)
+
+
+def sampled(pipe, name):
+    """The last state of a run from noise of ours."""
+    noise = TINY[name].noise(2)
+    seen = run_pipeline(pipe, PROMPTS[:2], call_of(name), noise)
+    return seen.steps[-1].after
+
+
+def test_the_adapter_alone_is_trained_saved_and_loaded_by_the_stock_pipeline(made):
+    """Unmerged in the pipeline's class, merged here, and by the keys of ComfyUI: the same samples."""
+    name, folder = made
+    run(reflow, *reflow_words(name, folder, "reflow", "fit.steps=6", "fit.save_every=3"))
+    net = folder / "reflow/net"
+    assert sorted(p.name for p in net.iterdir()) == [adapters.COMFYUI, adapters.DIFFUSERS]
+    saved = load_file(net / adapters.DIFFUSERS)
+    count = sum(t.numel() for t in saved.values())
+    checkpoint = folder / "reflow/checkpoints/step_00000006"
+    for part in ("net", "ema", "optimizer"):
+        tensors = load_file(checkpoint / f"{part}.safetensors")
+        assert all(".lora_" in key for key in tensors)
+        assert sum(t.numel() for t in tensors.values()) <= (2 * count + len(tensors))
+    assert max(float(t.abs().max()) for key, t in saved.items() if "lora_B" in key) > 0.01
+
+    teacher = text.open_pipeline(folder / "pipe", "teacher")
+    before = sampled(teacher, name)
+    teacher.load_lora_weights(net)
+    unmerged = sampled(teacher, name)
+    assert float((unmerged - before).abs().max()) > 1e-3, "the adapter changes nothing"
+    loaded = student(name, folder, "reflow")
+    merged = sampled(loaded.pipe, name)
+    assert torch.allclose(merged, unmerged, atol=2e-5 * float(unmerged.abs().max()))
+    assert not any(adapters.is_adapters(key) for key in loaded.net.state_dict())
+
+    sealed = manifest.read(folder / "reflow", "student")
+    assert loaded.round == sealed["facts"]["round"] == 1
+    assert sealed["facts"]["lora"]["rank"] == 3
+    by_comfyui(text.open_pipeline(folder / "pipe", "teacher"), name, net, merged)
+
+
+def by_comfyui(pipe, name, net, merged):
+    """Do what ComfyUI does with a file: W + alpha / rank up down, by layer."""
+    component = "unet" if hasattr(pipe, "unet") else "transformer"
+    network, tensors = getattr(pipe, component), load_file(net / adapters.COMFYUI)
+    used = set()
+    for layer, module in network.named_modules():
+        down, up = f"{component}.{layer}.lora_A.weight", f"{component}.{layer}.lora_B.weight"
+        alpha = f"{component}.{layer}.alpha"
+        if component == "unet":  # the names of kohya's scripts
+            layer = "lora_unet_" + layer.replace(".", "_")
+            down, up = f"{layer}.lora_down.weight", f"{layer}.lora_up.weight"
+            alpha = f"{layer}.alpha"
+        if down in tensors:
+            used |= {down, up, alpha}
+            scale = tensors[alpha] / tensors[down].shape[0]
+            module.weight.data += scale * tensors[up] @ tensors[down]
+    assert used == set(tensors)
+    assert torch.allclose(sampled(pipe, name), merged, atol=1e-4 * float(merged.abs().max()))
+
+
+def test_a_merged_network_is_written_on_request(made):
+    name, folder = made
+    run(reflow, *reflow_words(name, folder, "alone", "fit.steps=2"))
+    run(reflow, *reflow_words(name, folder, "whole", "fit.steps=2", "lora.merge=true"))
+    assert (folder / "whole/net/config.json").is_file()
+    one, two = (student(name, folder, place).net.state_dict() for place in ("alone", "whole"))
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[key], two[key], atol=1e-6) for key in one)
+
+
+def test_a_base_in_half_precision_stays_as_it_is(made):
+    """The base is held in bfloat16, adapter and its averages in float32."""
+    name, folder = made
+    words = reflow_words(name, folder, "half", "fit.steps=2", "fit.precision=bf16", "device=cpu")
+    config, _ = ranks.command.load(reflow.ReflowConfig, words)
+    plan = reflow.plan(config)
+    frozen = {p.dtype for p in plan.net.parameters() if not p.requires_grad}
+    trained = {p.dtype for p in adapters.trained(plan.net).values()}
+    assert (frozen, trained) == ({torch.bfloat16}, {torch.float32})
+    base = {k: v.clone() for k, v in plan.net.state_dict().items() if not adapters.is_adapters(k)}
+    accelerate.state.AcceleratorState._reset_state(True)  # it holds one precision a process
+    try:
+        reflow.run(plan)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(True)
+    now = plan.net.state_dict()
+    assert all(torch.equal(now[key], value) for key, value in base.items())
+    lines = (folder / "half/metrics.jsonl").read_text().splitlines()
+    assert all(np.isfinite(json.loads(line)["loss"]) for line in lines)
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory):
+    return make(NAMES[0], tmp_path_factory.mktemp("sd3"))
+
+
+LONG = ["fit.steps=12", "fit.save_every=3", "fit.keep=9", "lora.dropout=0.3", "device=cpu"]
+
+
+def train(world, words, codes=None, **environment):
+    """Run the watched stage on some ranks, to its end."""
+    log = f"{words[-1].removeprefix('run_dir=')}.log"
+    started = ranks.start(world, words, log, "reflow", **environment)
+    for rank in started:
+        rank.join(120)
+    said = Path(log).read_text()
+    assert [rank.exitcode for rank in started] == (codes or [0] * world), said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2])
+def test_killed_at_random_moments_and_repeated_it_writes_the_same_bytes(sd3, world):
+    """Dropout included; once in an update, once while a checkpoint is written."""
+    rng = np.random.default_rng(world)
+    base = reflow_words(NAMES[0], sd3, "", *LONG)
+
+    def at(place):
+        return [w for w in base if not w.startswith("run_dir=")] + [f"run_dir={sd3}/{place}"]
+
+    train(world, at(f"whole{world}"))
+    step, save = int(rng.integers(3, 6)), 3 * int(rng.integers(2, 4))
+    dead = [-9, 1][:world]
+    train(world, at(f"cut{world}"), dead, FAULT=f"kill:0:{step}")
+    train(world, at(f"cut{world}"), dead, FAULT=f"save:0:{save}")
+    train(world, at(f"cut{world}"))
+    for name in ("manifest.json", f"net/{adapters.DIFFUSERS}", f"net/{adapters.COMFYUI}"):
+        whole, cut = (sd3 / f"{place}{world}" / name for place in ("whole", "cut"))
+        assert whole.read_bytes() == cut.read_bytes(), name
+
+
+def test_the_adapter_of_a_network_without_prompts_is_merged(tmp_path):
+    net = UNET | {"name": "UNet2DModel", "add_attention": True, "attention_head_dim": 4}
+    net |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"]}
+    pairset.make_teacher(tmp_path / "flow", shape=(1, 8, 8), classes=None, **net)
+    pairset.generate(*pairset.words(tmp_path, "dtype=float32"))
+    base = [f"start={tmp_path}/flow", f"pairs={tmp_path}/pairs", "fit.steps=4", *LORA]
+    run(reflow, *base, f"run_dir={tmp_path}/reflow")
+    before, after = (networks.load(tmp_path / p / "net", "net") for p in ("flow", "reflow"))
+    changed = {
+        key
+        for key, value in after.state_dict().items()
+        if not torch.equal(value, before.state_dict()[key])
+    }
+    assert changed == {f"{layer}.weight" for layer in adapters.layers(before, LoraConfig().targets)}
+    with pytest.raises(UserError, match="lora.targets: UNet2DModel has no layer to_z"):
+        run(reflow, *base, f"run_dir={tmp_path}/no", "lora.targets=[to_q,to_z]")
+    with pytest.raises(UserError, match="an adapter leaves untrained; leave one of them out"):
+        run(reflow, *base, f"run_dir={tmp_path}/no", "objective.name=meanflow")
+
+
+def test_a_student_of_another_pipeline_is_refused(made, tmp_path):
+    name, folder = made
+    run(reflow, *reflow_words(name, folder, "small", "fit.steps=1"))
+    pipe = TINY[name].build()
+    with torch.no_grad():
+        next(getattr(pipe, "unet" if hasattr(pipe, "unet") else "transformer").parameters()).add_(1)
+    pipe.save_pretrained(tmp_path / "other")
+    listed, call = PromptsConfig(path=f"{folder}/prompts.txt"), CallConfig(**call_of(name))
+    other = str(tmp_path / "other")
+    with pytest.raises(UserError, match="is an adapter of another network than that of the given"):
+        text.load(folder / "small", "student", listed, call, pipeline=other)
