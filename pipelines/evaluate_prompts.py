@@ -189,7 +189,7 @@ def remarks(
     from flowmatch.models import teachers
 
     lines = [tables.ONE_STEP] if student.one_step and config.steps != [1] else []
-    facts = manifest.read(teachers.run_of(str(config.student))[0], "student")["facts"]
+    facts = teachers.read_made(str(config.student), "student")["facts"]
     changed = differences(facts["call"], teacher.call)
     if changed:
         lines.append(f"the student's pairs were made with another call: {'; '.join(changed)}")

@@ -101,11 +101,14 @@ def plan(config: ExportConfig) -> Plan:
             )
             check_steps(read)
             return read, read.digest
-        found = manifest.find(teachers.run_of(config.student)[0], "student", teachers.TRAINED)
-        if found is not None and "script" in found["facts"]:
+        try:
+            found = teachers.read_made(config.student, "student")["facts"]
+        except UserError:  # told below, or no training stage
+            found = {}
+        if "script" in found:
             raise UserError(
                 f"student={config.student} reads prompts: set prompts= to their list, and pipeline= to "
-                f"the teacher's {found['facts']['script']['pipeline']}"
+                f"the teacher's {found['script']['pipeline']}"
             )
         student = teachers.load(config.student, "student")
         digest = student.digest

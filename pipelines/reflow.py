@@ -213,7 +213,12 @@ def run(plan: Plan) -> None:
 
         there = process.worker_device(process.pick_device(config.device))
         text.freeze_unused(plan.net.to(there), field, plan.start.shape)
-    with folder.RunFolder("reflow", config, plan.inputs) as opened:
+    facts: dict[str, Any] = {"round": plan.round} | plan.start.student_facts
+    if plan.seen_features:
+        facts["features"] = sorted(plan.seen_features)
+    if config.times.zero == 1:
+        facts["one_step"] = True
+    with folder.RunFolder("reflow", config, plan.inputs, facts) as opened:
         files = fit(
             plan.net,
             plan.stream,
@@ -228,16 +233,11 @@ def run(plan: Plan) -> None:
             writer=plan.writer,
         )
         if process.leads():
-            facts: dict[str, Any] = plan.start.student_facts
-            if plan.seen_features:
-                facts["features"] = sorted(plan.seen_features)
-            if config.times.zero == 1:
-                facts["one_step"] = True
             if plan.writer is None:
-                facts["net"] = network_digest(networks.load(opened.folder / "net", "net"))
+                facts = {"net": network_digest(networks.load(opened.folder / "net", "net"))}
             else:
-                facts |= plan.writer.facts(opened.folder / "net")
-            opened.seal(files, round=plan.round, **facts)
+                facts = plan.writer.facts(opened.folder / "net")
+            opened.seal(files, **facts)
 
 
 def network(start: "Teacher", config: ReflowConfig) -> Any:

@@ -3,16 +3,19 @@
 x_t = (1 - t) x0 + t x1 with fresh noise x0 for each image x1; the network learns x1 - x0. Its EMA
 weights, in `run_dir/net`, are the teacher of the next stages.
 
-With `start`, a pipeline that reads prompts: its network is trained on pictures with captions, as the
+With `start`, training goes on from the weights of a finished stage, a checkpoint or a diffusers model.
+Where that is a pipeline that reads prompts, its network is trained on pictures with captions, as the
 latents of its VAE, under what its text encoders say of the captions.
 """
 
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
 
-from flowmatch.config import LocalPath, UserError, option, required, together
+from flowmatch.config import LocalPath, NotReady, UserError, option, required, together
 from flowmatch.data.config import DataConfig
 from flowmatch.flow.config import CouplingConfig, LossConfig, ObjectiveConfig, TimesConfig
 from flowmatch.models.config import CallConfig, NetConfig
@@ -33,16 +36,21 @@ class FlowConfig(StageConfig):
     data: DataConfig = required("training data")
     start: LocalPath | None = option(
         None,
-        "a pipeline that reads prompts, a folder or a name on the hub: train its network, from its own "
-        "weights, on pictures with captions",
+        "start weights in place of random ones: a finished training stage (its EMA), a checkpoint, or a "
+        "diffusers model or pipeline; the network of a pipeline that reads prompts is trained on "
+        "pictures with captions",
         run=True,
         shared=False,
     )
     call: CallConfig = option(
-        CallConfig(), "with start: arguments of the pipeline's call", validate_default=True
+        CallConfig(),
+        "with a start that reads prompts: arguments of the pipeline's call",
+        validate_default=True,
     )
     fresh: bool = option(
-        False, "with start: random weights in place of the network's own", validate_default=True
+        False,
+        "with a start that reads prompts: random weights in place of the network's own",
+        validate_default=True,
     )
     net: NetConfig | None = option(
         None, "the network; left out with start, which has one", validate_default=True
@@ -65,7 +73,7 @@ class FlowConfig(StageConfig):
         if net is None and not info.data.get("start"):
             raise ValueError("missing; set net.name, a class of diffusers, or start, a pipeline")
         if net is not None and info.data.get("start"):
-            raise ValueError("the pipeline of start has a network; remove net or start")
+            raise ValueError("start has a network; remove net (net: null) or start")
         return net
 
 
@@ -76,6 +84,7 @@ class Plan(folder.Plan):
     data: "Data"
     net: Any
     teacher: "TextTeacher | None"
+    facts: dict[str, Any]  # for the manifest
 
 
 def plan(config: FlowConfig) -> Plan:
@@ -94,8 +103,10 @@ def plan(config: FlowConfig) -> Plan:
 
     def open_data() -> Opened:
         data = dataset.load(config.data)
-        if config.start is not None:
+        if config.start is not None and reads_prompts(config.start):
             opened = open_captioned(config, data)
+        elif config.start is not None:
+            opened = open_start(config, data)
         else:
             assert config.net is not None
             net = networks.build(config.net, data.shape, data.classes, config.seed)
@@ -114,7 +125,8 @@ def plan(config: FlowConfig) -> Plan:
         *data.notes,
         *(teacher.lines if teacher else []),
     ]
-    return Plan(config, opened.inputs, lines, data, net, teacher)
+    facts = opened.facts if teacher is None else teacher.student_facts
+    return Plan(config, opened.inputs, lines, data, net, teacher, facts)
 
 
 @dataclass(frozen=True)
@@ -126,6 +138,50 @@ class Opened:
     teacher: "TextTeacher | None"
     inputs: dict[str, str]
     labels: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def reads_prompts(start: str) -> bool:
+    """Tell whether a start is a pipeline that reads prompts, or a trained network of one."""
+    from flowmatch.models import diffusion, teachers, text
+
+    if Path(start).exists() or not diffusion.HUB_NAME.fullmatch(start):
+        with suppress(UserError):  # no training stage, or one that is told later
+            return "script" in teachers.read_made(start, "start")["facts"]
+        return text.is_pipeline(start)
+    try:
+        index = diffusion.read_index(start, "start")
+    except NotReady:
+        return False
+    return any(name.startswith(("text_encoder", "tokenizer")) for name in index)
+
+
+def open_start(config: FlowConfig, data: "Data") -> Opened:
+    """Load the start weights. Raises UserError where they do not fit the data, or are of no flow."""
+    from flowmatch.models import diffusion, teachers, two_time
+
+    assert config.start is not None
+    where = f"start={config.start}"
+    start = teachers.load(config.start, "start")
+    faults = []
+    if config.fresh or config.call != CallConfig():
+        faults.append(f"{where} reads no prompts: leave fresh and call out")
+    if start.shape != data.shape:
+        faults.append(f"data holds {list(data.shape)}; {where} takes {list(start.shape)}")
+    if start.classes != data.classes:
+        faults.append(
+            f"data has {data.classes or 'no'} classes; {where} takes {start.classes or 'none'}"
+        )
+    if start.diffusion is not None and not diffusion.can_be_velocity(start.net):
+        faults.append(f"{where} cannot predict a velocity: start from a flow model")
+    if two_time.argument(start.net) is not None:
+        faults.append(f"{where} takes a second time (MeanFlow): start from the flow before it")
+    if faults:
+        raise UserError(faults)
+    labels = "no labels" if data.classes is None else f"{data.classes} classes"
+    inputs = {"data": data.digest, "start": start.digest}
+    facts: dict[str, Any] = {"features": sorted(start.features)} if start.features else {}
+    return Opened(data, start.net, None, inputs, f"{labels}, from the weights of {where}", facts)
 
 
 def open_captioned(config: FlowConfig, pictures: "Data") -> Opened:
@@ -196,7 +252,8 @@ def run(plan: Plan) -> None:
             from flowmatch.models import text
 
             text.freeze_unused(plan.net, field, teacher.shape)
-    with folder.RunFolder("train_flow", config, plan.inputs) as opened:
+    facts = {"round": 0} | plan.facts
+    with folder.RunFolder("train_flow", config, plan.inputs, facts) as opened:
         files = fit(
             plan.net,
             lambda counters: plan.data.batch(order(counters)),
@@ -211,8 +268,7 @@ def run(plan: Plan) -> None:
         )
         if process.leads():
             net = networks.load(opened.folder / "net", "net")
-            facts = {} if teacher is None else teacher.student_facts
-            opened.seal(files, round=0, net=network_digest(net), **facts)
+            opened.seal(files, net=network_digest(net))
 
 
 STAGE = command.Stage("train_flow", FlowConfig, plan, run, __doc__, grouped=True)

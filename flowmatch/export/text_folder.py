@@ -15,10 +15,9 @@ from flowmatch.export.text_export import EXACT, Choice, Trial, Way
 from flowmatch.models import students, text
 from flowmatch.models.config import CallConfig
 from flowmatch.models.diffusion import read_index
-from flowmatch.models.teachers import TRAINED, run_of
+from flowmatch.models.teachers import read_made
 from flowmatch.models.text import TextTeacher
 from flowmatch.models.watch import quiet
-from flowmatch.runs import manifest
 from flowmatch.runs.files import allow_readers, write_atomic
 
 
@@ -38,7 +37,7 @@ def open_student(
         UserError: It is no such student, or prompts, call and pipeline are not those of its training.
     """
     where = f"student={path}"
-    sealed = manifest.read(run_of(path)[0], "student", TRAINED)
+    sealed = read_made(path, "student")
     facts = sealed["facts"]
     if "script" not in facts:
         raise UserError(f"{where} was trained without prompts; leave prompts, call, pipeline out")

@@ -3,9 +3,8 @@
 import os
 
 from flowmatch.config import UserError
-from flowmatch.models.teachers import TRAINED, run_of
+from flowmatch.models.teachers import read_made
 from flowmatch.models.text import TextTeacher, with_network
-from flowmatch.runs import manifest
 
 TERMS = (
     *("pipeline", "network", "sample", "time", "kind", "slope", "offset", "sign", "half"),
@@ -18,7 +17,7 @@ def load(teacher: TextTeacher, path: str | os.PathLike[str], key: str) -> TextTe
 
     Args:
         teacher: The pipeline.
-        path: A sealed run folder of a training stage with prompts.
+        path: A sealed run folder of a training stage with prompts, or a checkpoint of one.
         key: Name of the config's key, for the messages.
 
     Returns:
@@ -28,8 +27,7 @@ def load(teacher: TextTeacher, path: str | os.PathLike[str], key: str) -> TextTe
         UserError: It is of another pipeline, or of none.
         NotReady: It is not made yet.
     """
-    folder, _ = run_of(path)
-    sealed = manifest.read(folder, key, TRAINED)
+    sealed = read_made(path, key)
     script, own = sealed["facts"].get("script"), teacher.script.entries()
     if script is None:
         raise UserError(

@@ -18,7 +18,7 @@ from flowmatch.models.diffusion import (
 )
 from flowmatch.models.digest import network_digest
 from flowmatch.models.velocity import Velocity, classes_of, sample_shape
-from flowmatch.runs import manifest
+from flowmatch.runs import checkpoints, manifest
 
 TRAINED = ("train_flow", "reflow")
 OWN_WEIGHTS = (
@@ -116,12 +116,73 @@ def run_of(folder: str | os.PathLike[str]) -> tuple[Path, str]:
     return folder, NETS[0]
 
 
+def checkpoint_of(folder: str | os.PathLike[str]) -> Path | None:
+    """Return the checkpoint that a path names, itself or by its folder `net_2`; None for any other."""
+    path = Path(folder)
+    step = path.parent if path.name in NETS else path
+    return step if (step / checkpoints.INDEX).is_file() else None
+
+
+def read_made(path: str | os.PathLike[str], key: str) -> dict[str, Any]:
+    """Read what a training stage says of its network: stage, config, inputs, facts.
+
+    Args:
+        path: A sealed run folder, its folder `net_2`, or a checkpoint.
+        key: Name of the config's key, for the messages.
+
+    Returns:
+        The manifest, or the index of the checkpoint.
+
+    Raises:
+        UserError: It is damaged, or of another stage.
+        NotReady: It is not sealed.
+    """
+    step = checkpoint_of(path)
+    if step is None:
+        return manifest.read(run_of(path)[0], key, TRAINED)
+    try:
+        return checkpoints.read_index(step)
+    except checkpoints.Unsound as error:
+        raise UserError(f"{key}={path}: {error}; use another checkpoint") from None
+
+
+def load_made(path: str | os.PathLike[str], key: str, made: dict[str, Any]) -> Any:
+    """Load the averaged network of a training stage, after a check of its hashes.
+
+    Args:
+        path: As for `read_made`.
+        key: Name of the config's key, for the messages.
+        made: From `read_made`.
+
+    Returns:
+        The network.
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
+    step = checkpoint_of(path)
+    if step is None:
+        run, name = run_of(path)
+        manifest.verify(run, key, made)
+        return networks.load(run / name, key)
+    inside = Path(path).relative_to(step)
+    if str(inside / "config.json") not in made["files"]:
+        raise UserError(f"{key}={path} holds an adapter alone; use its run once it has finished")
+    files = [name for name in made["files"] if Path(name).parent == inside]
+    try:
+        checkpoints.verify(step, made, files)
+    except checkpoints.Unsound as error:
+        raise UserError(f"{key}={path}: {error}; use another checkpoint") from None
+    return networks.load(path, key)
+
+
 def load(path: str | os.PathLike[str], key: str) -> Teacher:
     """Load a teacher.
 
     Args:
         path: A sealed run folder of a training stage, whose EMA weights (`net/`) are loaded and checked
-            against their hashes, or its folder `net_2`, the weights of a second width; a diffusers
+            against their hashes, or its folder `net_2`, the weights of a second width; a checkpoint
+            (RUN/checkpoints/step_N) of such a stage, finished or not, likewise; a diffusers
             pipeline, a flow model or a diffusion model according to its scheduler; or a diffusers
             model, a flow model in diffusers' convention (timestep 1000 sigma, output noise - data).
             Pipelines and models may be names on the hub.
@@ -141,24 +202,24 @@ def load(path: str | os.PathLike[str], key: str) -> Teacher:
         except NotReady:
             return _flow(networks.load(path, key), f"{key}={path}")
         return _pipeline(path, key, index)
-    run, name = run_of(folder)
+    run, _ = run_of(folder)
     if folder.is_file():
         raise UserError(f"{key}={path} is a file; {OWN_WEIGHTS}")
     if (folder / "model_index.json").is_file():
         found = _pipeline(path, key, read_index(path, key))
         sealed = manifest.find(folder, key, ("export",))
         return found if sealed is None else _exported(found, folder, key, sealed)
-    if (folder / "config.json").is_file() and run == folder:
+    step = checkpoint_of(folder)
+    if (folder / "config.json").is_file() and run == folder and step is None:
         return _flow(networks.load(path, key), f"{key}={path}")
     names = [file.name for file in folder.glob("[!.]*")]
-    if names and run == folder and not {manifest.NAME, "config.yaml"} & set(names):
+    if names and run == folder and step is None and not {manifest.NAME, "config.yaml"} & set(names):
         raise UserError(
             f"{key}={path} holds neither {manifest.NAME} (a finished stage), config.json (a diffusers "
             f"model) nor model_index.json (a pipeline); {OWN_WEIGHTS}"
         )
-    sealed = manifest.read(run, key, TRAINED)
-    manifest.verify(run, key, sealed)
-    facts, net = sealed["facts"], networks.load(run / name, key)
+    made = read_made(path, key)
+    facts, net = made["facts"], load_made(path, key, made)
     return Teacher(
         net,
         network_digest(net),

@@ -18,14 +18,14 @@ from flowmatch.config import UserError
 from flowmatch.data import prompts as lists
 from flowmatch.data.config import PromptsConfig
 from flowmatch.data.prompts import PromptList
-from flowmatch.models import adapters, learn, networks
+from flowmatch.models import adapters, learn
 from flowmatch.models.conditions import Conditions, Encoded, check_lengths
 from flowmatch.models.config import CallConfig
 from flowmatch.models.digest import files_digest, network_digest, pipeline_digest
 from flowmatch.models.own_run import OwnRun
 from flowmatch.models.rows import Stored
 from flowmatch.models.script import Script
-from flowmatch.models.teachers import TRAINED, Teacher, run_of
+from flowmatch.models.teachers import TRAINED, Teacher, checkpoint_of, load_made, read_made, run_of
 from flowmatch.models.text_velocity import TextVelocity, ZeroTerminal, betas_of
 from flowmatch.models.velocity import Velocity
 from flowmatch.models.watch import quiet
@@ -231,7 +231,9 @@ def load(
     """
     where, (folder, _), trained = f"{key}={path}", run_of(path), None
     unfinished = (folder / "config.yaml").is_file() and not is_pipeline(folder)
-    if unfinished or manifest.sealed(folder):
+    if checkpoint_of(path) is not None:
+        trained = read_made(path, key)
+    elif unfinished or manifest.sealed(folder):
         made = manifest.read(folder, key, (*TRAINED, BUILT))
         if made["stage"] == BUILT:
             manifest.verify(folder, key, made)
@@ -276,20 +278,20 @@ def load(
 def with_network(
     teacher: TextTeacher, path: str | os.PathLike[str], key: str, sealed: dict[str, Any]
 ) -> TextTeacher:
-    """Load the network of a sealed run folder, with all else of a pipeline, which stays as it is."""
-    folder, name = run_of(path)
-    manifest.verify(folder, key, sealed)
+    """Load the network of a training stage, with all else of a pipeline, which stays as it is."""
     weights, facts = next(teacher.net.parameters()), sealed["facts"]
-    net, adapted = None, facts.get("base") is not None
+    adapted = facts.get("base") is not None
     if adapted:
         if facts["base"] != files_digest(teacher.net):
             raise UserError(
                 f"{key}={path} is an adapter of another network than that of the given pipeline; name "
                 "the pipeline of its training"
             )
+        folder, name = run_of(path)
+        manifest.verify(folder, key, sealed)
         net = adapters.apply(teacher.net, folder / name, facts["lora"])
     else:
-        net = networks.load(folder / name, key).to(weights.device).eval()
+        net = load_made(path, key, sealed).to(weights.device).eval()
     if weights.dtype != torch.float32:
         net.to(weights.dtype)
     schedule = ZeroTerminal(betas_of(teacher.pipe.scheduler)) if facts.get("form") == "v" else None

@@ -1,11 +1,12 @@
 """The checkpoints of a training run: whole, hashed, and of this run alone, or named and not used.
 
 A checkpoint is a folder `checkpoints/step_%08d`. Its `checkpoint.json`, written last, holds the step,
-the content and the inputs of the run, the sha256 of each file, and the sha256 of all that.
+the content, the inputs and the facts of the run, the sha256 of each file, and the sha256 of all that.
+It is a model folder too: its averaged weights lie where diffusers reads them.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,8 @@ from flowmatch.runs.process import leads, say
 
 INDEX = "checkpoint.json"
 BAD = ".bad"  # ending of a checkpoint that was set aside
-PARTS = ("step", "config", "inputs", "files")
-Saved = dict[str, dict[str, "Tensor"]]  # file stem -> name -> tensor
+PARTS = {"step", "stage", "config", "inputs", "facts", "earlier", "files"}
+Saved = dict[str, dict[str, "Tensor"]]  # file without its suffix -> name -> tensor
 
 
 class Unsound(ValueError):
@@ -38,11 +39,11 @@ def read_index(folder: Path) -> dict[str, Any]:
     """Read the `checkpoint.json` of a checkpoint. Raises Unsound."""
     try:
         index = json.loads((folder / INDEX).read_bytes())
-        sound = index["fingerprint"] == fingerprint({part: index[part] for part in PARTS})
+        sound = index.pop("fingerprint") == fingerprint(index) and index.keys() >= PARTS
     except FileNotFoundError:
         missing = f"{INDEX} is missing" if any(folder.glob("*")) else "it is empty"
         raise Unsound(missing) from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise Unsound(f"{INDEX} is damaged")
@@ -52,11 +53,31 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def differences(index: Mapping[str, Any], config: Config, inputs: Mapping[str, str]) -> list[str]:
-    """List the content and the inputs in which a checkpoint differs from a run."""
+    """List the content and the inputs in which a run differs from a checkpoint beyond growth."""
     content = configs.complete(index["config"], type(config))
+    if grows(index, config):
+        content["fit"]["steps"] = config.fit.steps  # type: ignore[attr-defined]
     changed = configs.differences(content, configs.content(config))
     lines = configs.differences(index["inputs"], dict(inputs))
     return changed + [f"(input) {line}" for line in lines]
+
+
+def grows(index: Mapping[str, Any], config: Config) -> bool:
+    """Tell whether a run of more updates may continue a checkpoint: as far as its learning rates go."""
+    fit = getattr(config, "fit", None)
+    before = index["config"].get("fit", {}).get("steps")
+    return fit is not None and fit.continues(before, index["step"])
+
+
+def verify(folder: Path, index: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Hash files of a checkpoint again. Raises Unsound."""
+    for name in names:
+        try:
+            actual = sha256_file(folder / name)
+        except (FileNotFoundError, IsADirectoryError):
+            raise Unsound(f"{name} is missing") from None
+        if actual != index["files"][name]:
+            raise Unsound(f"{name} is damaged (sha256 differs)")
 
 
 def check(run: Path, config: Config, inputs: Mapping[str, str]) -> list[str]:
@@ -71,13 +92,25 @@ def check(run: Path, config: Config, inputs: Mapping[str, str]) -> list[str]:
     found, changed = folders(run), []
     for folder in reversed(found):
         with suppress(Unsound):
-            changed.append(differences(read_index(folder), config, inputs))
+            changed.append(differences(index := read_index(folder), config, inputs))
+            alone = [line.partition(":")[0] for line in changed[-1]] == ["fit.steps"]
+            if alone and index["earlier"]:  # it has grown: an older checkpoint is of a shorter run
+                return changed[-1]
     if found and all(any(f.glob("*.safetensors")) and not (f / INDEX).exists() for f in found):
         raise UserError(
             f"run_dir={run} holds a run that flowmatch 0.1.0 has not finished (its checkpoints have no "
             f"{INDEX}); finish it with 0.1.0, or use another run_dir, for reflow with the same start="
         )
     return changed[0] if changed and all(changed) else []
+
+
+def continued(run: Path, config: Config, inputs: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return the index of the newest checkpoint that a run can continue, without hashing its files."""
+    for folder in reversed(folders(run)):
+        with suppress(Unsound):
+            if not differences(index := read_index(folder), config, inputs):
+                return index
+    return None
 
 
 class Checkpoints:
@@ -88,23 +121,38 @@ class Checkpoints:
         run: The run folder.
         config: The config of the stage.
         inputs: The digest of each input by its name.
+        facts: What the manifest of the run will hold.
         scratch: Of the run folder.
     """
 
     def __init__(
-        self, stage: str, run: Path, config: Config, inputs: Mapping[str, str], scratch: Scratch
+        self,
+        stage: str,
+        run: Path,
+        config: Config,
+        inputs: Mapping[str, str],
+        facts: Mapping[str, Any],
+        scratch: Scratch,
     ):
         self.stage, self.run, self.scratch = stage, run, scratch
-        self.config, self.inputs = config, dict(inputs)
+        self.config, self.inputs, self.facts = config, dict(inputs), dict(facts)
         self.begun = False  # whether the run was begun before
+        self.earlier: list[int] = []  # numbers of updates at which the run ended before it grew
 
-    def save(self, step: int, tensors: "Mapping[str, Mapping[str, Tensor]]", keep: int) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: "Mapping[str, Mapping[str, Tensor]]",
+        keep: int,
+        texts: Mapping[str, str] | None = None,
+    ) -> None:
         """Write a checkpoint, and remove all but the newest ones (rank 0).
 
         Args:
             step: Of the checkpoint.
-            tensors: File stem -> name -> tensor.
+            tensors: File without its suffix -> name -> tensor.
             keep: Number of checkpoints that are kept.
+            texts: File -> content.
         """
         from safetensors.torch import save_file
 
@@ -112,9 +160,14 @@ class Checkpoints:
         files = {}
         for stem, group in tensors.items():
             file = built / f"{stem}.safetensors"
+            file.parent.mkdir(exist_ok=True)
             save_file({name: t.detach().contiguous() for name, t in group.items()}, file)
-            files[file.name] = sha256_file(file)
-        index = {"step": step, "config": configs.content(self.config), "inputs": self.inputs}
+            files[f"{stem}.safetensors"] = sha256_file(file)
+        for name, text in (texts or {}).items():
+            write_atomic(built / name, text)
+            files[name] = sha256_file(built / name)
+        index = {"step": step, "stage": self.stage, "config": configs.content(self.config)}
+        index |= {"inputs": self.inputs, "facts": self.facts, "earlier": self.earlier}
         index["files"] = files
         index["fingerprint"] = fingerprint(index)
         write_atomic(built / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
@@ -165,14 +218,12 @@ class Checkpoints:
             raise Unsound(f"it is beyond the last step, {last}")
         if changed := differences(index, self.config, self.inputs):
             raise Unsound(f"it was made with other settings ({'; '.join(changed)})")
-        for name, expected in index["files"].items():
-            try:
-                actual = sha256_file(folder / name)
-            except (FileNotFoundError, IsADirectoryError):
-                raise Unsound(f"{name} is missing") from None
-            if actual != expected:
-                raise Unsound(f"{name} is damaged (sha256 differs)")
-        return index["step"], {Path(n).stem: load_file(folder / n) for n in sorted(index["files"])}
+        verify(folder, index, index["files"])
+        self.earlier = list(index["earlier"])
+        if grows(index, self.config):
+            self.earlier.append(index["config"]["fit"]["steps"])
+        names = [name for name in sorted(index["files"]) if name.endswith(".safetensors")]
+        return index["step"], {n.removesuffix(".safetensors"): load_file(folder / n) for n in names}
 
 
 def _name(step: object) -> str:

@@ -238,7 +238,8 @@ class Experiment:
         if stage == "train_flow" and self.has("tiny"):
             found["start"] = "tiny"
         whole = self.sections.get("flow", {}).get("start", "tiny" if self.has("tiny") else None)
-        if stage in ("generate_pairs", "reflow", "evaluate_prompts", "export") and whole:
+        reads = "prompts" in values  # else the start of stage one is a network alone
+        if stage in ("generate_pairs", "reflow", "evaluate_prompts", "export") and whole and reads:
             found["pipeline"] = whole  # that stage one trains a network of
         if stage == "encode_prompts" and whole:
             found["teacher"] = whole

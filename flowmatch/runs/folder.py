@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TextIO, TypeVar
 
 from flowmatch import config as configs
 from flowmatch.config import UserError
@@ -27,17 +27,24 @@ class RunFolder:
     read. `scratch` is where files are built.
     """
 
-    def __init__(self, name: str, config: StageConfig, inputs: Mapping[str, str]):
+    def __init__(
+        self,
+        name: str,
+        config: StageConfig,
+        inputs: Mapping[str, str],
+        facts: Mapping[str, Any] | None = None,
+    ):
         self.name, self.config, self.inputs = name, config, dict(inputs)
-        self.folder = Path(config.run_dir)
+        self.folder, self.facts = Path(config.run_dir), dict(facts or {})
         self.scratch = Scratch(self.folder)
-        self.checkpoints = Checkpoints(name, self.folder, config, inputs, self.scratch)
+        words = (name, self.folder, config, inputs, self.facts, self.scratch)
+        self.checkpoints = Checkpoints(*words)
         self._lock: Any = None
 
     def __enter__(self) -> "RunFolder":
         if leads():
             storage.at(self.folder).make()
-            self._hold()
+            self._lock = hold(self.folder)
             self.scratch.sweep()
             traces = ("config.yaml", "metrics.jsonl", "checkpoints")
             self.checkpoints.begun = any((self.folder / name).exists() for name in traces)
@@ -49,40 +56,11 @@ class RunFolder:
             self.scratch.close()
             self._lock.close()
 
-    def _hold(self) -> None:
-        """Take the lock, which the system gives back when its holder dies, however it dies."""
-        path = self.folder / ".lock"
-        self._lock = open(path, "a+")  # noqa: SIM115 (held until the run ends)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if not isinstance(error, BlockingIOError | PermissionError):
-                self._lock.close()
-                raise UserError(
-                    f"run_dir={self.folder}: its file system takes no locks ({error.strerror}), "
-                    "which keep two processes apart; mount it so (Lustre: -o flock), or use another"
-                ) from None
-            holder = path.read_text().strip() or "another process"
-            self._lock.close()
-            raise UserError(
-                f"run_dir={self.folder} is held by {holder}; wait for it or use another run_dir"
-            ) from None
-        self._lock.truncate(0)
-        host, _, number = worker().rpartition(".")
-        self._lock.write(f"process {number} on {host}\n")
-        self._lock.flush()
-
     # Metrics: one JSON object a line, in the order of the steps.
 
     def cut_metrics(self, step: int) -> None:
         """Drop damaged lines, and those after a step, which a resumed run writes again (rank 0)."""
-        path = self.folder / "metrics.jsonl"
-        sound, damaged = lines.read_metrics(path)
-        if damaged:
-            say(f"{self.name}: {lines.told(path, damaged)}")
-        if sound or damaged:
-            kept = [line for values, line in sound if values["step"] <= step]
-            write_atomic(path, b"".join(kept))
+        cut_metrics(self.name, self.folder / "metrics.jsonl", step)
 
     def log(self, step: int, **values: float) -> None:
         """Append one line to metrics.jsonl (rank 0)."""
@@ -91,19 +69,61 @@ class RunFolder:
 
     def seal(self, outputs: list[str], **facts: Any) -> None:
         """Write the manifest: the stage is done, and durable (rank 0)."""
-        for path in [self.folder, *self.folder.rglob("*")]:
-            if path.is_file() or path.is_dir():
-                with suppress(PermissionError):  # a file of another user
-                    sync(path)
-        manifest.seal(
-            self.folder,
-            stage=self.name,
-            config=configs.content(self.config),
-            inputs=self.inputs,
-            outputs=outputs,
-            **facts,
-        )
-        say(f"{self.name}: sealed {self.folder}")
+        if self.checkpoints.earlier:
+            facts["earlier_steps"] = self.checkpoints.earlier
+        content, facts = configs.content(self.config), self.facts | facts
+        seal(self.folder, self.name, content, self.inputs, outputs, facts)
+
+
+def hold(folder: Path) -> TextIO:
+    """Take the lock of a folder, which the system gives back when its holder dies, however it dies."""
+    path = folder / ".lock"
+    lock = open(path, "a+")  # noqa: SIM115 (held until the run ends)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if not isinstance(error, BlockingIOError | PermissionError):
+            lock.close()
+            raise UserError(
+                f"run_dir={folder}: its file system takes no locks ({error.strerror}), "
+                "which keep two processes apart; mount it so (Lustre: -o flock), or use another"
+            ) from None
+        holder = path.read_text().strip() or "another process"
+        lock.close()
+        raise UserError(
+            f"run_dir={folder} is held by {holder}; wait for it or use another run_dir"
+        ) from None
+    lock.truncate(0)
+    host, _, number = worker().rpartition(".")
+    lock.write(f"process {number} on {host}\n")
+    lock.flush()
+    return lock
+
+
+def cut_metrics(name: str, path: Path, step: int) -> None:
+    """Drop the lines of a file of metrics that are damaged or after a step."""
+    sound, damaged = lines.read_metrics(path)
+    if damaged:
+        say(f"{name}: {lines.told(path, damaged)}")
+    if sound or damaged:
+        write_atomic(path, b"".join(line for values, line in sound if values["step"] <= step))
+
+
+def seal(
+    folder: Path,
+    name: str,
+    content: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    outputs: list[str],
+    facts: Mapping[str, Any],
+) -> None:
+    """Make a folder durable, and write its manifest."""
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_file() or path.is_dir():
+            with suppress(PermissionError):  # a file of another user
+                sync(path)
+    manifest.seal(folder, stage=name, config=content, inputs=inputs, outputs=outputs, **facts)
+    say(f"{name}: sealed {folder}")
 
 
 def finished(
@@ -191,32 +211,40 @@ def compare(name: str, plan: Plan) -> tuple[bool, bool]:
         raise UserError(f"run_dir={config.run_dir}: only pairs go into a store; use a local folder")
     folder = storage.at(config.run_dir)
     sealed = manifest.find(folder, "run_dir", (name,))
+    local = Path(str(folder))
+    going = checkpoints.continued(local, config, plan.inputs)
     if sealed is not None:
         before = configs.complete(sealed["config"], type(config))
-        _refuse_other(folder, before, sealed["inputs"], config, plan.inputs)
-        reopened = plan.reopen()
-        if reopened is None:
-            manifest.verify(folder, "run_dir", sealed)
-        if not reopened:
-            return True, bool(config.lost())
+        changed = _differences(before, sealed["inputs"], config, plan.inputs)
+        if going is None or not checkpoints.grows(going, config):
+            _refuse(folder, changed)
+            reopened = plan.reopen()
+            if reopened is None:
+                manifest.verify(folder, "run_dir", sealed)
+            if not reopened:
+                return True, bool(config.lost())
     else:
-        changed = checkpoints.check(Path(str(folder)), config, plan.inputs)
-        _refuse(folder, changed)
+        _refuse(folder, checkpoints.check(local, config, plan.inputs))
+    if going is not None and checkpoints.grows(going, config):
+        steps = f"from {going['config']['fit']['steps']:,} updates to {config.fit.steps:,}"  # type: ignore[attr-defined]
+        plan.lines.append(f"{folder} grows {steps}, and goes on at {going['step']:,}")
     early = folder.read_all(["config.yaml"])[0]
     if early is not None:
         text, damaged = lines.read_text(early)
         if damaged:
             say(f"{name}: {lines.told(folder / 'config.yaml', damaged)}")
         written, before_inputs = read_config(folder, text, type(config))
-        try:
-            _refuse_other(folder, configs.content(written), before_inputs, config, plan.inputs)
-        except UserError as error:
-            if sealed is not None or not _holds_nothing(folder):
-                raise
-            told = ", ".join(line.strip() for line in error.faults[1:])
+        old = configs.content(written)
+        changed = _differences(old, before_inputs, config, plan.inputs)
+        if going is not None:  # the checkpoint decides
+            changed = [line for line in changed if not line.startswith("fit.steps:")]
+        if changed and sealed is None and _holds_nothing(folder):
+            told = ", ".join(changed)
             plan.lines.append(
                 f"{folder} was begun with other settings, and holds nothing yet: {told}"
             )
+        else:
+            _refuse(folder, changed)
     return sealed is not None, True
 
 
@@ -249,17 +277,21 @@ def _holds_nothing(folder: Store) -> bool:
     return all(name in begun or ".tmp" in name for name in names)
 
 
-def _refuse_other(
-    folder: Store, old: Any, old_inputs: Any, config: StageConfig, inputs: Mapping[str, str]
-) -> None:
+def _differences(
+    old: Any, old_inputs: Any, config: StageConfig, inputs: Mapping[str, str]
+) -> list[str]:
     changed = configs.differences(old, configs.content(config))
-    changed += [f"(input) {line}" for line in configs.differences(old_inputs, dict(inputs))]
-    _refuse(folder, changed)
+    return changed + [f"(input) {line}" for line in configs.differences(old_inputs, dict(inputs))]
 
 
 def _refuse(folder: Store, changed: list[str]) -> None:
     if changed:
         way_out = "set them back, or use another run_dir"
+        if [line.partition(":")[0] for line in changed] == ["fit.steps"]:
+            way_out = (
+                "fit.steps may grow at any time with fit.decay=constant, and else from the last "
+                "checkpoint of a run that has reached its end; set it back, or use another run_dir"
+            )
         raise UserError(
             [f"run_dir={folder} was made with other settings; {way_out}:"]
             + [f"  {line}" for line in changed]

@@ -1,6 +1,6 @@
 """The config of the training loop."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 
@@ -11,7 +11,11 @@ from flowmatch.training.learning_rate import Decay
 class FitConfig(Config):
     """The training loop."""
 
-    steps: int = required("optimizer updates", ge=1)
+    steps: int = required(
+        "optimizer updates; may grow in the same folder, always with decay=constant, else once the run "
+        "has finished: the learning rate then starts at its peak and decays again",
+        ge=1,
+    )
     batch_size: int = required("samples in an update, over all processes (the global batch)", ge=1)
     micro_batch: int | None = option(
         None,
@@ -71,6 +75,15 @@ class FitConfig(Config):
         ge=0,
     )
     trackers: list[str] = option([], "Accelerate's trackers, such as [tensorboard]", run=True)
+
+    def continues(self, steps: Any, step: int) -> bool:
+        """Tell whether a run of this config may go on from update `step` of a run of fewer updates.
+
+        A constant learning rate is the same in both. One that decays has fallen to 0 at the end of the
+        shorter run, and only from there it decays again.
+        """
+        shorter = isinstance(steps, int) and steps < self.steps
+        return shorter and (self.decay == "constant" or step == steps)
 
     @pydantic.field_validator("ema")
     @classmethod

@@ -20,7 +20,9 @@ from flowmatch.training.learning_rate import factor
 
 ADAMW = ("step", "exp_avg", "exp_avg_sq")  # its state of a parameter
 SCALER = ("scale", "_growth_tracker")  # what changes in the state of fp16's scaler
-EMA = dict(zip(NETS, ("ema", "ema_2"), strict=True))  # folder of an average -> its checkpoint file
+WEIGHTS = "diffusion_pytorch_model"
+# folder of an average -> where a checkpoint has it: its own folder is a model of the first
+EMA = dict(zip(NETS, ("", f"{NETS[1]}/"), strict=True))
 MAX_SKIPPED = 40  # fp16 updates in a row: the scale has fallen by 2^40 and is not the cause
 
 
@@ -77,6 +79,8 @@ class State:
         if saved:
             net.load_state_dict(saved["net"], strict=not self.adapted)
         self.kind = type(net)  # sharding changes it
+        net.register_to_config(_name_or_path="")
+        self.net_config = net.to_json_string()
         self._place_network()
         trained = adapters.trained(net)
         self.names = list(trained)
@@ -133,7 +137,7 @@ class State:
             }
         for folder, average in self.averages.items():
             average.tensors = [
-                sharding.lay_out(saved[EMA[folder]][name], parameter)
+                sharding.lay_out(saved[EMA[folder] + WEIGHTS][name], parameter)
                 for name, parameter in zip(self.names, self.parameters, strict=True)
             ]
         self.window.copy_(saved["progress"]["window"])
@@ -146,7 +150,8 @@ class State:
     def lr(self) -> float:
         """The learning rate of the next update: a function of the step alone."""
         config = self.config
-        return config.lr * factor(self.step, config.steps, config.warmup, config.decay)
+        begin = self.run.checkpoints.earlier[-1:]
+        return config.lr * factor(self.step, config.steps, config.warmup, config.decay, *begin)
 
     def update(self, loss: Tensor, cost: Tensor) -> bool:
         """Make one update from the gradients of the parameters.
@@ -227,13 +232,16 @@ class State:
             "progress": {"window": window},
         }
         for folder in self.averages:
-            tensors[EMA[folder]] = self.averaged(folder)
+            kept = {} if self.adapted else self.net.state_dict()
+            tensors[EMA[folder] + WEIGHTS] = kept | self.averaged(folder)
         if self.config.precision == "fp16":
             scaler = self.accelerator.scaler.state_dict()
             tensors["scaler"] = {key: torch.tensor(scaler[key]) for key in SCALER}
         whole = {stem: sharding.gather(group) for stem, group in tensors.items()}
         if leads():
-            self.run.checkpoints.save(self.step, whole, self.config.keep)
+            texts = {f"{EMA[folder]}config.json": self.net_config for folder in self.averages}
+            models = {} if self.adapted else texts  # an adapter alone is no model
+            self.run.checkpoints.save(self.step, whole, self.config.keep, models)
         self.accelerator.wait_for_everyone()
 
     def _kept(self, keeps: Callable[[str], bool]) -> dict[str, Tensor]:

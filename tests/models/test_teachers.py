@@ -99,7 +99,7 @@ def test_weights_and_folders_of_weights_are_told_what_is_missing(tmp_path):
             teachers.load(tmp_path / unfinished, "teacher")
 
 
-def test_a_checkpoint_is_no_teacher_yet(tmp_path):
+def test_a_checkpoint_without_its_index_is_no_teacher(tmp_path):
     step = tmp_path / "run/checkpoints/step_00000010"
     step.mkdir(parents=True)
     save_file({"x": torch.zeros(1)}, step / "ema.safetensors")

@@ -69,7 +69,7 @@ def test_the_adapter_alone_is_trained_saved_and_loaded_by_the_stock_pipeline(mad
     saved = load_file(net / adapters.DIFFUSERS)
     count = sum(t.numel() for t in saved.values())
     checkpoint = folder / "reflow/checkpoints/step_00000006"
-    for part in ("net", "ema", "optimizer"):
+    for part in ("net", "diffusion_pytorch_model", "optimizer"):
         tensors = load_file(checkpoint / f"{part}.safetensors")
         assert all(".lora_" in key for key in tensors)
         assert sum(t.numel() for t in tensors.values()) <= (2 * count + len(tensors))

@@ -298,7 +298,7 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
     TINY["StableDiffusionPipeline"].build().save_pretrained(tmp_path / "noise")
     for more, message in [
         ([data], "net=None: missing; set net.name, a class of diffusers, or start"),
-        ([data, start, "net=UNet2DModel"], "the pipeline of start has a network"),
+        ([data, start, "net=UNet2DModel"], "start has a network; remove net"),
         ([data, "net=UNet2DModel", "fresh=true"], "fresh=True: for a pipeline that reads text"),
         ([data, "net=UNet2DModel", "call.height=8"], "call=.*for a pipeline that reads text"),
         ([start, "data.source=digits"], "data.source=digits has no captions"),

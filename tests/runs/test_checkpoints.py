@@ -93,14 +93,17 @@ DAMAGE = {  # what is done to the newest checkpoint -> what is said of it
             lambda c, name=name: flip(c / f"{name}.safetensors"),
             f"{name}.safetensors is damaged (sha256 differs)",
         )
-        for name in ("net", "ema", "optimizer", "progress")
+        for name in ("net", "diffusion_pytorch_model", "optimizer", "progress")
     },
     "a file cut": (lambda c: os.truncate(c / "net.safetensors", 200), "net.safetensors is damaged"),
     "a file of 0 bytes": (
-        lambda c: os.truncate(c / "ema.safetensors", 0),
-        "ema.safetensors is dam",
+        lambda c: os.truncate(c / "diffusion_pytorch_model.safetensors", 0),
+        "diffusion_pytorch_model.safetensors is dam",
     ),
-    "a file lost": (lambda c: (c / "ema.safetensors").unlink(), "ema.safetensors is missing"),
+    "a file lost": (
+        lambda c: (c / "diffusion_pytorch_model.safetensors").unlink(),
+        "diffusion_pytorch_model.safetensors is missing",
+    ),
     "emptied": (empty, "it is empty"),
     "no index": (lambda c: (c / INDEX).unlink(), f"{INDEX} is missing"),
     "a bit of the index": (lambda c: flip(c / INDEX, 40), f"{INDEX} is damaged"),
