@@ -279,7 +279,8 @@ def _coerced(annotation: Any, value: Any) -> Any:
     """Take a name for a config that has one, and a value for a list of one; all else as it is."""
     kind = _config_type(annotation)
     is_list = _list_type(annotation)
-    if is_list and value is not None:
+    whole = typing.get_origin(annotation) is not list and type(value) in typing.get_args(annotation)
+    if is_list and value is not None and not whole:  # whole: of a field that takes one, or a list
         items = value if isinstance(value, list) else [value]
         return [_coerced(kind, item) if kind else item for item in items]
     if kind and isinstance(value, str) and kind.called in kind.model_fields:

@@ -98,6 +98,13 @@ def plan(config: EvaluateConfig) -> Plan:
             feature_choice.check_independent(choice.module, models)
         return choice
 
+    def check_names() -> None:
+        """Class 3 is to mean the same in all of them."""
+        known = {name: found.names for name, found in (sets | models).items() if found.names}
+        if len(set(known.values())) > 1:
+            told = "; ".join(f"{name} {', '.join(names)}" for name, names in known.items())
+            raise UserError(f"the classes have other names: {told}; give all the same classes")
+
     def check_shapes() -> None:
         for name, made in (sets | models).items():
             if made.shape != data.shape:
@@ -106,14 +113,18 @@ def plan(config: EvaluateConfig) -> Plan:
                     f"data holds {list(data.shape)}"
                 )
 
-    _, choice, _ = together(
-        lambda: sampling.check(models, data, config.guidance), choose_features, check_shapes
+    _, choice, *_ = together(
+        lambda: sampling.check(models, data, config.guidance),
+        choose_features,
+        check_shapes,
+        check_names,
     )
     inputs |= choice.inputs
     again = "reference" in sets and scoring.same(sets["reference"], data)
     if again:
         del sets["reference"]
     real = sets.get("reference", data)
+    config = config.over(real.count)
     samples = min(config.samples, real.count)
     if kind == "frechet" and samples < 2 * scoring.NEIGHBOURS + 2:
         raise UserError(
@@ -230,6 +241,8 @@ class Scores:
         }
         if "reference" in sets:
             protocol["reference"] = real.digest
+        if names := training.names or plan.models["student"].names:
+            protocol["classes"] = {str(k): name for k, name in enumerate(names)}
         if config.student_solver is not None:
             protocol["student_solver"] = samplers.describe(config.student_solver)
         choice = feature_choice.train(plan.choice, sets["data"], config.seed, plan.models)

@@ -245,7 +245,8 @@ def write_network(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, An
 def kept(student: "Teacher") -> dict[str, Any]:
     """Return what an export remembers of its student, for a stage that takes it as a teacher."""
     facts: dict[str, Any] = {"one_step": True} if student.one_step else {}
-    return facts | ({"features": sorted(student.features)} if student.features else {})
+    facts |= {"features": sorted(student.features)} if student.features else {}
+    return facts | ({} if "script" in student.facts else student.student_facts)
 
 
 STAGE = command.Stage("export", ExportConfig, plan, run, __doc__, alone=True)

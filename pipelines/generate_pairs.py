@@ -74,7 +74,7 @@ def plan(config: PairsConfig) -> Plan:
     """Check the config, load the teacher, and lay out the shards."""
     from flowmatch.data import dataset
     from flowmatch.models import precision
-    from flowmatch.pairs import path_times
+    from flowmatch.pairs import path_times, shards
     from flowmatch.pairs.layout import Layout, bytes_per_pair
 
     def check_device() -> str:
@@ -104,7 +104,8 @@ def plan(config: PairsConfig) -> Plan:
 
     def check_store() -> list[str]:
         try:
-            refuse_fewer(storage.at(config.run_dir), config.shards)
+            if config.per_image is None:
+                shards.refuse_fewer(storage.at(config.run_dir), config.shards)
         except storage.Unread as error:
             return [f"later: run_dir={line}" for line in error.faults]
         return []
@@ -115,6 +116,9 @@ def plan(config: PairsConfig) -> Plan:
         lambda: None if config.data is None else dataset.load(config.data),
         check_store,
     )
+    if config.per_image is not None:
+        config = config.over(teacher.samples)
+        shards.refuse_fewer(storage.at(config.run_dir), config.shards)
     if source is not None:
         check_data(source, teacher, config)
     inputs = {"teacher": teacher.digest} | ({"data": source.digest} if source else {})
@@ -246,7 +250,7 @@ def make_shards(plan: Plan) -> None:
     with progress, closing(todo), writer:
         for k in todo:
             writer.shard(k, make.batches(k))
-    refuse_fewer(store, config.shards)  # other workers may have grown the set meanwhile
+    shards.refuse_fewer(store, config.shards)  # other workers may have grown the set meanwhile
 
 
 def seal(plan: Plan) -> None:
@@ -315,21 +319,6 @@ def check_data(source: "Data", teacher: "Teacher", config: PairsConfig) -> None:
         raise UserError(faults)
 
 
-def refuse_fewer(store: storage.Store, number: int) -> None:
-    """Raise UserError where a set has more shards than are asked for: stock readers take every tar."""
-    from flowmatch.pairs import shards
-
-    there = max(shards.committed(store), default=-1) + 1
-    if (sealed := manifest.find(store, "run_dir")) is not None:
-        sealed_number = sealed["facts"].get("shards")  # None where it is damaged
-        there = max(there, sealed_number if isinstance(sealed_number, int) else 0)
-    if there > number:
-        raise UserError(
-            f"shards={number}: run_dir={store} has {there} already, and a set never shrinks; set "
-            f"shards={there} or more, or use another run_dir"
-        )
-
-
 def card_of(plan: Plan) -> str:
     """Write the card of a set, the README.md of its folder."""
     from flowmatch.pairs import card
@@ -342,6 +331,7 @@ def card_of(plan: Plan) -> str:
         config.guidance,
         plan.teacher.digest,
         None if plan.source is None else plan.source.digest,
+        plan.teacher.names,
     )
 
 

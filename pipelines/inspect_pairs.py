@@ -74,7 +74,11 @@ def main(argv: list[str] | None = None) -> int:
         shown = call.pairs or (SHOWN_IMAGES if len(data.shape) > 1 else SHOWN_POINTS)
         first = data.batch(range(min(shown, len(data))))
         found["prompts"] = first.get(PROMPT, [])[:SHOWN_PROMPTS]
-        label = first["label"].numpy() if data.has_labels else None
+        label = (
+            [found["names"].get(str(k), k) for k in first["label"].tolist()]
+            if data.has_labels
+            else None
+        )
         figures.pairs(out / "pairs.png", first["x0"].numpy(), first["x1"].numpy(), label)
         figures.costs(out / "cost.png", costs, at_random)
         text = json.dumps(found, indent=1, sort_keys=True) + "\n"
@@ -112,6 +116,7 @@ def summary(data: PairData, samples: int, teacher: str | None) -> dict[str, Any]
         "shards": data.shards,
         "bytes": data.shards * layout.tar_bytes,
         "shape": list(data.shape),
+        "names": facts.get("id2label") or {},
         "dtype": layout.dtype,
         "kind": facts.get("kind"),
         "evaluations": facts.get("evaluations"),
@@ -296,7 +301,9 @@ def tell(folder: Store, found: dict[str, Any]) -> Iterator[str]:
         told = [f"t = {t}: {bend:.3g}" for t, bend in found["states"].items()]
         yield f"states, distance from the line in units of |x1 - x0|: {', '.join(told)}"
     if found["labels"]:
-        yield "labels: " + ", ".join(f"{label}: {n}" for label, n in found["labels"].items())
+        names = found["names"]
+        counts = (f"{names.get(label, label)}: {n}" for label, n in found["labels"].items())
+        yield "labels: " + ", ".join(counts)
     if found["prompts"]:
         yield "prompts: " + ", ".join(map(repr, found["prompts"]))
 

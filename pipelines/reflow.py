@@ -32,6 +32,7 @@ class ReflowConfig(StageConfig):
     """Config of stage three."""
 
     stage: ClassVar[str] = "reflow"
+    DERIVED: ClassVar[dict[str, str]] = {"fit.steps": "fit.epochs"}
 
     pairs: list[PairsEntry] = required("sets of pairs, mixed in each batch by weight")
     start: LocalPath = required(
@@ -169,6 +170,7 @@ def plan(config: ReflowConfig) -> Plan:
             stream.keep(number, kept)
             cuts.append(line)
     count = sum(order.n for order in stream.orders)
+    config = config.model_copy(update={"fit": config.fit.over(count)})
     seen = config.fit.steps * config.fit.batch_size
     only = ", for one step only: all times are 0" if config.times.zero == 1 else ""
     lines = [
@@ -213,7 +215,9 @@ def run(plan: Plan) -> None:
 
         there = process.worker_device(process.pick_device(config.device))
         text.freeze_unused(plan.net.to(there), field, plan.start.shape)
-    facts: dict[str, Any] = {"round": plan.round} | plan.start.student_facts
+    named = [data.sealed["facts"].get("id2label") for data in plan.stream.sets]
+    facts: dict[str, Any] = {"round": plan.round} | ({"id2label": named[0]} if named[0] else {})
+    facts |= plan.start.student_facts
     if plan.seen_features:
         facts["features"] = sorted(plan.seen_features)
     if config.times.zero == 1:

@@ -64,6 +64,11 @@ def plan(config: ClassifierConfig) -> Plan:
         ours, theirs = [(list(data.shape), data.classes) for data in sets.values()]
         if ours != theirs:
             raise UserError(f"held_out: shape and classes are {theirs}; data has {ours}")
+        first, second = [data.names for data in sets.values()]
+        if first and second and first != second:
+            raise UserError(
+                f"held_out: the classes are {', '.join(second)}; those of data are {', '.join(first)}"
+            )
     images = sets["data"]
     seen = config.steps * config.batch_size
     lines = [

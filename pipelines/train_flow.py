@@ -8,6 +8,7 @@ Where that is a pipeline that reads prompts, its network is trained on pictures 
 latents of its VAE, under what its text encoders say of the captions.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ class FlowConfig(StageConfig):
     """Config of stage one."""
 
     stage: ClassVar[str] = "train_flow"
+    DERIVED: ClassVar[dict[str, str]] = {"fit.steps": "fit.epochs"}
 
     data: DataConfig = required("training data")
     start: LocalPath | None = option(
@@ -117,16 +119,31 @@ def plan(config: FlowConfig) -> Plan:
 
     device, _, opened = together(check_loop, lambda: check_pairless(config), open_data)
     data, net, teacher = opened.data, opened.net, opened.teacher
+    config = config.model_copy(update={"fit": config.fit.over(len(data))})
     seen = config.fit.steps * config.fit.batch_size
+    named = f": {shortened(data.names)}" if data.names else ""
     lines = [
-        f"{len(data)} samples of {list(data.shape)}, {opened.labels}",
+        f"{len(data)} samples of {list(data.shape)}, {opened.labels}{named}",
         f"{type(net).__name__} of {net.num_parameters():,} parameters, on {device}",
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / len(data):.1f} epochs",
         *data.notes,
         *(teacher.lines if teacher else []),
     ]
     facts = opened.facts if teacher is None else teacher.student_facts
+    facts = facts_of(data) | facts
     return Plan(config, opened.inputs, lines, data, net, teacher, facts)
+
+
+def facts_of(data: "Data") -> dict[str, Any]:
+    """Return what the manifest says of the data."""
+    named = {str(k): name for k, name in enumerate(data.names or ())}
+    return {"samples": len(data)} | ({"id2label": named} if named else {})
+
+
+def shortened(names: Sequence[str], most: int = 8) -> str:
+    """List names, the first few of many."""
+    more = f", ... {names[-1]}" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 @dataclass(frozen=True)
@@ -195,6 +212,10 @@ def open_captioned(config: FlowConfig, pictures: "Data") -> Opened:
     from flowmatch.models.digest import module_digest
 
     assert config.start is not None
+    if config.data.crop == "random":
+        raise UserError(
+            "data.crop=random: with start each picture is encoded once; use crop=centre"
+        )
     where = f"start={config.start}"
     captioned, texts, digest = captions.read(pictures, config.data)
     teacher = text.load(
@@ -236,6 +257,7 @@ def check_pairless(config: FlowConfig) -> None:
 
 def run(plan: Plan) -> None:
     """Train, and seal the folder."""
+    from flowmatch.data import dataset
     from flowmatch.flow import coupling, objectives
     from flowmatch.flow.noise import Order
     from flowmatch.models import networks
@@ -254,9 +276,11 @@ def run(plan: Plan) -> None:
             text.freeze_unused(plan.net, field, teacher.shape)
     facts = {"round": 0} | plan.facts
     with folder.RunFolder("train_flow", config, plan.inputs, facts) as opened:
+        if process.leads():
+            dataset.write_skipped(plan.data, opened.folder)
         files = fit(
             plan.net,
-            lambda counters: plan.data.batch(order(counters)),
+            lambda counters: plan.data.batch(order(counters), counters, config.seed),
             coupling.build(config.coupling),
             opened,
             config.fit,

@@ -239,8 +239,8 @@ def test_content_of_before_a_field_is_completed_with_its_default():
     assert old != whole
     assert configs.complete(old, ReflowConfig) == whole
     assert whole["times"]["zero"] == 0.5  # this stage's default, not that of TimesConfig
-    del old["fit"]["steps"]  # has no default
-    assert "steps" not in configs.complete(old, ReflowConfig)["fit"]
+    del old["fit"]["batch_size"]  # has no default
+    assert "batch_size" not in configs.complete(old, ReflowConfig)["fit"]
 
 
 def test_a_config_in_a_store_that_refuses_is_our_error(monkeypatch):

@@ -50,11 +50,34 @@ class DataConfig(Config):
     truncate: bool = option(
         False, "allow captions that are longer than what the tokenizer keeps", run=True
     )
-    size: int | None = option(
+    size: int | list[int] | None = option(
         None,
-        "pixels; the short side is resized to it, never enlarged, and the centre is cropped to a "
-        "square; default: the stored size",
-        ge=1,
+        "pixels of a side of the square, or [height, width]; pictures are resized until they cover it, "
+        "and cropped; default: the stored size",
+    )
+    fit: Literal["crop", "pad"] = option(
+        "crop",
+        "with size: crop what covers it, or pad what lies inside it with data.background",
+        validate_default=True,
+    )
+    crop: Literal["centre", "random"] = option(
+        "centre",
+        "with fit=crop: which part is kept; random: another one each time that training reads a "
+        "picture, drawn by its place in the training",
+        validate_default=True,
+    )
+    small: Literal["refuse", "enlarge", "skip"] = option(
+        "refuse", "what is done with pictures that are smaller than size"
+    )
+    bad: Literal["refuse", "skip"] = option(
+        "refuse",
+        "what is done with files that are no readable 8-bit pictures; those that are skipped are listed "
+        "in skipped.txt of the run folder",
+    )
+    background: Literal["white", "grey", "black"] | None = option(
+        None,
+        "colour behind transparent pixels, and around pictures that fit=pad pads; default: partly "
+        "transparent pictures are refused",
     )
     channels: Literal[1, 3] | None = option(
         None, "convert images to 1 (grey) or 3 (RGB) channels; default: the stored channels"
@@ -105,6 +128,44 @@ class DataConfig(Config):
                 f"label_column={column} is read with labels=true only; set that, or remove label_column"
             )
         return value
+
+    @pydantic.field_validator("size", mode="before")
+    @classmethod
+    def _sides(cls, size: Any) -> Any:
+        given = size if isinstance(size, list) else [size, size]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in given)
+        if size is not None and not (len(given) == 2 and whole):
+            raise ValueError("expected a number of pixels, or [height, width], each from 1")
+        return size if size is None or given[0] != given[1] else given[0]
+
+    @pydantic.field_validator("fit", "crop")
+    @classmethod
+    def _sized(cls, value: str, info: pydantic.ValidationInfo) -> str:
+        if value in ("pad", "random") and info.data.get("size", 0) is None:
+            raise ValueError("says how pictures are brought to data.size; set that, too")
+        if value == "random" and info.data.get("fit") == "pad":
+            raise ValueError("with fit=pad nothing is cropped; leave it out")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _padded(self) -> "DataConfig":
+        if self.fit == "pad" and self.background is None:
+            raise ValueError("fit=pad needs a colour; set background=white, grey or black")
+        return self
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Height and width of `size`."""
+        if isinstance(self.size, list):
+            return self.size[0], self.size[1]
+        return None if self.size is None else (self.size, self.size)
+
+    @pydantic.field_validator("fit", "crop", "small", "bad", "background")
+    @classmethod
+    def _of_files(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """Refuse keys of files where samples come from arrays or formulas."""
+        arrays = ("npz", "idx") if info.field_name in ("fit", "small", "background") else ()
+        return used(cls, value, info, "source", "images", *arrays)
 
     @pydantic.field_validator("split", "size", "channels", "flip")
     @classmethod

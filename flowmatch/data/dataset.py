@@ -5,7 +5,9 @@ Items are numbered, and the training loop reads them by number as float32 tensor
 numbers.
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +16,9 @@ from torch import Tensor
 from flowmatch.config import UserError
 from flowmatch.data import sources
 from flowmatch.data.config import DataConfig
+from flowmatch.flow import noise
 from flowmatch.flow.noise import Order
+from flowmatch.runs.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,16 @@ class Data(sources.SourceData):
         """Whether samples are images, with values in [-1, 1]."""
         return len(self.shape) == 3 and not self.latents
 
-    def batch(self, ids: np.ndarray) -> dict[str, Tensor]:
+    def batch(
+        self, ids: np.ndarray, counters: np.ndarray | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
         """Read items by their numbers.
 
         Args:
             ids: int64 [B] in [0, len).
+            counters: places of the items in a training, int64 [B], by which random crops differ each
+                time that an item is read; default: `ids`, so that an item always has the same crop.
+            seed: of random crops.
 
         Returns:
             x1: float32 [B, *shape], and label: int64 [B], if the config asks for labels.
@@ -49,7 +58,11 @@ class Data(sources.SourceData):
                 f"got ids from {ids.min()} to {ids.max()}; the data has {len(self)} items"
             )
         rows = ids % self.count
-        x1 = torch.from_numpy(self.read(rows))
+        if self.part is None:
+            x1 = torch.from_numpy(self.read(rows))
+        else:
+            drawn = ids if counters is None else counters
+            x1 = torch.from_numpy(self.part(rows, noise.places(seed, drawn)))
         x1 = x1.float().div_(127.5).sub_(1) if x1.dtype == torch.uint8 else x1
         mirrored = torch.from_numpy(ids >= self.count)
         if mirrored.any():
@@ -88,3 +101,9 @@ def reference(data: Data, n: int, seed: int) -> dict[str, Tensor]:
             f"a reference of {n} samples was asked for, but the data has {len(data)}; use at most that"
         )
     return data.batch(Order(len(data), seed)(np.arange(n)))
+
+
+def write_skipped(data: Data, folder: str | os.PathLike[str]) -> None:
+    """Write skipped.txt into a run folder, the list of the pictures that are left out, if any are."""
+    if data.skipped:
+        write_atomic(Path(folder) / "skipped.txt", "".join(f"{line}\n" for line in data.skipped))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flowmatch.data.config import DataConfig, PromptsConfig
 
 LABELS = ("label", "labels", "class", "target", "fine_label", "cls")  # names that are guessed
+WORDS = ("string", "large_string")  # kinds of a column of words
 CHECKED = "flowmatch.json"  # beside the cache of datasets: what the check of the files found
 
 
@@ -215,11 +216,8 @@ def label_column(features: Any, asked: str | None, key: str) -> str:
     kind = _type(features[chosen])
     if chosen in classes or (isinstance(features[chosen], datasets.Value) and "int" in kind):
         return str(chosen)
-    if kind in ("string", "large_string"):
-        raise UserError(
-            f"{where} holds words, and labels are whole numbers; number the classes 0 to K - 1 (with "
-            f"datasets: rows.class_encode_column({chosen!r}), then to_parquet)"
-        )
+    if kind in WORDS:
+        return str(chosen)
     raise UserError(f"{where} is not a column of labels, but of {kind}; {_columns(features)}")
 
 
@@ -232,7 +230,7 @@ def _type(feature: Any) -> str:
     return str(getattr(feature, "dtype", None) or type(feature).__name__)
 
 
-def label_values(rows: Any, column: str, key: str) -> np.ndarray:
+def label_values(rows: Any, column: str, key: str) -> tuple[np.ndarray, tuple[str, ...] | None]:
     """Read a column of labels.
 
     Args:
@@ -241,19 +239,34 @@ def label_values(rows: Any, column: str, key: str) -> np.ndarray:
         key: the key of the data, for errors.
 
     Returns:
-        int64 [rows].
+        int64 [rows], and the names of the classes: those of a ClassLabel, or the sorted distinct words
+        of a column of words; None for whole numbers.
 
     Raises:
-        UserError: naming the first row without a label.
+        UserError: naming the first row without a label, and for words that are all different.
     """
+    import datasets
+
+    where, feature = f"{key}.label_column={column}", rows.features[column]
     stored = rows.select_columns([column]).with_format("arrow")[:][column]
     if stored.null_count:
         raise UserError(
-            f"{key}.label_column={column}: {stored.null_count} of {len(rows)} rows have no label, first "
+            f"{where}: {stored.null_count} of {len(rows)} rows have no label, first "
             f"row {stored.to_pylist().index(None)}; give every row one, or leave these rows out"
         )
-    values: np.ndarray = stored.to_numpy()
-    return values
+    if isinstance(feature, datasets.ClassLabel):
+        return stored.to_numpy(), tuple(feature.names)
+    if _type(feature) not in WORDS:
+        return stored.to_numpy(), None
+    names, values = np.unique(stored.to_pylist(), return_inverse=True)
+    if len(names) == len(rows) > 1:
+        raise UserError(
+            f"{where}: {len(rows)} rows have {len(rows)} different words; these are no classes; name "
+            "another column, or leave labels out"
+        )
+    if "" in names:
+        raise UserError(f"{where}: row {stored.to_pylist().index('')} is empty; give it a class")
+    return values.astype(np.int64), tuple(map(str, names))
 
 
 def digest_rows(rows: Any, image: str, label: str | None) -> str:

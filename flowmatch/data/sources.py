@@ -45,6 +45,10 @@ class SourceData:
         classes: K, where labels are 0 to K - 1.
         latents: whether samples with three axes are latents, not images.
         notes: what the plan says beside the count, such as files that are left out.
+        names: of the classes, if they have names.
+        skipped: a line for each picture that is left out as the config asks.
+        part: reads random crops, (int64 [B], float64 [B, 2] places in [0, 1)) -> like `read`; None where
+            there are none.
         table: what reads each column of the source by its name, for captions; None without columns.
     """
 
@@ -56,6 +60,9 @@ class SourceData:
     classes: int | None = None
     latents: bool = False
     notes: tuple[str, ...] = ()
+    names: tuple[str, ...] | None = None
+    skipped: tuple[str, ...] = ()
+    part: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     table: Table | None = None
 
 
@@ -259,15 +266,15 @@ def from_arrays(
     if x.ndim > 2:
         x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
         channels, *sides = x.shape[1:]
-        size, wanted = config.size, config.channels
-        if (size is not None and sides != [size, size]) or wanted not in (None, channels):
+        size, wanted = config.sides, config.channels
+        if (size is not None and sides != [*size]) or wanted not in (None, channels):
             if not integers:
                 raise UserError(
-                    f"{key}.size={size}, {key}.channels={wanted}: the images are floats of "
+                    f"{key}.size={config.size}, {key}.channels={wanted}: the images are floats of "
                     f"{list(x.shape[1:])}, which are never converted; store them as uint8, or remove "
                     "these keys"
                 )
-            x = _convert(x, key, size, wanted)
+            x = _convert(x, key, config)
     elif config.size or config.channels:
         raise UserError(
             f"{key}.size, {key}.channels: {list(x.shape)} are points, not images; remove these keys"
@@ -280,13 +287,13 @@ def from_arrays(
     return SourceData(read, len(x), x.shape[1:], digest, label, classes)
 
 
-def _convert(x: np.ndarray, key: str, size: int | None, channels: int | None) -> np.ndarray:
+def _convert(x: np.ndarray, key: str, config: "DataConfig") -> np.ndarray:
     """Resize and convert uint8 [N, C, H, W] with Pillow, image by image."""
     from PIL import Image
 
     def one(i: int) -> np.ndarray:
         image = Image.fromarray(x[i, 0] if x.shape[1] == 1 else x[i].transpose(1, 2, 0))
-        return images.pixels(image, size, channels, f"{key}: image {i}", key)
+        return images.pixels(image, config, f"{key}: image {i}", key)
 
     return np.stack([one(i) for i in range(len(x))])
 
@@ -332,17 +339,19 @@ def hugging_face(config: "DataConfig", key: str) -> SourceData:
     label = hub.label_column(rows.features, config.label_column, key) if config.labels else None
     rows = rows.cast_column(image, datasets.Image())
     digest = digest or hub.digest_rows(rows, image, label)
+    read = images.open_images(rows, image, config, key, digest)
+    notes = [*notes, *read.notes]
+    if read.skipped:
+        rows = rows.select(read.kept)
     columns = rows.remove_columns(image)
     table: Table = {name: partial(columns.__getitem__, name) for name in columns.column_names}
-    read = images.Rows(rows, image, config, key)
-    noted = (*notes, *read.notes)
-    found = SourceData(read, len(rows), read.shape, digest, notes=noted, table=table)
-    if label is None:
-        return found
-    feature = rows.features[label]
-    known = feature.num_classes if isinstance(feature, datasets.ClassLabel) else None
-    values, classes = check_labels(hub.label_values(rows, label, key), len(rows), key, known)
-    return replace(found, label=values, classes=classes)
+    more: dict[str, Any] = {"part": read if read.random else None, "skipped": read.skipped}
+    if label is not None:
+        values, names = hub.label_values(rows, label, key)
+        known = None if names is None else len(names)
+        more["label"], more["classes"] = check_labels(values, len(rows), key, known)
+        more["names"] = names
+    return SourceData(read, len(rows), read.shape, digest, notes=tuple(notes), table=table, **more)
 
 
 SOURCES: dict[str, Callable[["DataConfig", str], SourceData]] = {

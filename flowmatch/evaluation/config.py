@@ -32,6 +32,13 @@ class EvaluateConfig(StageConfig):
     samples: int = option(
         2000, "generated samples a row, and as many real ones; at most all real ones", ge=4
     )
+    per_image: float | None = option(
+        None,
+        "generated samples a row for each real one, in place of samples, which the plan derives from it",
+        run=True,
+        gt=0,
+        le=1,
+    )
     steps: list[int] = option([1, 2, 4, 8, 16, 32], "numbers of steps, one row for each")
     solver: SamplerConfig = option(SamplerConfig(), "sampler of the rows")
     student_solver: SamplerConfig | None = option(
@@ -70,6 +77,14 @@ class EvaluateConfig(StageConfig):
     inception_weights: LocalPath | None = option(
         None, "file of Inception's weights from torch-fidelity; nothing is downloaded", run=True
     )
+
+    DERIVED: ClassVar[dict[str, str]] = {"samples": "per_image"}
+
+    def over(self, count: int) -> "EvaluateConfig":
+        """Return the config with the samples that `per_image` asks for. count: Of the real ones."""
+        if self.per_image is None:
+            return self
+        return self.model_copy(update={"samples": max(4, round(self.per_image * count))})
 
     @pydantic.field_validator("converged_tolerance")
     @classmethod

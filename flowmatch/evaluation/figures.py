@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -155,7 +155,7 @@ def mosaic(x: np.ndarray) -> np.ndarray:
 
 
 def pairs(
-    path: str | os.PathLike[str], x0: np.ndarray, x1: np.ndarray, label: np.ndarray | None = None
+    path: str | os.PathLike[str], x0: np.ndarray, x1: np.ndarray, label: Sequence[Any] | None = None
 ) -> None:
     """Draw pairs of noise and sample, and save a PNG.
 
@@ -166,7 +166,7 @@ def pairs(
         path: The file.
         x0: Noise: images [N, C, H, W], or points [N, D].
         x1: Samples, like x0.
-        label: Labels [N], written above the images.
+        label: Labels or names [N], written above the images.
     """
     if x0.ndim < 4:
         _lines(path, x0.reshape(len(x0), -1), x1.reshape(len(x1), -1))

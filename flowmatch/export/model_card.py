@@ -111,17 +111,28 @@ def kind_of(student: Teacher) -> Kind:
         notes = ONE_STEP_NOTES if one else DDPM_NOTES
         snippet = STOCK.format("num_inference_steps=1")
         return Kind("DDPMPipeline", True, snippet, notes + HALF_NOTES)
-    if unet:
+    if unet and student.shape[1] == student.shape[2]:  # it draws squares
         snippet = STOCK.format("class_labels=0, num_inference_steps=1")
         notes = LABELS_NOTES.format(**(LABELS_ONE if one else LABELS_ANY))
         notes = ONE_STEP_ONLY + notes if one else notes
+        notes += names_note(student)
         return Kind("ConsistencyModelPipeline", True, snippet, notes + HALF_NOTES)
-    arguments = "num_inference_steps=1" + (", class_labels=0" if student.classes else "")
+    first = f'"{student.names[0]}"' if student.names else 0
+    arguments = "num_inference_steps=1" + (f", class_labels={first}" if student.classes else "")
     if len(student.shape) < 3 or coded:
         arguments += f', output_type="{"latent" if coded else "np"}"'
     notes = f"{ONE_STEP_ONLY}{OUR_NOTES}.\n" if one else OUR_NOTES + GRID
     notes += LATENT_NOTES if coded else ""
+    notes += names_note(student)
     return Kind("ReflowPipeline", False, OURS.format(arguments), notes)
+
+
+def names_note(student: Teacher) -> str:
+    """List the names of the classes; nothing where they have none."""
+    if not student.names:
+        return ""
+    listed = ", ".join(f"{k} `{name}`" for k, name in enumerate(student.names))
+    return f"\nClasses: {listed}. The pipeline file of this folder takes them by name.\n"
 
 
 def latent(student: Teacher) -> bool:

@@ -20,6 +20,7 @@ from flowmatch.models.velocity import Velocity
 from flowmatch.runs.files import write_atomic
 
 TOLERANCE = 1e-6  # largest difference of a pixel in [0, 1] to our own solver, exact schedulers
+NO_NAMES = "ID2LABEL: dict[int, str] = {}"  # in pipeline.py
 SAMPLES = 4  # of each check
 
 
@@ -47,10 +48,11 @@ def write(folder: Path, student: Teacher, kind: Kind, steps: list[int]) -> list[
     )
     one_n = FlowMatchEulerDiscreteScheduler()  # its first step goes from 1000 to 0 where N = 1
     named = one_n if student.one_step else any_n
+    named_classes = dict(enumerate(student.names)) if student.names else None
     parts: dict[str, Callable[[], Any]] = {
         "DDPMPipeline": lambda: DDPMPipeline(unet=net, scheduler=named),
         "ConsistencyModelPipeline": lambda: ConsistencyModelPipeline(unet=net, scheduler=any_n),
-        "ReflowPipeline": lambda: pipeline.ReflowPipeline(net, one_n),
+        "ReflowPipeline": lambda: pipeline.ReflowPipeline(net, one_n, id2label=named_classes),
     }
     parts[kind.name]().save_pretrained(folder, safe_serialization=True)
     for n in steps:
@@ -58,7 +60,10 @@ def write(folder: Path, student: Teacher, kind: Kind, steps: list[int]) -> list[
         exact.save_pretrained(folder / f"scheduler_{n}")
     ours = scheduler.RectifiedFlowScheduler(reflow_round=student.round)
     ours.save_pretrained(folder / "scheduler_flowmatch")
-    shutil.copyfile(pipeline.__file__, folder / "pipeline.py")
+    code = Path(pipeline.__file__).read_text()  # stock model_index.json have no place for the names
+    if named_classes:
+        code = code.replace(NO_NAMES, NO_NAMES.replace("{}", repr(named_classes)))
+    write_atomic(folder / "pipeline.py", code)
     if type(net).__name__ == "VelocityMLP":  # its class travels with its weights
         shutil.copyfile(mlp.__file__, folder / "unet" / "mlp.py")
         index = json.loads((folder / "model_index.json").read_text())

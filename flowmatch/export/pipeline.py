@@ -2,8 +2,8 @@
 
 Unlike the stock pipelines, it requests the uniform grid by explicit sigmas, independent of the
 scheduler's default (`shift` of the scheduler moves them), keeps the state in float32 with a
-half-precision network, passes class labels, guides without a second model, and samples points as well
-as images.
+half-precision network, passes class labels by number or by name, guides without a second model, decodes
+latents with a VAE, and samples points and signals as well as images.
 
 This file imports torch and diffusers only, because it is copied next to exported weights.
 """
@@ -18,42 +18,73 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+ID2LABEL: dict[int, str] = {}  # names of the classes, which an export writes here
+
 
 class ReflowPipeline(DiffusionPipeline):
     """Sample from a network that predicts noise - data at timestep = 1000 sigma.
 
     Args:
         unet: A network in eval mode: UNet2DModel or DiTTransformer2DModel for images, or one without
-            `sample_size` in its config, such as VelocityMLP, for points of in_channels dimensions.
-            The null class, for guidance and for samples without a label, is the last of
-            num_class_embeds, or the row after the num_embeds_ada_norm classes of a DiT.
+            `sample_size` in its config, such as VelocityMLP, for points of in_channels dimensions. A
+            sample_size that is a list has the sides of other samples: [T] for signals [C, T]. The null
+            class, for guidance and for samples without a label, is the last of num_class_embeds, or the
+            row after the num_embeds_ada_norm classes of a DiT.
         scheduler: RectifiedFlowScheduler, FlowMatchEulerDiscreteScheduler, or another that accepts
             sigmas. Also one that spaces its steps uniformly by itself, like
             DPMSolverMultistepScheduler with use_flow_sigmas; it begins at sigma = 0.999, and pixels
             differ by about 1% of their range.
+        vae: The VAE that the samples are latents of; it decodes them into images.
+        vqvae: The same, by the name that LDMPipeline has for it.
+        id2label: Names of the classes, by their numbers.
+        latent: Whether samples are latents, which no image is made of without a VAE.
+        latents_scale: A number, or one for each channel: the VAE decodes x / latents_scale +
+            latents_shift (default: the VAE's scaling_factor).
+        latents_shift: Likewise (default: the VAE's shift_factor).
     """
 
     if __name__.startswith("flowmatch."):  # remote code has no such package
         __module__ = "flowmatch"  # written to model_index.json, and imported when it is loaded
 
-    model_cpu_offload_seq = "unet"  # type: ignore[assignment]
+    model_cpu_offload_seq = "unet->vae->vqvae"  # type: ignore[assignment]
+    _optional_components = ["vae", "vqvae"]  # noqa: RUF012
     unet: Any
     scheduler: Any
 
-    def __init__(self, unet: Any, scheduler: Any):
+    def __init__(
+        self,
+        unet: Any,
+        scheduler: Any,
+        vae: Any = None,
+        vqvae: Any = None,
+        id2label: dict[int, str] | None = None,
+        latent: bool = False,
+        latents_scale: float | list[float] | None = None,
+        latents_shift: float | list[float] | None = None,
+    ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, vqvae=vqvae)
+        self.id2label = {int(k): name for k, name in (id2label or ID2LABEL).items()}
+        self.latent = latent
+        given: dict[str, Any] = {"latents_scale": latents_scale, "latents_shift": latents_shift}
+        given |= {"id2label": id2label, "latent": latent or None}
+        self.register_to_config(**{key: v for key, v in given.items() if v is not None})
+
+    @property
+    def autoencoder(self) -> Any:
+        """The VAE, or None."""
+        return self.vae if self.vqvae is None else self.vqvae
 
     @torch.no_grad()
     def __call__(
         self,
         batch_size: int = 1,
         num_inference_steps: int = 4,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        output_type: str = "pil",
+        output_type: str | None = None,
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
         """Generate samples.
@@ -61,15 +92,17 @@ class ReflowPipeline(DiffusionPipeline):
         Args:
             batch_size: Number of samples.
             num_inference_steps: Steps of the scheduler's solver.
-            class_labels: One label for all samples, or one for each, below the number of classes.
-                None means the null class for a class-conditional network.
+            class_labels: One label for all samples, or one for each: a number below the number of
+                classes, or a name of id2label. None means the null class for a class-conditional
+                network.
             guidance_scale: w in v = v_null + w (v_cond - v_null) (arXiv 2207.12598). 1 disables
                 guidance; any other value evaluates the network for both.
             generator: One generator, or one per sample, which makes a sample independent of its
                 batch. A seed gives the same noise as in DDPMPipeline.
             latents: Noise to start from, [batch_size, ...].
             output_type: "pil", "np" ([B, H, W, C]) or "pt" ([B, C, H, W]) in [0, 1]; "latent":
-                unscaled, for a VAE to decode. Points are returned unscaled, [B, D], as "np" or "pt".
+                unscaled, not decoded by a VAE. Samples that are no images are returned unscaled, as
+                "np" or "pt". Default: "pil" for images, "latent" for latents without a VAE, else "np".
             return_dict: Whether to return an ImagePipelineOutput instead of a tuple.
 
         Returns:
@@ -80,6 +113,7 @@ class ReflowPipeline(DiffusionPipeline):
                 take these steps.
         """
         shape = (batch_size, *self._sample_shape())
+        output_type = output_type or self._usual_output(shape)
         self._check(batch_size, num_inference_steps, generator, output_type, shape)
         device = self._execution_device
         labels = self._labels(class_labels, guidance_scale, batch_size, device)
@@ -102,8 +136,9 @@ class ReflowPipeline(DiffusionPipeline):
             x = self.scheduler.step(output, t, x, return_dict=False, **extra)[0]
 
         samples: Any = x
-        if len(shape) == 4 and output_type != "latent":
-            samples = (x / 2 + 0.5).clamp(0, 1)
+        images = len(shape) == 4 and not (self.latent and self.autoencoder is None)
+        if images and output_type != "latent":
+            samples = (self.decode(x) / 2 + 0.5).clamp(0, 1)
         if output_type not in ("pt", "latent"):
             samples = samples.cpu().numpy()
             if len(shape) == 4:
@@ -112,6 +147,43 @@ class ReflowPipeline(DiffusionPipeline):
                 samples = self.numpy_to_pil(samples)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=samples) if return_dict else (samples,)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Decode latents with the VAE; return anything else as it is.
+
+        Args:
+            x: Samples, [B, ...].
+
+        Returns:
+            Images [B, C, H, W], in about [-1, 1].
+        """
+        vae = self.autoencoder
+        if vae is None:
+            return x
+        scale = self.config.get("latents_scale") or vae.config.get("scaling_factor") or 1.0
+        shift = self.config.get("latents_shift") or vae.config.get("shift_factor") or 0.0
+        each = [-1, *([1] * (x.ndim - 2))]  # along the channels
+        z = x / x.new_tensor(scale).reshape(each) + x.new_tensor(shift).reshape(each)
+        return vae.decode(z.to(vae.dtype)).sample.float()
+
+    def _usual_output(self, shape: tuple[int, ...]) -> str:
+        if self.latent and self.autoencoder is None:
+            return "latent"
+        return "pil" if len(shape) == 4 else "np"
+
+    def _numbers(self, labels: Any) -> Any:
+        """Replace names of classes by their numbers."""
+        if isinstance(labels, str):
+            return self._numbers([labels])[0]
+        if not isinstance(labels, (list, tuple)) or not any(isinstance(n, str) for n in labels):
+            return labels
+        known = {name: k for k, name in self.id2label.items()}
+        if unknown := [n for n in labels if isinstance(n, str) and n not in known]:
+            raise ValueError(
+                f"class_labels={unknown}: expected {'names of ' if known else 'numbers; '}"
+                f"{', '.join(known) or 'the classes have no names here'}"
+            )
+        return [known[n] if isinstance(n, str) else n for n in labels]
 
     def _predict(self, x: Tensor, t: Tensor, labels: Tensor | None, guidance: float) -> Tensor:
         """Predict noise - data in float32, with guidance. labels: [B], or [2B], null class first."""
@@ -164,7 +236,7 @@ class ReflowPipeline(DiffusionPipeline):
             )
 
     def _sample_shape(self) -> tuple[int, ...]:
-        """Read the shape of one sample, [C, H, W] or [D], from the network's config."""
+        """Read the shape of one sample, [C, *sample_size] or [D], from the network's config."""
         config = self.unet.config
         if "sample_size" not in config:
             return (config.in_channels,)
@@ -203,7 +275,7 @@ class ReflowPipeline(DiffusionPipeline):
         nulls = torch.full((batch_size,), null, dtype=torch.long, device=device)
         if labels is None:
             return nulls
-        given = torch.as_tensor(labels, device=device)
+        given = torch.as_tensor(self._numbers(labels), device=device)
         if given.is_floating_point() or given.ndim > 1 or given.numel() not in (1, batch_size):
             raise ValueError(
                 f"class_labels={labels}: expected one integer, or batch_size={batch_size} of them"
@@ -226,13 +298,15 @@ class ReflowPipeline(DiffusionPipeline):
             raise ValueError(
                 f"generator is a list of {len(generator)}: expected one, or batch_size={batch_size}"
             )
-        kinds = ("pil", "np", "pt", "latent") if len(shape) == 4 else ("np", "pt")
+        bare = self.latent and self.autoencoder is None
+        kinds: tuple[str, ...] = ("pil", "np", "pt", "latent") if len(shape) == 4 else ("np", "pt")
+        kinds = ("np", "pt", "latent") if bare else kinds
         if output_type not in kinds:
             raise ValueError(
                 f"output_type={output_type!r}: expected one of {', '.join(kinds)} for samples of "
                 f"shape {list(shape[1:])}"
             )
-        if output_type == "pil" and shape[1] not in (1, 3):
+        if output_type == "pil" and self.autoencoder is None and shape[1] not in (1, 3):
             raise ValueError(
                 f"output_type='pil': cannot make pictures of {shape[1]} channels; expected 'latent', "
                 "'np' or 'pt'"

@@ -19,18 +19,31 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", default="samples", help="folder for the files")
     parser.add_argument("--count", type=int, default=16, help="number of samples")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--labels", type=numbers, help="class labels, separated by commas")
+    parser.add_argument(
+        "--labels", type=words, help="classes, numbers or names, separated by commas"
+    )
     parser.add_argument("--prompt", help="what to sample, for a pipeline that reads prompts")
     call = parser.parse_args(argv)
     with exit_codes("sample"):
         export, out = expanded(call.export), Path(expanded(call.out))
-        words = call.labels, call.prompt
-        print(sample(export, call.steps, out, call.count, call.seed, *words))
+        more = call.labels, call.prompt
+        print(sample(export, call.steps, out, call.count, call.seed, *more))
 
 
-def numbers(text: str) -> list[int]:
-    """Read numbers that are separated by commas."""
-    return [int(part) for part in text.split(",")]
+def words(text: str) -> list[str]:
+    """Split words that are separated by commas."""
+    return [part.strip() for part in text.split(",")]
+
+
+def numbers(labels: list[str], names: dict[str, str], classes: int) -> list[int]:
+    """Return the numbers of classes that are given by number or name. Raises UserError."""
+    known = {name: int(k) for k, name in names.items()}
+    found = [known.get(word, int(word) if word.isdecimal() else classes) for word in labels]
+    if any(number >= classes for number in found):
+        what = f"expected 0 to {classes - 1}" if classes else "the network takes no labels"
+        named = f", or {', '.join(known)}" if known else ""
+        raise UserError(f"--labels {','.join(labels)}: {what}{named}")
+    return found
 
 
 def sample(
@@ -39,7 +52,7 @@ def sample(
     out: Path,
     count: int,
     seed: int,
-    labels: list[int] | None = None,
+    labels: list[str] | None = None,
     prompt: str | None = None,
 ) -> str:
     """Sample an export, and write `00.png`, ... or, for points and latents, `samples.npy`.
@@ -50,7 +63,7 @@ def sample(
         out: folder of the files, made if absent.
         count: number of samples.
         seed: seed of the noise.
-        labels: class labels, repeated up to the count.
+        labels: classes, by number or name, repeated up to the count.
         prompt: for a pipeline that reads prompts; by default the one of its card.
 
     Returns:
@@ -97,9 +110,8 @@ def sample(
     if not hasattr(pipe, "unet"):
         raise UserError(f"{export}: {type(pipe).__name__} is not the pipeline of an export")
     classes = classes_of(pipe.unet) or 0
-    if labels and not (min(labels) >= 0 and max(labels) < classes):
-        what = f"expected 0 to {classes - 1}" if classes else "the network takes no labels"
-        raise UserError(f"--labels {','.join(map(str, labels))}: {what}")
+    named = (sealed["facts"].get("id2label") or {}) if sealed is not None else {}
+    chosen = numbers(labels or [], named, classes)
     pipe.set_progress_bar_config(disable=True)
     shape = sample_shape(pipe.unet)
     more: dict[str, Any] = {}
@@ -107,8 +119,8 @@ def sample(
         more["output_type"] = "np"  # points
     elif shape[0] not in (1, 3):
         more["output_type"] = "latent"
-    if labels:
-        more["class_labels"] = [labels[i % len(labels)] for i in range(count)]
+    if chosen:
+        more["class_labels"] = [chosen[i % len(chosen)] for i in range(count)]
     generator = torch.Generator().manual_seed(seed)
     images = pipe(batch_size=count, num_inference_steps=steps, generator=generator, **more).images
     out.mkdir(parents=True, exist_ok=True)

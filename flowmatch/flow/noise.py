@@ -20,6 +20,7 @@ DIRECTIONS = 7  # projections of the sliced Wasserstein distance
 TOY = 8  # exact samples of a closed-form target
 GROUP = 9  # order within a group of shards
 BOOTSTRAP = 10  # samples of a bootstrap
+CROP = 11  # places of random crops
 
 
 def generator(seed: int, i: int, stream: int) -> np.random.Generator:
@@ -66,6 +67,11 @@ def labels(seed: int, ids: Iterable[int], classes: int, stream: int = PAIR_LABEL
     """Draw a label for each of some samples, uniform over range(classes); int64 [len(ids)]."""
     draws = [generator(seed, i, stream).integers(classes) for i in ids]
     return np.array(draws, dtype=np.int64)
+
+
+def places(seed: int, ids: Iterable[int]) -> np.ndarray:
+    """Draw where the crops of some samples lie: float64 [len(ids), 2], uniform in [0, 1)."""
+    return np.array([generator(seed, int(i), CROP).random(2) for i in ids]).reshape(-1, 2)
 
 
 class Order:

@@ -127,9 +127,7 @@ def _facts(shape: tuple[int, ...], classes: int | None) -> dict[str, Any]:
     """Return the arguments that follow from the data, under all names that diffusers has for them."""
     facts: dict[str, Any] = {"in_channels": shape[0], "out_channels": shape[0]}
     if len(shape) == 3:
-        if shape[1] != shape[2]:
-            raise UserError(f"the data has shape {list(shape)}; expected square images")
-        facts["sample_size"] = shape[1]
+        facts["sample_size"] = shape[1] if shape[1] == shape[2] else list(shape[1:])
     if classes is None:
         return facts | {"num_class_embeds": None}
     # the null class is K: DiT adds a row for it, other networks count it as a class

@@ -39,6 +39,8 @@ class Teacher:
         diffusion: None for a flow model in diffusers' convention.
         one_step: Trained at t = 0 alone; its output at other times means nothing.
         features: sha256 of each classifier that a loss of its training used.
+        samples: Number of samples that it was trained on, if it says so.
+        names: Of its classes, if they have names.
     """
 
     net: Any
@@ -47,6 +49,8 @@ class Teacher:
     diffusion: Diffusion | None = None
     one_step: bool = False
     features: tuple[str, ...] = ()
+    samples: int | None = None
+    names: tuple[str, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,6 +66,7 @@ class Teacher:
     def facts(self) -> dict[str, Any]:
         """What the manifest of its pairs holds, beyond what it holds for a plain flow model."""
         facts: dict[str, Any] = {"features": sorted(self.features)} if self.features else {}
+        facts |= self.student_facts
         if self.diffusion is not None:
             facts |= {"diffusion": self.diffusion.facts, "span": list(self.velocity().span)}
         return facts
@@ -72,8 +77,10 @@ class Teacher:
 
     @property
     def student_facts(self) -> dict[str, Any]:
-        """What the manifest of a student holds of it: nothing."""
-        return {}
+        """What the manifests of its pairs and of a student hold of it: the names of its classes."""
+        return (
+            {"id2label": {str(k): name for k, name in enumerate(self.names)}} if self.names else {}
+        )
 
     @property
     def lines(self) -> list[str]:
@@ -226,7 +233,15 @@ def load(path: str | os.PathLike[str], key: str) -> Teacher:
         facts["round"],
         one_step=facts.get("one_step", False),
         features=tuple(facts.get("features", ())),
+        samples=facts.get("samples"),
+        names=names_of(facts),
     )
+
+
+def names_of(facts: dict[str, Any]) -> tuple[str, ...] | None:
+    """Return the names of the classes in the facts of a manifest."""
+    known = facts.get("id2label")
+    return None if known is None else tuple(str(known.get(str(k), k)) for k in range(len(known)))
 
 
 def _exported(found: Teacher, folder: Path, key: str, sealed: dict[str, Any]) -> Teacher:
@@ -241,6 +256,7 @@ def _exported(found: Teacher, folder: Path, key: str, sealed: dict[str, Any]) ->
         round=facts["round"],
         one_step=facts.get("one_step", old),
         features=tuple(facts.get("features", ())),
+        names=names_of(facts),
     )
 
 

@@ -1,10 +1,11 @@
 """The config of stage two, and of its sets where they are read."""
 
+import math
 from typing import Any, ClassVar, Literal
 
 import pydantic
 
-from flowmatch.config import Config, LocalPath, Place, option, required
+from flowmatch.config import Config, LocalPath, Place, UserError, option, required
 from flowmatch.data.config import DataConfig, PromptsConfig
 from flowmatch.flow.config import SolverConfig
 from flowmatch.models.config import CallConfig, Precision
@@ -35,7 +36,19 @@ class PairsConfig(StageConfig):
         "invert this data: pair i is item i and its noise; default: generate from noise",
         shared=False,
     )
-    shards: int = required("number of shards; more of them extend a finished set", run=True, ge=1)
+    per_image: float | None = option(
+        None,
+        "pairs for each sample that the teacher was trained on, in place of shards, which the plan "
+        "derives from it",
+        run=True,
+        gt=0,
+    )
+    shards: int = option(
+        0,
+        "number of shards; more of them extend a finished set (required without per_image)",
+        run=True,
+        validate_default=True,
+    )
     shard_size: int = option(16384, "pairs in a shard, the unit of work", ge=1)
     block: int = option(
         64, "pairs in a tar member; choose it so that a member has 0.25 to 4 MB", ge=1
@@ -75,6 +88,39 @@ class PairsConfig(StageConfig):
     lease_seconds: float = option(
         60.0, "seconds after which the shard of a silent worker is taken over", run=True, gt=0
     )
+
+    DERIVED: ClassVar[dict[str, str]] = {"shards": "per_image"}
+
+    @pydantic.field_validator("shards")
+    @classmethod
+    def _given(cls, shards: int, info: pydantic.ValidationInfo) -> int:
+        if shards < 1 and (shards < 0 or info.data.get("per_image", 1) is None):
+            raise ValueError("expected 1 or more; set shards, or per_image")
+        return shards
+
+    def over(self, count: int | None) -> "PairsConfig":
+        """Return the config with the shards that `per_image` asks for.
+
+        Args:
+            count: Samples that the teacher was trained on; None where it does not say.
+
+        Raises:
+            UserError: `shards` is given, too, and is another number, or the count is not known.
+        """
+        if self.per_image is None:
+            return self
+        if count is None:
+            raise UserError(
+                f"per_image={self.per_image:g}: teacher={self.teacher} does not say how many samples it "
+                "was trained on; set shards"
+            )
+        shards = max(1, math.ceil(self.per_image * count / self.shard_size))
+        if self.shards not in (0, shards):
+            raise UserError(
+                f"per_image={self.per_image:g} of {count:,} samples are {shards} shards, and "
+                f"shards={self.shards}; leave one of them out"
+            )
+        return self.model_copy(update={"shards": shards})
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -22,7 +22,7 @@ import numpy as np
 
 from flowmatch.config import UserError
 from flowmatch.pairs.layout import PROMPT, STATES, Layout, shape_of, write_prompts
-from flowmatch.runs import storage
+from flowmatch.runs import manifest, storage
 from flowmatch.runs.files import create, worker
 from flowmatch.runs.storage import Place, Store
 
@@ -258,3 +258,16 @@ def missing(folder: Place, shards: Iterable[int], fingerprint: str) -> list[int]
         if size != committed[k]["bytes"]:
             del committed[k]
     return [k for k in numbers if k not in committed]
+
+
+def refuse_fewer(store: storage.Store, number: int) -> None:
+    """Raise UserError where a set has more shards than are asked for: stock readers take every tar."""
+    there = max(committed(store), default=-1) + 1
+    if (sealed := manifest.find(store, "run_dir")) is not None:
+        sealed_number = sealed["facts"].get("shards")  # None where it is damaged
+        there = max(there, sealed_number if isinstance(sealed_number, int) else 0)
+    if there > number:
+        raise UserError(
+            f"shards={number}: run_dir={store} has {there} already, and a set never shrinks; set "
+            f"shards={there} or more, or use another run_dir"
+        )

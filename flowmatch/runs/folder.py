@@ -145,6 +145,7 @@ def finished(
         if sealed is None or early is None:
             return False
         written, _ = read_config(folder, early, type(config))
+        config = config.as_written(written)
         whole = [c.model_dump(exclude={"device"}) for c in (written, config)]
         content = configs.complete(sealed["config"], type(config))
         if whole[0] != whole[1] or configs.differences(content, configs.content(config)):
@@ -273,6 +274,7 @@ def begin(name: str, plan: Plan, dry_run: bool) -> bool:
 def _holds_nothing(folder: Store) -> bool:
     """Check that nothing was made in a folder: no checkpoint, shard, lease or result."""
     begun = {"config.yaml", ".lock", ".scratch", "metrics.jsonl", "checkpoints", ".meta"}
+    begun.add("skipped.txt")
     names = [*folder.names("checkpoints"), *folder.names(".meta"), *folder.names()]
     return all(name in begun or ".tmp" in name for name in names)
 

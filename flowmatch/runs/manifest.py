@@ -27,13 +27,21 @@ ADDED: dict[str, Any] = {
     "states": [],
 }
 
+ADDED_DATA = {
+    "fit": "crop",
+    "crop": "centre",
+    "small": "refuse",
+    "bad": "refuse",
+    "background": None,
+}
 
 FACTS: dict[str, tuple[type, ...]] = {  # kinds of the facts that later stages read
     **{"round": (int,), "net": (str,), "features": (list,), "one_step": (bool,), "shape": (list,)},
     **{"classes": (int, type(None)), "accuracy": (int, float), "sha256": (str,), "kind": (str,)},
     **{"layout": (dict,), "shards": (int,), "count": (int,), "fingerprint": (str,)},
-    **dict.fromkeys(("script", "call", "prompts"), (dict, type(None))),
     **{"lora": (dict,), "base": (str,)},
+    **dict.fromkeys(("script", "call", "prompts", "id2label"), (dict, type(None))),
+    "samples": (int,),
 }
 NEEDED = {  # stage -> facts that all of its manifests have
     **{stage: {"round"} for stage in ("train_flow", "reflow", "generate_pairs", "export")},
@@ -73,6 +81,8 @@ def pair_fingerprint(
         pair_format: PAIR_FORMAT, or that of an older set.
     """
     config = {key: value for key, value in config.items() if (key, value) not in ADDED.items()}
+    if isinstance(data := config.get("data"), dict):
+        config["data"] = {k: v for k, v in data.items() if (k, v) not in ADDED_DATA.items()}
     value = {"format": pair_format, "config": config, "inputs": inputs, "round": round}
     return fingerprint(value)
 

@@ -4,17 +4,25 @@ from typing import Any, Literal
 
 import pydantic
 
-from flowmatch.config import Config, option, required
+from flowmatch.config import Config, UserError, option, required
 from flowmatch.training.learning_rate import Decay
 
 
 class FitConfig(Config):
     """The training loop."""
 
-    steps: int = required(
-        "optimizer updates; may grow in the same folder, always with decay=constant, else once the run "
-        "has finished: the learning rate then starts at its peak and decays again",
-        ge=1,
+    epochs: float | None = option(
+        None,
+        "passes over the data or the pairs, in place of steps, which the plan derives from it",
+        run=True,
+        gt=0,
+    )
+    steps: int = option(
+        0,
+        "optimizer updates (required without epochs); may grow in the same folder, always with "
+        "decay=constant, else once the run has finished: the learning rate then starts at its peak and "
+        "decays again",
+        validate_default=True,
     )
     batch_size: int = required("samples in an update, over all processes (the global batch)", ge=1)
     micro_batch: int | None = option(
@@ -84,6 +92,32 @@ class FitConfig(Config):
         """
         shorter = isinstance(steps, int) and steps < self.steps
         return shorter and (self.decay == "constant" or step == steps)
+
+    @pydantic.field_validator("steps")
+    @classmethod
+    def _given(cls, steps: int, info: pydantic.ValidationInfo) -> int:
+        if steps < 1 and (steps < 0 or info.data.get("epochs", 1) is None):
+            raise ValueError("expected 1 or more; set steps, or epochs")
+        return steps
+
+    def over(self, count: int) -> "FitConfig":
+        """Return the config with the updates that `epochs` asks for.
+
+        Args:
+            count: Samples in an epoch.
+
+        Raises:
+            UserError: `steps` is given, too, and is another number.
+        """
+        if self.epochs is None:
+            return self
+        steps = max(1, round(self.epochs * count / self.batch_size))
+        if self.steps not in (0, steps):
+            raise UserError(
+                f"fit.epochs={self.epochs:g} of {count:,} samples are {steps:,} updates, and "
+                f"fit.steps={self.steps}; leave one of them out"
+            )
+        return self.model_copy(update={"steps": steps})
 
     @pydantic.field_validator("ema")
     @classmethod

@@ -347,6 +347,7 @@ def test_errors_name_the_key_of_their_config(tmp_path):
     np.savez(tmp_path / "y.npz", x=np.zeros((2, 4)), y=np.array([0, 2]))
     folder, x, y = (str(tmp_path / name) for name in ("data/set", "x.npz", "y.npz"))
     for values in (
+        {"path": folder},
         {"path": folder, "size": 8},
         {"path": folder, "split": "val"},
         {"path": folder, "image_column": "none"},
@@ -365,16 +366,17 @@ def test_errors_name_the_key_of_their_config(tmp_path):
         message = str(caught.value).replace(values.get("path", ""), "")
         assert re.match(r"held_out(:|\.\w+[,=])", message), message
         assert not re.search(r"\bdata[.:]", message), message
-    read = dataset.load(validate(DataConfig, {"path": folder}), "held_out")
     with pytest.raises(UserError, match=r"^held_out: image 1 .*set held_out.size"):
-        read.batch(np.arange(2))
+        dataset.load(validate(DataConfig, {"path": folder}), "held_out")
 
 
-def test_images_are_never_enlarged(tmp_path):
-    path = str(folder_of(tmp_path / "set", pictures(2)))
+def test_images_are_never_enlarged_unasked(tmp_path):
+    path = str(folder_of(tmp_path / "set", pictures(1)))
     assert "6x6, smaller than data.size=8" in refusal(path=path, size=8)
     np.savez(tmp_path / "a.npz", x=pictures(2))
-    assert "use data.size=6 or less" in refusal(source="npz", path=str(tmp_path / "a.npz"), size=8)
+    assert "set data.small to enlarge" in refusal(
+        source="npz", path=str(tmp_path / "a.npz"), size=8
+    )
 
 
 def test_an_image_unlike_the_first_is_named_when_it_is_read(tmp_path):
@@ -415,9 +417,9 @@ def test_images_of_several_frames_are_counted(tmp_path, monkeypatch):
     )
     assert torch.equal(all_of(found)["x1"][1:], expected(x[[0] * 4]))
     monkeypatch.setattr(images, "LOOKED", 2)
-    assert "1 of the 2 images looked at, of 5, hold" in load(path=str(tmp_path)).notes[0]
+    monkeypatch.setattr(images, "CHUNK", 1)
+    assert "1 of the 2 images looked at, of 5, hold" in load(path=str(tmp_path), memory=0).notes[0]
     frames[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=frames[1:2])
-    monkeypatch.setattr(images, "LOOKED", 9)
     assert "4 of the 6 images" in load(path=str(tmp_path)).notes[0]  # a photo with its preview
 
 

@@ -101,7 +101,8 @@ def test_metadata_say_which_pictures_and_their_labels(tmp_path):
         ([{"file_name": "0.png"}, {"file_name": None}], "row 1 of .* names None"),
         ([], "cannot be read: Empty JSON"),
         ([{"name": "0.png"}], "has the columns name; expected one called file_name"),
-        ([{"file_name": "0.png", "label": "cat"}], "label holds words"),
+        ([{"file_name": "0.png", "label": "cat"}, {"file_name": "a/1.png", "label": "dog"}],
+         "2 rows have 2 different words"),
         ([{"file_name": "0.png", "label": 0}, {"file_name": "0.png"}],
          "1 of 2 rows have no label, first row 1"),
     ],
@@ -373,7 +374,6 @@ def test_columns_that_are_absent_or_ambiguous_are_listed(tmp_path):
     for file, values, faults in [
         (named, {"image_column": "no"}, ["data.image_column=no does not exist", "id (int64)"]),
         (named, {"image_column": "id"}, ["data.image_column=id is not a column of images"]),
-        (named, {}, ["data.label_column=label holds words", "number the classes 0 to K - 1"]),
         (named, {"label_column": "image"}, ["image is not a column of labels"]),
         (named, {"label_column": "id"}, ["4 samples have 4 different labels", "not classes"]),
         (plain, {}, ["no column is called as the labels (label, ", "id (int64), digit (int64)"]),
@@ -381,6 +381,8 @@ def test_columns_that_are_absent_or_ambiguous_are_listed(tmp_path):
     ]:
         message = refusal(path=str(file), labels=True, **values)
         assert all(fault in message for fault in faults), message
+    found = load(path=str(named), labels=True)
+    assert (found.names, all_of(found)["label"].tolist()) == (("cat", "dog"), [0, 1, 0, 0])
     found = load(path=str(plain), labels=True, label_column="digit", image_column="image")
     assert all_of(found)["label"].tolist() == [0, 1, 1, 0]
     both = parquet_of(tmp_path / "c.parquet", x, label=[0] * 4, target=[0] * 4)

@@ -43,7 +43,7 @@ def test_a_damaged_export_is_named_and_not_sampled(made, tmp_path, name):
         (["--count", str(10**11)], "expected a number from 1 to 100000"),
         (["--seed", "-1"], "--seed -1: expected a number from 0"),
         (["--seed", str(2**64)], "expected a number from 0"),
-        (["--labels", "x"], "invalid numbers value: 'x'"),
+        (["--labels", "x"], "--labels x: expected 0 to 2"),
         (["--labels", "0,-1"], "--labels 0,-1: expected 0 to 2"),
         (["--labels", "3"], "--labels 3: expected 0 to 2"),
     ],
