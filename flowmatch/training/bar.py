@@ -33,6 +33,10 @@ class Bar:
         rate, self.began, self.seen = self.seen / (now - self.began), now, 0
         return round(rate, 1)
 
-    def show(self, loss: float, rate: float) -> None:
-        """Show loss and images per second beside the bar."""
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s", refresh=False)
+    def show(self, values: dict[str, float]) -> None:
+        """Show the values of a line of the log beside the bar."""
+        shown = [f"loss {values['loss']:.4f}", f"{values['images_per_second']:.0f} images/s"]
+        if "mfu" in values:
+            shown.append(f"{values['mfu']:.0%} of the peak")
+        shown.append(f"{values['memory_gb']:.1f} GB")
+        self.bar.set_postfix_str(", ".join(shown), refresh=False)

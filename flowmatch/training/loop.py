@@ -29,6 +29,7 @@ from flowmatch.training import compilation, ema, trackers
 from flowmatch.training.bar import Bar
 from flowmatch.training.config import FitConfig
 from flowmatch.training.draw import Ahead, Drawn, Stream, draw, mask_seed
+from flowmatch.training.meter import Meter
 from flowmatch.training.state import State, Writer
 
 
@@ -204,6 +205,7 @@ def _train(
     rank, world = accelerator.process_index, accelerator.num_processes
     micro, accumulation = split_batch(config, world)
     v, plain = field(state.model), field(state.net)
+    meter = Meter(accelerator.device, config.precision, micro)
     start = state.step
     _check_one_folder(accelerator, run, start)
     _begin_logs(accelerator, run, config, start)
@@ -227,15 +229,17 @@ def _train(
 
     with Ahead(micro_batch, start * accumulation) as batches, Bar(config, start) as bar:
         if start < config.steps:
-            _warm_up(state, batches.peek, errors, v)
+            _warm_up(state, batches.peek, errors, v, meter)
         logged = start
         while True:
             # Log.
             if state.step % config.log_every == 0 and state.step > logged:
                 logged = state.step
-                values = {**state.read(), "lr": state.lr, "images_per_second": bar.rate()}
+                rate = bar.rate()
+                values = {**state.read(), "lr": state.lr, "images_per_second": rate}
+                values |= meter.values(rate / world)
                 state.window.zero_()
-                bar.show(values["loss"], values["images_per_second"])
+                bar.show(values)
                 accelerator.log(values, step=state.step)
                 if leads():
                     run.log(state.step, **values)
@@ -301,20 +305,30 @@ def _begin_logs(accelerator: Any, run: RunFolder, config: FitConfig, start: int)
 
 
 def _warm_up(
-    state: State, peek: Callable[[], Drawn], errors: Callable[..., Tensor], v: Velocity
+    state: State,
+    peek: Callable[[], Drawn],
+    errors: Callable[..., Tensor],
+    v: Velocity,
+    meter: Meter,
 ) -> None:  # collective
-    """Check a compiled network, and fix the layout of DDP's buckets, with the first micro-batch."""
+    """Check a compiled network, settle DDP's buckets and count FLOPs, with the first micro-batch."""
     config, accelerator = state.config, state.accelerator
-    world = accelerator.num_processes
-    if not config.compile and world == 1:
+    settled = accelerator.num_processes == 1 or config.shard
+    if settled and not (config.compile or meter.peak):
         return
     batch = peek().to(accelerator.device)
     if config.compile:
         with accelerator.no_sync(state.model):
             compilation.check(partial(errors, v, batch, 0), state.net, config.precision)
-    if world > 1 and not config.shard:
+    if not settled or meter.peak:
         # DDP changes the layout of its buckets after its first pass, and the layout decides how a sum
         # over three processes is rounded. After an unused pass a resumed run and an undisturbed one
-        # make all of their updates with the same layout.
-        accelerator.backward(errors(v, batch, 0).mean())
+        # make all of their updates with the same layout. FLOPs are counted in an unused pass, too:
+        # torch's counter changes how products are rounded.
+        eager = config.compile and meter.peak
+        with torch.compiler.set_stance("force_eager" if eager else "default"):
+            with meter.counted() as forward_is_done:
+                error = errors(v, batch, 0)
+                forward_is_done()
+                accelerator.backward(error.mean())
         state.optimizer.zero_grad(set_to_none=True)

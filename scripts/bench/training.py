@@ -22,7 +22,7 @@ from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import process
 from flowmatch.runs.config import StageConfig
 from flowmatch.runs.folder import RunFolder
-from flowmatch.training import loop
+from flowmatch.training import loop, meter
 from flowmatch.training.config import FitConfig
 from scripts.bench.yardsticks import (
     BareLoop,
@@ -34,8 +34,6 @@ from scripts.bench.yardsticks import (
     synchronise,
     write_set,
 )
-
-DENSE_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # FLOP/s, no sparsity
 
 
 class Turns:
@@ -131,9 +129,9 @@ def utilisation(load: Load, seconds: float) -> dict[str, float]:
     net = networks.build(NetConfig(**load.net), load.shape, None, 0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(1, *load.shape), torch.zeros(1))
-    peak = [v for name, v in DENSE_BF16.items() if name in torch.cuda.get_device_name()]
+    peak = meter.peak_of(torch.cuda.get_device_name(), load.precision)
     rate = 3 * load.batch * counter.get_total_flops() / seconds
-    return {"tflops": rate / 1e12} | ({"mfu": rate / peak[0]} if peak else {})
+    return {"tflops": rate / 1e12} | ({"mfu": rate / peak} if peak else {})
 
 
 def processes(folder: Path, load: Load, device: str) -> dict[str, Figure]:
