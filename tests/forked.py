@@ -16,6 +16,7 @@ import contextlib
 import gc
 import importlib
 import json
+import logging
 import os
 import random
 import runpy
@@ -41,6 +42,8 @@ LIBRARIES = """
     diffusers.pipelines.ddpm.pipeline_ddpm diffusers.schedulers.scheduling_ddpm
     diffusers.schedulers.scheduling_dpmsolver_multistep
     diffusers.schedulers.scheduling_flow_match_euler_discrete diffusers.training_utils
+    diffusers.models.unets.unet_2d_condition transformers.models.clip.modeling_clip
+    diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
 """
 MODULES = [
     *LIBRARIES.split(),
@@ -326,11 +329,13 @@ def preload():
     import torch
 
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # transformers misses torchvision, and says so
     for name in MODULES:
         try:
             importlib.import_module(name)
         except ImportError:  # the child that needs it says so
             traceback.print_exc()
+    logging.disable(logging.NOTSET)
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"an import started threads: {threading.enumerate()}, {threads}"
     gc.collect()

@@ -33,7 +33,7 @@ LONG = ", ".join([WORDS[1]] * 5)
 OTHERS = ("two small houses", "rain", "an old man reads a book")
 FAILURES = (
     *(ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError),
-    *(NotImplementedError, ImportError, OSError),
+    *(NotImplementedError, ImportError, OSError, ArithmeticError, MemoryError),
 )
 STEPS, REPLAYED = 3, 4  # numbers of steps of the runs that are watched
 
@@ -130,20 +130,24 @@ class _Looks:
             how["latents"] = noise_like((len(words), *script.shape), steps, like)
         if script is not None:
             how = {"inject": script.inject, "network": script.network} | how
-        try:
-            with unguided(pipe, script):
-                seen = run(pipe, words, few_steps(pipe, call, steps), **how)
-        except FAILURES as error:
-            told = " ".join(str(error).split())
-            raise UserError(
-                f"{self.key}: {type(pipe).__name__} fails on a prompt and the arguments of `call`: "
-                f"{type(error).__name__}: {told[:300]}"
-            ) from None
+        with unguided(pipe, script):
+            seen = self.watched(words, few_steps(pipe, call, steps), **how)
         if not seen.steps and not how.get("first_only"):
             raise UserError(
                 f"{self.key}: {type(pipe).__name__} never calls scheduler.step; it cannot be watched"
             )
         return seen
+
+    def watched(self, words: Sequence[str], call: dict[str, Any], **how: Any) -> Watch:
+        """Run with a call as it is. Raises UserError for arguments that the pipeline fails on."""
+        try:
+            return run(self.pipe, words, call, **how)
+        except FAILURES as error:
+            told = " ".join(str(error).split())
+            raise UserError(
+                f"{self.key}: {type(self.pipe).__name__} fails on a prompt and the arguments of `call`: "
+                f"{type(error).__name__}: {told[:300]}"
+            ) from None
 
     def first(self) -> Script:
         """Find the network and the state, and refuse pipelines that add noise or take no noise."""
@@ -198,7 +202,7 @@ class _Looks:
         whole: dict[str, Any] = dict(
             latents=noise, inject=script.inject, network=network, first_only=True
         )
-        run(pipe, WORDS, self.call, **whole)
+        self.watched(WORDS, self.call, **whole)
         steps = len(pipe.scheduler.timesteps)
         return replace(script, scale=scale, steps=steps, evaluations=steps * rows // len(WORDS))
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from flowmatch.runs.experiment import CHAIN, Experiment
+from flowmatch.runs.experiment import CHAIN, STAGES, Experiment
 from scripts.torture import damage
 from scripts.torture.damage import Random, pick
 from scripts.torture.report import Outcome
-from scripts.torture.world import EXPERIMENTS, Ended, World
+from scripts.torture.world import EXPERIMENTS, SECTIONS, Ended, World
 
 STREAM = 1
 FINE = {0, 2, 75}
@@ -28,7 +28,11 @@ OTHERS = {
     "new": [["x"], ["x", "--from", "ring"], ["x", "--from", "points.yaml"], ["x", "y"], []],
     "verify": [["runs/points/pairs"], ["runs/pictures/pairs", "--full"], ["runs/points"], []],
     "inspect": [["runs/points/pairs", "--out", "look"], ["runs/pictures/flow"], []],
-    "sample": [["runs/points/export", "--count", "2"], ["runs/pictures/export", "--labels", "0,9"]],
+    "sample": [
+        ["runs/points/export", "--count", "2"],
+        ["runs/pictures/export", "--labels", "0,9"],
+        ["runs/prompts/export", "--prompt", "a red bar", "--count", "2"],
+    ],
     "completion": [["bash"], [], ["x"], ["bash", "zsh"]],
 }
 ODD_WORDS = [
@@ -68,13 +72,16 @@ def case(seed: int, i: int) -> Case:
             at = int(rng.integers(len(words) + 1))
             words[at : at + int(rng.integers(2))] = [pick(rng, ODD_WORDS)]
         return Case(kind, [word for word in words if "\0" not in word], b"")
-    values: Any = copy.deepcopy(EXPERIMENTS[pick(rng, list(EXPERIMENTS))])
+    fitting = [name for name, found in SECTIONS.items() if kind in (*found, "run")]
+    name = pick(rng, fitting if rng.random() < 0.95 else list(EXPERIMENTS))
+    values: Any = copy.deepcopy(EXPERIMENTS[name])
     words = [kind, "bad.yaml", "--dry-run"]
-    if kind != "run" and kind in values:
+    if kind in values:
         if rng.random() < 0.5:
             values[kind]["run_dir"] = "new"
         if rng.random() < 0.4:  # the config of one stage alone
-            values, words[0] = flat(values, kind), CHAIN[kind]
+            words[0] = values[kind].get("stage", CHAIN[kind])
+            values = flat(values, kind)
     for _ in range(pick(rng, [1, 1, 1, 2, 3])):
         if rng.random() < 0.7 and isinstance(values, dict | list):
             values = damage.change_value(values, rng)
@@ -91,7 +98,7 @@ def flat(values: dict[str, Any], section: str) -> dict[str, Any]:
     from flowmatch import cli
 
     experiment = Experiment(values, "bad.yaml")
-    return experiment.values(section, cli.stage_of(CHAIN[section]).config)
+    return experiment.values(section, cli.stage_of(experiment.stage_of(section)).config)
 
 
 def word(values: Any, rng: Random) -> str:
@@ -194,7 +201,5 @@ def ours(lines: list[str]) -> bool:
     """Whether lines end with `NAME: fault`, after those of libraries, or are argparse's usage."""
     if lines[0].startswith("usage:"):
         return True
-    names = "|".join(
-        [*dict.fromkeys(CHAIN.values()), *CHAIN, *OTHERS, "run", "flowmatch", r"\w+_pairs"]
-    )
+    names = "|".join([*STAGES, *CHAIN, *OTHERS, "run", "flowmatch", r"\w+_pairs"])
     return re.match(rf"({names})(_\d+)?: ", lines[-1]) is not None

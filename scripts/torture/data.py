@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import struct
 import tarfile
 from pathlib import Path
@@ -63,6 +64,26 @@ def write(folder: Path) -> None:
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     parquet(folder / "parquet" / "table.parquet", encoded, y)
+    captions(folder, x, y)
+
+
+def captions(folder: Path, x: np.ndarray, label: np.ndarray) -> None:
+    """Write pictures in colour with captions, and a list of prompts."""
+    from PIL import Image
+
+    (folder / "captions").mkdir()
+    colours = {"red": [1, 0, 0], "green": [0, 1, 0], "blue": [0, 0, 1], "white": [1, 1, 1]}
+    places = ("at the left", "in the middle", "at the right")
+    rows = []
+    for i, picture in enumerate(x):
+        colour, place = list(colours)[i % 4], places[label[i]]
+        coloured = picture[..., None] * np.array(colours[colour], np.uint8)
+        Image.fromarray(coloured).save(folder / "captions" / f"{i:03d}.png")
+        rows.append({"file_name": f"{i:03d}.png", "text": f"a {colour} bar {place}"})
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (folder / "captions" / "metadata.jsonl").write_text(lines)
+    texts = [f"a {colour} bar {place}" for colour in colours for place in places]
+    (folder / "prompts.txt").write_text("\n".join(texts) + "\n")
 
 
 def parquet(file: Path, encoded: list[bytes], label: np.ndarray) -> None:

@@ -86,6 +86,12 @@ def experiment(name: str) -> Iterator[Scenario]:
     if "classifier" in SECTIONS[name]:
         yield of(name, "classifier", "classifier/*", "evaluate", "evaluate")
         yield of(name, "classifier", "features/*", "reflow", "reflow")
+    if "conditions" in SECTIONS[name]:
+        yield of(name, "conditions", "conditions/*", "reflow", "reflow")
+        cut = "conditions/manifest.json conditions/rows-000001.safetensors"
+        yield of(name, "unfinished conditions", "conditions/*", cut, "conditions")
+        yield of(name, "tiny pipeline", "tiny/* tiny/*/*", "flow", "flow")
+        yield of(name, "tiny pipeline", "tiny/* tiny/*/*", "export", "export")
     yield of(name, "evaluation", f"evaluate/* {student}", "export", "export")
     for stage in SECTIONS[name]:
         every = " ".join(f"{stage}/{stars}" for stars in ("*", "*/*", "*/*/*"))
@@ -111,9 +117,24 @@ def scenarios() -> Iterator[Scenario]:
         yield Scenario(f"data: {name}", files, (run,), commands, (run,), open=True)
         unsealed = (f"{run}/manifest.json", f"{run}/net")
         yield Scenario(f"data: {name}", files, unsealed, commands, (run,))
+    yield from prompts()
     files, made = ("ddpm/*.json", "ddpm/*/*.json", "ddpm/*/*.safetensors"), "runs/foreign/pairs"
     commands = (("pairs", "foreign.yaml"),)
     yield Scenario("foreign teacher", files, (made,), commands, (made,), open=True)
+
+
+def prompts() -> Iterator[Scenario]:
+    """Yield the scenarios of captions, lists of prompts, and a foreign pipeline that reads them."""
+    for stage in ("tiny", "flow"):
+        made = f"runs/prompts/{stage}"
+        files, commands = ("captions/*.png", "captions/*.jsonl"), ((stage, "prompts.yaml"),)
+        yield Scenario("data: captions", files, (made,), commands, (made,), open=True)
+    for stage in ("pairs", "conditions", "evaluate"):
+        made, commands = f"runs/prompts/{stage}", ((stage, "prompts.yaml"),)
+        yield Scenario("prompts", ("prompts.txt",), (made,), commands, (made,), open=True)
+    files, made = ("sd/*.json", "sd/*/*.json", "sd/*/*.safetensors"), "runs/words/pairs"
+    commands = (("pairs", "words.yaml"),)
+    yield Scenario("foreign pipeline", files, (made,), commands, (made,), open=True)
 
 
 class Fuzz:

@@ -19,8 +19,10 @@ from tests import forked
 
 STREAM = 3
 OFTEN = {
+    "tiny": 2,
     "flow": 6,
     "pairs": 6,
+    "conditions": 4,
     "reflow": 6,
     "features": 3,
     "classifier": 3,

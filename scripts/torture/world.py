@@ -1,6 +1,6 @@
-"""Two tiny experiments, made once: points on a ring, and pictures of 8x8 pixels in three classes.
+"""Three tiny experiments, made once: points on a ring, pictures of 8x8 pixels in classes, and prompts.
 
-Beside them is a training run on each kind of data, and pairs of a foreign teacher.
+Beside them is a training run on each kind of data, and pairs of foreign teachers.
 """
 
 import hashlib
@@ -63,6 +63,34 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "classifier": {"steps": 10, "batch_size": 8},
         "evaluate": {"samples": 16, "compute_batch": 16, "steps": [1, 2], "converged_steps": 2},
         "export": {"steps": [1, 2]},
+    },
+    "prompts": {
+        "name": "prompts",
+        "device": "cpu",
+        "data": {"source": "images", "path": "captions"},
+        "prompts": {"path": "prompts.txt", "held_out": 0.25},
+        "call": {"height": 8, "width": 8, "num_inference_steps": 2, "guidance_scale": 2.0},
+        "tiny": {
+            "net": {
+                **{"name": "UNet2DConditionModel", "block_out_channels": [8, 8]},
+                **{"layers_per_block": 1, "attention_head_dim": 2, "norm_num_groups": 4},
+                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+                "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            },
+            **{"width": 16, "vae_channels": [8, 8], "vae_steps": 4, "vae_batch": 8},
+        },
+        "flow": {"fit": FIT | {"steps": 12, "batch_size": 8, "save_every": 3}},
+        "pairs": {"shards": 2, "shard_size": 8, "block": 4, "compute_batch": 4},
+        "conditions": {"shard_size": 4, "batch_size": 4},
+        "reflow": {
+            "fit": FIT | {"steps": 12, "batch_size": 8, "save_every": 3},
+            "loss": {"name": "mse"},
+        },
+        "evaluate": {
+            **{"stage": "evaluate_prompts", "samples": 8, "per_prompt": 2, "compute_batch": 4},
+            "steps": [1],
+        },
+        "export": {"steps": [1]},
     },
 }
 SECTIONS = {  # in the order of the chain
@@ -128,6 +156,7 @@ class World:
             (self.root / name).mkdir(parents=True)
         whole = self.root / "whole"
         data.write(whole)
+        self.must(whole, "--version")  # starts the helper that forks, which is not a stage's cost
         runs = {name: (values, SECTIONS[name]) for name, values in EXPERIMENTS.items()}
         for name, (_, config) in data.DATA.items():
             flow = EXPERIMENTS["points" if name == "npy" else "pictures"]["flow"]
@@ -135,6 +164,8 @@ class World:
             runs[name] = {"name": name, "data": config, "flow": flow | {"fit": fit}}, ["flow"]
         pairs = EXPERIMENTS["pictures"]["pairs"]
         runs["foreign"] = {"name": "foreign", "teacher": "ddpm", "pairs": pairs}, ["pairs"]
+        text = {key: EXPERIMENTS["prompts"][key] for key in ("prompts", "call", "pairs")}
+        runs["words"] = {"name": "words", "teacher": "sd", **text}, ["pairs"]
         for name, (values, sections) in runs.items():
             text = yaml.safe_dump({"device": "cpu", **values}, sort_keys=False)
             (whole / f"{name}.yaml").write_text(text)
@@ -142,6 +173,9 @@ class World:
                 if not only or f"{name}/{section}" in only:
                     if name == "foreign":
                         data.foreign(whole / "ddpm")
+                    if name == "words":
+                        made = shutil.ignore_patterns("manifest.json", "config.yaml")
+                        shutil.copytree(whole / "runs/prompts/tiny", whole / "sd", ignore=made)
                     self.stage(name, section)
 
     def stage(self, name: str, section: str) -> None:
