@@ -5,9 +5,10 @@ The helper is a process of its own, started once by each test process at the fir
 torch, diffusers and the stages, holds one thread, runs nothing, and forks a child for each call, so
 that a child starts with no locks, no sockets, no random state and no threads of the tests.
 
-A child differs from a fresh interpreter in three points: its libraries were imported with the
+A child differs from a fresh interpreter in four points: its libraries were imported with the
 environment of the helper (variables that are read at import are those of the first call), it leads a
-session of its own, and modules imported by the helper do not prove that the child imports them.
+session of its own, modules imported by the helper do not prove that the child imports them, and it ends
+after its atexit functions: to take apart what it shares with the helper would take most of its time.
 Tests of what a module imports, or of a GPU, start `python` instead.
 """
 
@@ -318,10 +319,25 @@ def become(argv, cwd, env):
     sys.path.insert(0, cwd)
     random.seed()
     np.random.seed()  # noqa: NPY002 (stages may draw from the global generator)
-    module = argv[0]
+    module, code = argv[0], 0
     sys.argv[1:] = argv[1:]
     sys.modules.pop(module, None)  # `python -m` executes it once, as __main__
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if not isinstance(end.code, int | None):
+            print(end.code, file=sys.stderr)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()  # joins threads, as the end of Python does
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        code = 120
+    os._exit(code & 0xFF)
 
 
 def preload():
