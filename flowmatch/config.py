@@ -54,7 +54,7 @@ def together(*calls: Callable[[], Any]) -> list[Any]:
             results.append(call())
         except UserError as error:
             errors.append(error)
-    lines = [line for error in errors for line in error.faults]
+    lines = list(dict.fromkeys(line for error in errors for line in error.faults))
     missing = [error for error in errors if isinstance(error, NotReady)]
     if missing and len(missing) == len(errors):
         raise NotReady(lines, [place for error in missing for place in error.places])

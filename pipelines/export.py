@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 WARNING = 0.01  # the same with the folder's own scheduler, above which the stage warns
 CARD = "README.md"
+MOST = 1000  # steps: the times of a stock scheduler
 
 
 class ExportConfig(StageConfig):
@@ -80,8 +81,8 @@ def plan(config: ExportConfig) -> Plan:
 
     def check_config() -> None:
         faults = []
-        if not config.steps or min(config.steps) < 1:
-            faults.append(f"steps={config.steps}: expected one or more numbers, from 1")
+        if not config.steps or min(config.steps) < 1 or max(config.steps) > MOST:
+            faults.append(f"steps={config.steps}: expected one or more numbers, from 1 to {MOST:,}")
         if config.device == "cuda" and config.prompts is None:
             faults.append("device=cuda: an export is checked on the CPU; leave device out")
         for key in ("pipeline", "call"):

@@ -243,10 +243,13 @@ def make_network(config: TinyConfig, vae: Any, **sizes: int) -> Any:
 
 def made(key: str, model: Any, **arguments: Any) -> Any:
     """Make a model. Raises UserError for arguments that it refuses, below a key of the config."""
+    from flowmatch.models import networks
+
     try:
         return model(**arguments)
-    except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:
-        raise UserError(f"{key}: {model.__name__} refuses these arguments: {error}") from None
+    except Exception as error:  # classes of diffusers raise anything
+        told = networks.reason(error)
+        raise UserError(f"{key}: {model.__name__} refuses these arguments: {told}") from None
 
 
 def make_vae(config: TinyConfig, shape: tuple[int, ...]) -> Any:

@@ -9,6 +9,8 @@ import os
 import signal
 import time
 
+import numpy as np
+
 from flowmatch.config import Config, NotReady, UserError, option
 from flowmatch.runs import command, group, heartbeat, process, stopping
 from flowmatch.runs.config import StageConfig
@@ -22,6 +24,7 @@ class Fit(Config):
 
 class ToyConfig(StageConfig):
     lr: float = option(0.1, "rate", gt=0)
+    batch_size: int = option(8, "what decides how much memory is needed")
     fit: Fit = option(Fit(), "what all processes must have alike")
     fault: str = option("", "what goes wrong, and :RANK where", run=True)
     sleep: float = option(0.0, "seconds that a plan takes", run=True)
@@ -41,6 +44,8 @@ def happens(config, moment):
     if moment == "plan" and fault.startswith("E"):
         number = getattr(errno, fault)
         raise OSError(number, os.strerror(number))
+    if fault == f"memory-{moment}":
+        np.empty(1 << 59)
     if moment == "run" and fault == "bug":
         raise RuntimeError("a bug")
 

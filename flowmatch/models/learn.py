@@ -204,6 +204,8 @@ class _Looks:
         )
         self.watched(WORDS, self.call, **whole)
         steps = len(pipe.scheduler.timesteps)
+        if not steps:
+            raise UserError(f"{key}: {name} takes no step with the arguments of `call`")
         return replace(script, scale=scale, steps=steps, evaluations=steps * rows // len(WORDS))
 
     def guidance_off(self, script: Script) -> Script:

@@ -187,7 +187,7 @@ def open_pipeline(
     }
     try:
         with quiet():
-            return diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **empty)
+            return diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, **empty)
     except Exception as error:  # damaged files, and classes of diffusers, raise anything
         told = " ".join(str(error).split())
         raise UserError(f"{key}={path}: this pipeline cannot be loaded: {told[:300]}") from None

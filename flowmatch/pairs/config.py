@@ -48,6 +48,7 @@ class PairsConfig(StageConfig):
         "number of shards; more of them extend a finished set (required without per_image)",
         run=True,
         validate_default=True,
+        le=10**6,
     )
     shard_size: int = option(16384, "pairs in a shard, the unit of work", ge=1)
     block: int = option(

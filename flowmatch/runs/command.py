@@ -24,7 +24,16 @@ from flowmatch.config import (
     usage,
     validate,
 )
-from flowmatch.runs import agreement, environment, folder, group, ranks, stopping, storage
+from flowmatch.runs import (
+    agreement,
+    environment,
+    folder,
+    group,
+    memory,
+    ranks,
+    stopping,
+    storage,
+)
 from flowmatch.runs.config import PREEMPTED, USER_ERROR, StageConfig
 from flowmatch.runs.experiment import Experiment, find_config
 from flowmatch.runs.process import leads, rank, say
@@ -180,6 +189,8 @@ def refusal(error: Exception) -> UserError | None:
     """
     if isinstance(error, UserError):
         return error
+    if memory.runs_out(error):
+        return memory.refusal(error)
     told = re.search(r"\(os error (\d+)\)", str(error))
     if not (isinstance(error, OSError) or told):
         return None
@@ -202,6 +213,15 @@ def _fail(name: str, error: UserError) -> None:
 
 def execute(stage: Stage, config: StageConfig, dry_run: bool = False) -> None:
     """Plan a stage, and run it unless its folder is finished or the plan is all that is asked for."""
+    try:
+        _execute(stage, config, dry_run)
+    except Exception as error:
+        if isinstance(error, UserError) or not memory.runs_out(error):
+            raise
+        raise memory.refusal(error, config) from error
+
+
+def _execute(stage: Stage, config: StageConfig, dry_run: bool) -> None:
 
     def meet() -> group.Job | None:
         if dry_run or not stage.grouped:

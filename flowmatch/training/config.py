@@ -24,7 +24,9 @@ class FitConfig(Config):
         "decays again",
         validate_default=True,
     )
-    batch_size: int = required("samples in an update, over all processes (the global batch)", ge=1)
+    batch_size: int = required(
+        "samples in an update, over all processes (the global batch)", ge=1, le=10**9
+    )
     micro_batch: int | None = option(
         None,
         "largest number of samples in one forward pass of one process; null: its whole share",

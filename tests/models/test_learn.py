@@ -171,6 +171,9 @@ def test_mistakes_in_the_call_are_refused(learnt):
         ({"latents": 1}, "call.latents: is set by flowmatch"),
         ({"hight": 64}, "call.hight: unknown argument; StableDiffusion3Pipeline takes .*height"),
         ({"height": 63}, "fails on a prompt and the arguments of `call`: ValueError: .*63"),
+        ({"num_inference_steps": "x"}, "fails on a prompt .*TypeError"),  # which few steps hide
+        ({"num_inference_steps": 0}, "takes no step|fails on a prompt"),
+        ({"num_inference_steps": 2**60}, "fails on a prompt"),
         ({"num_images_per_prompt": 2}, "4 rows for 2 prompts; set call.num_images_per_prompt=1"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -90,6 +90,7 @@ def test_a_pipeline_of_sd3s_class_is_made_too(made):
     [
         (["net.name=UNet2DModel"], "expected UNet2DConditionModel or SD3Transformer2DModel"),
         (["net.block_out_channels=[5]"], "net: UNet2DConditionModel refuses these arguments"),
+        (["net.up_block_types=[1,2]"], "net: UNet2DConditionModel refuses these arguments"),
         (["net.sample_size=8"], "net.sample_size: follows from data and width"),
         (["vae_channels=[8]"], "vae_channels: AutoencoderKL refuses these arguments"),
         (["data.source=digits"], r"samples are \[1, 8, 8\]|has no captions"),

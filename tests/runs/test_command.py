@@ -1,14 +1,18 @@
 """A stage as a process: exit codes, faults, and the signals that ask it to stop."""
 
+import errno
+import mmap
 import os
 import pty
 import re
 import signal
 import time
 
+import numpy as np
 import pytest
+import torch
 
-from flowmatch.runs import command, group, stopping
+from flowmatch.runs import command, group, memory, stopping
 from tests import forked
 
 
@@ -44,6 +48,37 @@ def test_a_disk_that_refuses_is_named_and_exits_2(tmp_path):
         assert code == 2
         assert err.startswith("toy: the disk refuses: [Errno")
         assert err.count("\n") == 1
+
+
+def test_memory_that_runs_out_is_said_with_the_keys_that_decide_its_size(tmp_path):
+    asked = "toy: not enough memory: Unable to allocate 4.00 EiB for an array"
+    for moment in ("plan", "run"):
+        code, _, err = outcome(tmp_path, f"fault=memory-{moment}", "batch_size=300")
+        assert code == 2
+        assert err.startswith(asked)
+        assert err.endswith("; make smaller what decides its size: batch_size=300\n")
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda: np.empty(1 << 59),
+        lambda: np.empty(1 << 62),
+        lambda: np.empty(1 << 63),
+        lambda: torch.empty(1 << 59),
+        lambda: torch.empty(1 << 62),
+        lambda: [0] * (1 << 60),
+        lambda: mmap.mmap(-1, 1 << 60),
+    ],
+)
+def test_errors_of_memory_are_told_from_others(ask):
+    with pytest.raises((MemoryError, RuntimeError, ValueError, OSError)) as asked:
+        ask()
+    assert memory.runs_out(asked.value)
+    assert command.refusal(asked.value).faults[0].startswith("not enough memory: ")
+    for other in (RuntimeError("a bug"), ValueError("no"), OSError(errno.EIO, "broken")):
+        assert not memory.runs_out(other)
 
 
 def test_a_missing_input_is_a_remark_for_a_plan_and_an_error_for_a_run(tmp_path):
