@@ -9,6 +9,7 @@ from scripts.torture import __main__, configs, damage, inputs, kills
 from scripts.torture.world import Ended, World, leftovers
 
 STAGES = ["points/flow", "points/pairs", "points/reflow", "pictures/features", "parquet/flow"]
+STAGES += ["prompts/tiny", "prompts/conditions"]
 
 
 @pytest.fixture(scope="module")
