@@ -33,6 +33,11 @@ class FitConfig(Config):
         run=True,
         ge=1,
     )
+    optimizer: Literal["adamw", "adamw_8bit"] = option(
+        "adamw",
+        "adamw_8bit (torchao) holds both averages of the gradient in one byte a parameter in place of "
+        "four",
+    )
     lr: float = option(1e-3, "peak learning rate of AdamW", gt=0)
     warmup: int = option(100, "updates over which the learning rate rises from 0", ge=0)
     decay: Decay = option(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowmatch.config import UserError
+from flowmatch.config import UserError, require
 from flowmatch.flow import objectives, path
 from flowmatch.flow.config import TimesConfig
 from flowmatch.flow.coupling import Coupling
@@ -76,6 +76,13 @@ def check(config: FitConfig, device: str, processes: int) -> None:
     if config.precision == "fp16" and device == "cpu":
         raise UserError("fit.precision='fp16' needs a GPU; use bf16 or fp32 on a CPU")
     precision.check("fit.precision", config.precision, device)
+    if config.optimizer == "adamw_8bit":
+        require("torchao", "8bit", "fit.optimizer=adamw_8bit")
+        if config.precision == "fp16" or config.shard:
+            other = "fit.shard=true" if config.shard else "fit.precision='fp16'"
+            raise UserError(
+                f"fit.optimizer=adamw_8bit cannot be combined with {other}; leave one of them out"
+            )
     if config.shard and processes == 1:
         raise UserError("fit.shard=true needs more than one process; leave it out")
     if config.shard and config.precision == "fp16":

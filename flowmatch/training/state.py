@@ -17,8 +17,8 @@ from flowmatch.training import compilation, ema, sharding
 from flowmatch.training.config import FitConfig
 from flowmatch.training.ema import Average
 from flowmatch.training.learning_rate import factor
+from flowmatch.training.optimizers import OPTIMIZERS
 
-ADAMW = ("step", "exp_avg", "exp_avg_sq")  # its state of a parameter
 SCALER = ("scale", "_growth_tracker")  # what changes in the state of fp16's scaler
 WEIGHTS = "diffusion_pytorch_model"
 # folder of an average -> where a checkpoint has it: its own folder is a model of the first
@@ -85,14 +85,7 @@ class State:
         trained = adapters.trained(net)
         self.names = list(trained)
         self.parameters = list(trained.values())  # listing them takes time, at each step
-        self.adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            # the fused one can skip an update on the device; fp16's scaler needs the other
-            fused=config.precision != "fp16",
-        )
+        self.adamw = OPTIMIZERS[config.optimizer](self.parameters, config, accelerator.device)
         decays = [partial(ema.power_decay, exponent=ema.gamma(width)) for width in config.ema]
         usual = partial(ema.exponential_decay, longest=config.ema_decay)
         self.averages = {
@@ -108,7 +101,7 @@ class State:
         # a sharded network needs no wrapper: only its autocast is prepared
         self.model = accelerator.prepare_model(net, evaluation_mode=config.shard)
         # the optimizer's state is where AdamW reads it
-        self.optimizer = accelerator.prepare_optimizer(self.adamw, device_placement=False)
+        self.optimizer = accelerator.prepare_optimizer(self.adamw.optimizer, device_placement=False)
 
     def _place_network(self) -> None:
         """Bring the network to the device, in the form that is trained."""
@@ -125,16 +118,13 @@ class State:
 
     def _restore(self, saved: dict[str, dict[str, Tensor]]) -> None:
         """Restore all but the weights from the files of a checkpoint."""
-        # the fused AdamW counts updates on the device, the other one on the CPU
-        counter = "cpu" if self.config.precision == "fp16" else self.accelerator.device
-        like = {"step": torch.zeros((), device=counter)}
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            if f"{name}/step" not in saved["optimizer"]:
-                continue  # one without a gradient, on which the network's answer does not depend
-            self.adamw.state[parameter] = {
-                key: sharding.lay_out(saved["optimizer"][f"{name}/{key}"], like.get(key, parameter))
-                for key in ADAMW
-            }
+        # parameters without a gradient, on which the network's answer does not depend, have no state
+        numbers = {name: number for number, name in enumerate(self.names)}
+        states: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in saved["optimizer"].items():
+            name, _, part = key.rpartition("/")
+            states.setdefault(numbers[name], {})[part] = tensor
+        self.adamw.restore(states)
         for folder, average in self.averages.items():
             average.tensors = [
                 sharding.lay_out(saved[EMA[folder] + WEIGHTS][name], parameter)
@@ -173,13 +163,12 @@ class State:
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         if self.config.shard:
             norm = norm.full_tensor()
-        for group in self.adamw.param_groups:
-            group["lr"] = self.lr
+        self.adamw.set_lr(self.lr)
         if self.config.precision != "fp16":
             finite = torch.isfinite(norm + loss)
             first = (self.bad_step == 0) & ~finite
             self.bad_step = torch.where(first, self.step + 1, self.bad_step)
-            self.adamw.found_inf = (self.bad_step > 0).float()  # type: ignore[attr-defined]
+            self.adamw.mask(self.bad_step > 0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.accelerator.optimizer_step_was_skipped:
@@ -224,7 +213,7 @@ class State:
         optimizer = {
             f"{name}/{key}": tensor
             for name, parameter in zip(self.names, self.parameters, strict=True)
-            for key, tensor in self.adamw.state[parameter].items()
+            for key, tensor in self.adamw.state_of(parameter).items()
         }
         tensors = {
             "net": self._kept(adapters.is_adapters if self.adapted else Whole().keeps),

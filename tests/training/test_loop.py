@@ -361,7 +361,7 @@ def test_a_resume_puts_the_count_of_updates_where_adamw_reads_it(
     opened = RunFolder("train_flow", StageConfig(run_dir=str(tmp_path)), {})
     state = State(net(), config, accelerator, opened)
     assert state.step == 4
-    for found in state.adamw.state.values():
+    for found in state.adamw.optimizer.state.values():
         assert (found["step"].device.type, found["exp_avg"].device.type) == (where, "meta")
 
 
