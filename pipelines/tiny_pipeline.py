@@ -5,10 +5,8 @@ so; the network is untrained, for `train_flow` with `start`. It stands in for a 
 there is none: in the experiment digits_text, and in tests.
 """
 
-from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flowmatch.config import UserError, option, require, required, together
 from flowmatch.data.config import DataConfig
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 
 FACTOR = 2  # pixels of a latent, in each direction
 CHANNELS = 4  # of the latents
-SPECIAL, END = ("<|startoftext|>", "<|endoftext|>"), "</w>"
 
 
 class TinyConfig(StageConfig):
@@ -37,6 +34,11 @@ class TinyConfig(StageConfig):
     net: NetConfig = required(
         "the network: UNet2DConditionModel, for a StableDiffusionPipeline, or SD3Transformer2DModel, "
         "for a StableDiffusion3Pipeline"
+    )
+    predicts: Literal["flow", "noise"] = option(
+        "flow",
+        "what the network predicts: the velocity of a flow, or the noise of Stable Diffusion's schedule "
+        "(StableDiffusionPipeline alone)",
     )
     width: int = option(64, "width of the text encoder", ge=8, multiple_of=8)
     vae_channels: list[int] = option(
@@ -72,6 +74,10 @@ def plan(config: TinyConfig) -> Plan:
     def check_net() -> None:
         if config.net.name not in CLASSES:
             raise UserError(f"net.name={config.net.name}: expected {' or '.join(CLASSES)}")
+        if config.predicts == "noise" and config.net.name != "UNet2DConditionModel":
+            raise UserError(
+                f"predicts=noise: {config.net.name} predicts a flow; leave predicts out"
+            )
 
     def open_data() -> "tuple[Data, list[str], str]":
         data = dataset.load(config.data)
@@ -122,18 +128,26 @@ def run(plan: Plan) -> None:
 
 
 def stable_diffusion(config: TinyConfig, vae: Any, texts: list[str]) -> Any:
-    """Make a StableDiffusionPipeline, with a stock scheduler of flows."""
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    """Make a StableDiffusionPipeline, with a stock scheduler of flows, or its released one's DDIM."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-    tokenizer = make_tokenizer(texts)
+    from flowmatch.models import tokenizers
+
+    tokenizer = tokenizers.clip(texts)
+    scheduler: Any = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", steps_offset=1
+    )
+    if config.predicts == "noise":
+        levels = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+        scheduler = DDIMScheduler(
+            **levels, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        )
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=make_encoder(config.width, tokenizer),
         tokenizer=tokenizer,
         unet=make_network(config, vae, cross_attention_dim=config.width),
-        scheduler=DPMSolverMultistepScheduler(
-            use_flow_sigmas=True, prediction_type="flow_prediction", steps_offset=1
-        ),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -143,16 +157,12 @@ def stable_diffusion(config: TinyConfig, vae: Any, texts: list[str]) -> Any:
 def stable_diffusion_3(config: TinyConfig, vae: Any, texts: list[str]) -> Any:
     """Make a StableDiffusion3Pipeline, with two encoders of CLIP and one of T5."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+    from transformers import T5Config, T5EncoderModel
 
-    tokenizers, width = [make_tokenizer(texts) for _ in range(2)], config.width
-    words = sorted({word for text in texts for word in text.split()})
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-    pieces += [(f"▁{word}", -4.0) for word in words]
-    pieces += [(letter, -8.0) for letter in sorted({letter for word in words for letter in word})]
-    third: Any = T5Tokenizer(
-        vocab=pieces, extra_ids=0, model_max_length=tokenizers[0].model_max_length
-    )
+    from flowmatch.models import tokenizers
+
+    pair, width = [tokenizers.clip(texts) for _ in range(2)], config.width
+    third = tokenizers.sentence_pieces(texts, pair[0].model_max_length)
     sizes = T5Config(
         vocab_size=len(third), d_model=2 * width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4
     )
@@ -160,10 +170,10 @@ def stable_diffusion_3(config: TinyConfig, vae: Any, texts: list[str]) -> Any:
     whole["pos_embed_max_size"] = vae.config.sample_size // FACTOR
     return StableDiffusion3Pipeline(
         vae=vae,
-        text_encoder=make_encoder(width, tokenizers[0], projected=True),
-        tokenizer=tokenizers[0],
-        text_encoder_2=make_encoder(width, tokenizers[1], projected=True),
-        tokenizer_2=tokenizers[1],
+        text_encoder=make_encoder(width, pair[0], projected=True),
+        tokenizer=pair[0],
+        text_encoder_2=make_encoder(width, pair[1], projected=True),
+        tokenizer_2=pair[1],
         text_encoder_3=T5EncoderModel(sizes).eval(),
         tokenizer_3=third,
         transformer=make_network(config, vae, **whole),
@@ -175,39 +185,6 @@ CLASSES = {
     "UNet2DConditionModel": stable_diffusion,
     "SD3Transformer2DModel": stable_diffusion_3,
 }
-
-
-def make_tokenizer(texts: list[str]) -> Any:
-    """Make CLIP's tokenizer: a word of the captions is one token, others fall into letters."""
-    from tokenizers import pre_tokenizers
-    from transformers import CLIPTokenizer
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    letters += [f"{letter}{END}" for letter in letters]
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *letters])}
-    backend = CLIPTokenizer(vocab=vocab, merges=[]).backend_tokenizer
-    pieces = [
-        [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(plain)]
-        for plain in map(backend.normalizer.normalize_str, texts)
-    ]
-    merges: Any = merges_of({word for words in pieces for word in words})
-    vocab |= {f"{a}{b}": len(vocab) + i for i, (a, b) in enumerate(merges)}
-    longest = max(len(words) for words in pieces) + len(SPECIAL)
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=longest + longest // 2)
-
-
-def merges_of(words: set[str]) -> list[tuple[str, str]]:
-    """Merge the most frequent pair of parts again and again, until each word is one part."""
-    split = {word: [*word[:-1], f"{word[-1]}{END}"] for word in sorted(words)}
-    merges = []
-    while counts := Counter(pair for parts in split.values() for pair in pairwise(parts)):
-        first = min(counts, key=lambda pair: (-counts[pair], pair))
-        merges.append(first)
-        for parts in split.values():
-            for i in range(len(parts) - 2, -1, -1):
-                if (parts[i], *parts[i + 1 : i + 2]) == first:
-                    parts[i : i + 2] = ["".join(first)]
-    return merges
 
 
 def make_encoder(width: int, tokenizer: Any, projected: bool = False) -> Any:

@@ -5,7 +5,8 @@ weights, in `run_dir/net`, are the teacher of the next stages.
 
 With `start`, training goes on from the weights of a finished stage, a checkpoint or a diffusers model.
 Where that is a pipeline that reads prompts, its network is trained on pictures with captions, as the
-latents of its VAE, under what its text encoders say of the captions.
+latents of its VAE, under what its text encoders say of the captions. A network that predicts
+noise, data or v goes on to do so, at the timesteps of its scheduler.
 """
 
 from collections.abc import Sequence
@@ -129,7 +130,7 @@ def plan(config: FlowConfig) -> Plan:
         *data.notes,
         *(teacher.lines if teacher else []),
     ]
-    facts = opened.facts if teacher is None else teacher.student_facts
+    facts = opened.facts if teacher is None else teacher.own_facts
     facts = facts_of(data) | facts
     return Plan(config, opened.inputs, lines, data, net, teacher, facts)
 
@@ -160,12 +161,12 @@ class Opened:
 
 def reads_prompts(start: str) -> bool:
     """Tell whether a start is a pipeline that reads prompts, or a trained network of one."""
-    from flowmatch.models import diffusion, teachers, text
+    from flowmatch.models import diffusion, pipeline, teachers
 
     if Path(start).exists() or not diffusion.HUB_NAME.fullmatch(start):
         with suppress(UserError):  # no training stage, or one that is told later
             return "script" in teachers.read_made(start, "start")["facts"]
-        return text.is_pipeline(start)
+        return pipeline.is_pipeline(start)
     try:
         index = diffusion.read_index(start, "start")
     except NotReady:
@@ -227,11 +228,11 @@ def open_captioned(config: FlowConfig, pictures: "Data") -> Opened:
         run_folder="expected a pipeline",
         device=process.worker_device(process.pick_device(config.device)),
     )
-    if teacher.script.kind != "flow":
+    kind = teacher.script.kind
+    if kind != "flow" and config.loss != LossConfig():
         raise UserError(
-            f"{where}: its network predicts {teacher.script.kind}, and train_flow trains a flow; give "
-            "the pipeline a scheduler of a flow, such as DPMSolverMultistepScheduler with "
-            "use_flow_sigmas and prediction_type flow_prediction, and set fresh=true"
+            f"loss: the network of {where} predicts {kind}, and is trained with its own squared error; "
+            "leave loss out"
         )
     if config.fresh:
         with precision.seeded(config.seed):
@@ -268,8 +269,9 @@ def run(plan: Plan) -> None:
     config: FlowConfig = plan.config
     order = Order(len(plan.data), config.seed)
     teacher, field = plan.teacher, Velocity  # type: Any, Any
+    own = teacher.own_schedule() if teacher else None  # of a network that predicts noise
     if teacher is not None:
-        field = teacher.field(plan.net)
+        field = teacher.own_field(plan.net)
         if process.world_size() > 1 and not config.fit.shard:
             from flowmatch.models import text
 
@@ -285,7 +287,7 @@ def run(plan: Plan) -> None:
             opened,
             config.fit,
             config.times,
-            objectives.build(ObjectiveConfig(), config.loss),
+            objectives.build(ObjectiveConfig(), config.loss) if own is None else own.objective(),
             seed=config.seed,
             device=config.device,
             field=field,

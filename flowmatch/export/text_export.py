@@ -20,9 +20,10 @@ from flowmatch.flow import grids, solvers
 from flowmatch.models.conditions import Encoded
 from flowmatch.models.evidence import levels, number_of
 from flowmatch.models.learn import FAILURES
+from flowmatch.models.schedule import betas_of
 from flowmatch.models.script import unguided
 from flowmatch.models.text import TextTeacher
-from flowmatch.models.text_velocity import TextVelocity, betas_of
+from flowmatch.models.text_velocity import TextVelocity
 from flowmatch.models.watch import Watch, noise_like, quiet, run
 
 EXACT = 1e-5  # difference to our own steps, relative to the largest value: rounding

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from flowmatch.config import UserError
-from flowmatch.models.text import open_pipeline
+from flowmatch.models.pipeline import open_pipeline
 
 
 def draw(

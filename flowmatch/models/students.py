@@ -10,6 +10,7 @@ TERMS = (
     *("pipeline", "network", "sample", "time", "kind", "slope", "offset", "sign", "half"),
     *("direction", "shape"),
 )  # of a script: how a network is called
+DIFFUSION = ("epsilon", "sample", "v_prediction")  # forms of a network that is no student
 
 
 def load(teacher: TextTeacher, path: str | os.PathLike[str], key: str) -> TextTeacher:
@@ -32,6 +33,11 @@ def load(teacher: TextTeacher, path: str | os.PathLike[str], key: str) -> TextTe
     if script is None:
         raise UserError(
             f"{key}={path} was trained without prompts; name a run of reflow with prompts"
+        )
+    if sealed["facts"]["form"] in DIFFUSION:
+        raise UserError(
+            f"{key}={path} predicts {sealed['facts']['form']}, as its pipeline's own network does: "
+            "it is a teacher; name a reflow of it"
         )
     terms = [f"{n}: {own[n]} -> {script.get(n)}" for n in TERMS if script.get(n) != own[n]]
     if terms:

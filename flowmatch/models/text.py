@@ -5,7 +5,6 @@ a flow, from our solvers on the velocity that was learnt. A student is trained o
 terms, called once a sample, without guidance.
 """
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,12 +22,13 @@ from flowmatch.models.conditions import Conditions, Encoded, check_lengths
 from flowmatch.models.config import CallConfig
 from flowmatch.models.digest import files_digest, network_digest, pipeline_digest
 from flowmatch.models.own_run import OwnRun
+from flowmatch.models.pipeline import is_pipeline, open_pipeline
 from flowmatch.models.rows import Stored
+from flowmatch.models.schedule import Schedule, ZeroTerminal, betas_of
 from flowmatch.models.script import Script
 from flowmatch.models.teachers import TRAINED, Teacher, checkpoint_of, load_made, read_made, run_of
-from flowmatch.models.text_velocity import TextVelocity, ZeroTerminal, betas_of
+from flowmatch.models.text_velocity import TextVelocity
 from flowmatch.models.velocity import Velocity
-from flowmatch.models.watch import quiet
 from flowmatch.runs import manifest
 
 BUILT = "tiny_pipeline"  # the stage whose folder is a pipeline
@@ -119,7 +119,14 @@ class TextTeacher(Teacher):
 
     def field(self, net: Any) -> Callable[[Any], Velocity]:
         """Return what makes the velocity of a student of `net`, or of its wrapper, in training."""
-        schedule, table = self.student_schedule(), self.conditions()
+        return self._field(net, self.student_schedule())
+
+    def own_field(self, net: Any) -> Callable[[Any], Velocity]:
+        """Return what makes the velocity of `net`, which predicts what the pipeline's network does."""
+        return self._field(net, self.own_schedule())
+
+    def _field(self, net: Any, schedule: Schedule | None) -> Callable[[Any], Velocity]:
+        table = self.conditions()
 
         def made(net: Any) -> TextVelocity:
             return TextVelocity(net, self.script, table, schedule)
@@ -132,65 +139,23 @@ class TextTeacher(Teacher):
         facts = {name: self.facts[name] for name in ("script", "call", "prompts")}
         return facts | {"form": "velocity" if self.student_schedule() is None else "v"}
 
+    @property
+    def own_facts(self) -> dict[str, Any]:
+        """What the manifest of a network holds of it that predicts what the pipeline's own does."""
+        form = "velocity" if self.script.kind == "flow" else self.script.kind
+        return self.student_facts | {"form": form}
+
     def student_schedule(self) -> ZeroTerminal | None:
         """Return the schedule of a student: None for a flow."""
         if self.schedule is not None or self.script.kind == "flow":
             return self.schedule
         return ZeroTerminal(betas_of(self.pipe.scheduler))
 
-
-def is_pipeline(path: str | os.PathLike[str]) -> bool:
-    """Return whether a folder holds a diffusers pipeline with a text encoder or a tokenizer."""
-    file = Path(path) / "model_index.json"
-    if not file.is_file():
-        return False
-    try:
-        index = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(index, dict) and any(
-        name.startswith(("text_encoder", "tokenizer")) for name in index
-    )
-
-
-def open_pipeline(
-    path: str | os.PathLike[str],
-    key: str,
-    dtype: torch.dtype = torch.float32,
-    texts: bool = True,
-) -> Any:
-    """Load a diffusers pipeline from a folder or from the hub.
-
-    Args:
-        path: A folder, or a name on the hub.
-        key: Name of the config's key, for the messages.
-        dtype: Of its weights.
-        texts: Whether its text encoders are loaded.
-
-    Returns:
-        The pipeline, on the CPU.
-
-    Raises:
-        UserError: It cannot be loaded.
-        NotReady: There is no such folder, or no such name on the hub.
-    """
-    import diffusers
-
-    from flowmatch.models.diffusion import read_index
-
-    index = read_index(path, key)
-    encoders = () if texts else ("text_encoder", "vae", "image_encoder", "safety_checker")
-    empty = {
-        name: None
-        for name, value in index.items()
-        if value == [None, None] or (isinstance(value, list) and name.startswith(encoders))
-    }
-    try:
-        with quiet():
-            return diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, **empty)
-    except Exception as error:  # damaged files, and classes of diffusers, raise anything
-        told = " ".join(str(error).split())
-        raise UserError(f"{key}={path}: this pipeline cannot be loaded: {told[:300]}") from None
+    def own_schedule(self) -> Schedule | None:
+        """Return the schedule of the pipeline's own network: None for a flow."""
+        if self.script.kind == "flow":
+            return None
+        return Schedule(self.pipe.scheduler.alphas_cumprod.double(), self.script.kind)
 
 
 def load(

@@ -21,7 +21,7 @@ from flowmatch.export.scheduler import RectifiedFlowScheduler
 from flowmatch.models import learn, networks, text
 from flowmatch.models.config import CallConfig
 from flowmatch.models.digest import network_digest
-from flowmatch.models.text_velocity import ZeroTerminal, betas_of
+from flowmatch.models.schedule import ZeroTerminal, betas_of
 from flowmatch.runs import manifest
 from pipelines import export
 from tests.stages import run

@@ -8,8 +8,8 @@ from diffusers import DDIMScheduler
 from flowmatch.config import UserError
 from flowmatch.evaluation import prompt_rows
 from flowmatch.models import decoding, learn
+from flowmatch.models.schedule import ZeroTerminal, betas_of
 from flowmatch.models.text import TextTeacher
-from flowmatch.models.text_velocity import ZeroTerminal, betas_of
 from flowmatch.models.watch import run
 from tests.tiny import TINY
 

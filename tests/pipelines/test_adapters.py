@@ -13,6 +13,7 @@ from flowmatch.config import UserError
 from flowmatch.data.config import PromptsConfig
 from flowmatch.models import adapters, networks, text
 from flowmatch.models.config import CallConfig, LoraConfig
+from flowmatch.models.pipeline import open_pipeline
 from flowmatch.models.watch import run as run_pipeline
 from flowmatch.runs import manifest
 from pipelines import encode_prompts, generate_pairs, reflow
@@ -75,7 +76,7 @@ def test_the_adapter_alone_is_trained_saved_and_loaded_by_the_stock_pipeline(mad
         assert sum(t.numel() for t in tensors.values()) <= (2 * count + len(tensors))
     assert max(float(t.abs().max()) for key, t in saved.items() if "lora_B" in key) > 0.01
 
-    teacher = text.open_pipeline(folder / "pipe", "teacher")
+    teacher = open_pipeline(folder / "pipe", "teacher")
     before = sampled(teacher, name)
     teacher.load_lora_weights(net)
     unmerged = sampled(teacher, name)
@@ -88,7 +89,7 @@ def test_the_adapter_alone_is_trained_saved_and_loaded_by_the_stock_pipeline(mad
     sealed = manifest.read(folder / "reflow", "student")
     assert loaded.round == sealed["facts"]["round"] == 1
     assert sealed["facts"]["lora"]["rank"] == 3
-    by_comfyui(text.open_pipeline(folder / "pipe", "teacher"), name, net, merged)
+    by_comfyui(open_pipeline(folder / "pipe", "teacher"), name, net, merged)
 
 
 def by_comfyui(pipe, name, net, merged):

@@ -19,7 +19,7 @@ from flowmatch.data.prompts import PromptList
 from flowmatch.flow import coupling
 from flowmatch.flow.config import TimesConfig
 from flowmatch.flow.noise import Order
-from flowmatch.models import latents, text
+from flowmatch.models import latents, students, text
 from flowmatch.models.config import CallConfig
 from flowmatch.runs import manifest
 from flowmatch.runs.command import execute, load
@@ -39,6 +39,8 @@ NET = {
     "attention_head_dim": 2,
     "norm_num_groups": 4,
 }
+SD3 = {"name": "SD3Transformer2DModel", "num_layers": 1, "num_attention_heads": 2}
+SD3 |= {"patch_size": 2, "attention_head_dim": 8, "caption_projection_dim": 16}
 CALL = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 2.0}
 WORDS = [f"call.{key}={value}" for key, value in CALL.items()]
 FIT = ["fit.batch_size=8", "fit.log_every=1"]
@@ -73,9 +75,7 @@ def test_the_tiny_pipeline_is_a_stock_one_and_made_again_the_same(made):
 
 
 def test_a_pipeline_of_sd3s_class_is_made_too(made):
-    net = {"name": "SD3Transformer2DModel", "num_layers": 1, "num_attention_heads": 2}
-    net |= {"patch_size": 2, "attention_head_dim": 8, "caption_projection_dim": 16}
-    build(made, "sd3", net=net)
+    build(made, "sd3", net=SD3)
     call = CallConfig(**CALL | {"max_sequence_length": 12})
     listed = PromptsConfig(templates=["a red seven at the left", "a blue one"])
     teacher = text.load(made / "sd3", "start", listed, call)  # learnt, and replayed
@@ -92,6 +92,7 @@ def test_a_pipeline_of_sd3s_class_is_made_too(made):
         (["net.block_out_channels=[5]"], "net: UNet2DConditionModel refuses these arguments"),
         (["net.up_block_types=[1,2]"], "net: UNet2DConditionModel refuses these arguments"),
         (["net.sample_size=8"], "net.sample_size: follows from data and width"),
+        (["predicts=noise", f"net={json.dumps(SD3)}"], "SD3Transformer2DModel predicts a flow"),
         (["vae_channels=[8]"], "vae_channels: AutoencoderKL refuses these arguments"),
         (["data.source=digits"], r"samples are \[1, 8, 8\]|has no captions"),
     ],
@@ -210,6 +211,43 @@ def test_the_flow_is_a_teacher_of_prompts(made):
     assert manifest.read(made / "reflow", "reflow")["facts"]["round"] == 1
 
 
+def test_a_network_of_noise_is_trained_as_ddpm_trains_it(made):
+    """Its first loss is that of diffusers' own add_noise; then it is a teacher, and no student."""
+    build(made, "noise", "predicts=noise")
+    words = [f"start={made}/noise", "data.source=digits_text", "data.memory=0", *WORDS, *FIT]
+    run(train_flow, *words, f"run_dir={made}/ddpm", "fit.steps=1", "fit.label_drop=0")
+    pipe = DiffusionPipeline.from_pretrained(made / "noise")
+    config = DataConfig(source="digits_text")
+    data, texts, _ = captions.read(dataset.load(config), config)
+    order = Order(len(data), 0)
+
+    def stream(counters):
+        batch = data.batch(order(counters))
+        return batch | {"x1": pipe.vae.encode(batch["x1"]).latent_dist.mode()}
+
+    with torch.no_grad():
+        random = coupling.build(train_flow.CouplingConfig())
+        drawn = draw(stream, random, TimesConfig(), 0.0, len(texts), 0, np.arange(8))
+        steps = 999 - (1000 * drawn.t).long()
+        tokens = pipe.tokenizer(
+            [texts[i] for i in drawn.label],
+            padding="max_length",
+            max_length=12,
+            return_tensors="pt",
+        )
+        hidden = pipe.text_encoder(tokens.input_ids)[0]
+        y = pipe.scheduler.add_noise(drawn.x1, drawn.x0, steps)
+        out = pipe.unet(y, steps, encoder_hidden_states=hidden).sample
+        loss = float((out - drawn.x0).square().mean())
+    (line,) = (made / "ddpm/metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss"] == pytest.approx(loss, rel=1e-4)
+    listed, call = PromptsConfig(templates=["a blue one"]), CallConfig(**CALL)
+    teacher = text.load(made / "ddpm", "teacher", listed, call, pipeline=str(made / "noise"))
+    assert (teacher.schedule, teacher.student_facts["form"]) == (None, "v")
+    with pytest.raises(UserError, match="predicts epsilon, as its pipeline's own network does"):
+        students.load(teacher, made / "ddpm", "student")
+
+
 def test_fresh_weights_replace_those_of_the_pipeline(made):
     words = [f"start={made}/tiny", "data.source=digits_text", "data.memory=0", *WORDS, *FIT]
     words.append("fit.steps=1")
@@ -304,7 +342,10 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
         ([data, "net=UNet2DModel", "call.height=8"], "call=.*for a pipeline that reads text"),
         ([start, "data.source=digits"], "data.source=digits has no captions"),
         ([data, f"start={made}/flow"], "start=.*is a run folder; expected a pipeline"),
-        ([data, f"start={tmp_path}/noise", *WORDS], "its network predicts epsilon"),
+        (
+            [data, f"start={tmp_path}/noise", *WORDS, "loss.name=pseudo_huber"],
+            "predicts epsilon, and is trained with its own squared error; leave loss out",
+        ),
         ([data, start, "call.height=32", "call.width=32"], r"the state of .* is \[4, 16, 16\]"),
         ([data, start, "data.flip=true"], "captions of digits_text say left and right"),
     ]:
@@ -313,7 +354,7 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits_text", "digits_text_sd3"])
+@pytest.mark.parametrize("name", ["digits_text", "digits_text_noise", "digits_text_sd3"])
 def test_a_shipped_experiment_runs_to_its_export(name, tmp_path, monkeypatch):
     """With a few updates; then a stock pipeline of the class of its own."""
     monkeypatch.chdir(tmp_path)

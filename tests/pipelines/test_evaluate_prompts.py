@@ -22,8 +22,9 @@ from flowmatch.evaluation import (
 )
 from flowmatch.evaluation.config import EvaluatePromptsConfig
 from flowmatch.flow import noise
-from flowmatch.models import networks, text
+from flowmatch.models import networks
 from flowmatch.models.digest import module_digest, network_digest
+from flowmatch.models.pipeline import open_pipeline
 from flowmatch.runs import manifest
 from flowmatch.runs.command import load
 from pipelines import evaluate_prompts
@@ -111,7 +112,7 @@ def test_a_student_equal_to_its_teacher_has_no_error(made):
 def test_the_error_is_that_of_stock_calls(made):
     """By hand: a stock run from the same noise, one Euler step of the network, and their distance."""
     result = json.loads((made / "one" / "metrics.json").read_text())  # of the test before
-    pipe = text.open_pipeline(made / "pipe", "teacher")
+    pipe = open_pipeline(made / "pipe", "teacher")
     scheduler = pipe.scheduler
     draw = prompt_rows.Draw(0, 12, 2, PROMPTS, (4, 8, 8))
     errors, own_samples = [], []

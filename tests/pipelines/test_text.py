@@ -12,6 +12,7 @@ from flowmatch.data.config import PromptsConfig
 from flowmatch.flow import noise
 from flowmatch.models import own_run, text
 from flowmatch.models.config import CallConfig
+from flowmatch.models.pipeline import open_pipeline
 from flowmatch.models.watch import run as run_pipeline
 from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import manifest
@@ -57,7 +58,7 @@ def test_pairs_are_the_pipelines_own_run(made):
     assert batch["prompt"] == [PROMPTS[i] for i in numbers]
     x0 = noise.normal(0, range(12), data.shape, noise.PAIR_NOISE)
     assert np.array_equal(batch["x0"].numpy(), x0)
-    pipe = text.open_pipeline(folder / "pipe", "teacher")
+    pipe = open_pipeline(folder / "pipe", "teacher")
     for begin in (0, 6):  # the first batch of each shard
         ids = range(begin, begin + 4)
         seen = run_pipeline(
@@ -254,7 +255,7 @@ def test_our_solvers_follow_the_velocity_that_was_learnt(made):
     guided = call_of(name)
     for w in (1.0, 3.0):
         call = guided | {"guidance_scale": w}
-        pipe = text.open_pipeline(folder / "pipe", "teacher")
+        pipe = open_pipeline(folder / "pipe", "teacher")
         x0 = torch.from_numpy(noise.normal(0, range(4), (4, 8, 8), noise.PAIR_NOISE))
         numbers = noise.labels(0, range(4), len(PROMPTS))
         seen = run_pipeline(pipe, [PROMPTS[i] for i in numbers], call, x0)
