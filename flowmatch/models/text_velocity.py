@@ -46,9 +46,9 @@ class TextVelocity(Velocity):
         """Evaluate the velocity; cond is {"label": numbers of prompts, int64 [B]}, None is the null."""
         if r is not None:
             raise UserError("r is given, but this network takes a single time")
-        if not isinstance(t, Tensor):
-            t = torch.full((), t, dtype=torch.float32, device=x.device)
-        t = t.to(x.device, torch.float32).expand(x.shape[0])
+        whole = self.schedule is not None and x.device.type != "mps"  # timesteps stay whole numbers
+        exact = torch.float64 if whole else torch.float32
+        t = torch.as_tensor(t, dtype=exact, device=x.device).expand(x.shape[0])
         null = torch.full((x.shape[0],), self.conditions.count, dtype=torch.long)
         ids = null if cond is None else cond["label"]
         v = self._evaluate(x, t, self.conditions.rows(ids))
@@ -64,5 +64,7 @@ class TextVelocity(Velocity):
             out = self.script.evaluate(self.net, x.to(own), 1 - t, arguments)
             return -self.script.direction * out.to(x.dtype)
         y = self.schedule.scaled(x, t)
-        out = self.script.evaluate(self.net, y.to(own), self.schedule.timestep(t), arguments)
+        out = self.script.evaluate(
+            self.net, y.to(own), self.schedule.timestep(t).float(), arguments
+        )
         return self.schedule.velocity(x, t, out.to(x.dtype))
