@@ -85,7 +85,7 @@ class OwnRun(TextVelocity):
         pipe: The pipeline, on its device.
         call: Arguments of its call, with the negative prompt.
         prompts: The prompts.
-        parts: Arguments of `TextVelocity`; guidance is that of our solvers, the own run's is in its call.
+        parts: Arguments of `TextVelocity`; guidance is that of our solvers.
     """
 
     def __init__(self, pipe: Any, call: dict[str, Any], prompts: PromptList, *parts: Any):
