@@ -57,17 +57,21 @@ class Plan(folder.Plan):
         return lacks_card or bool(shards.missing(self.store, every, self.fingerprint))
 
     def measure(self) -> list[str]:
-        """Measure the largest compute batch that fits, where nothing is sealed yet."""
-        from flowmatch.pairs import generator
+        """Measure what fits, and how long it takes, where nothing is sealed yet."""
+        from flowmatch.pairs import generator, rehearsal
 
         with suppress(storage.Unread):
             if manifest.sealed(self.store):
                 return []
-        if self.texts:
-            return []
-        there = process.worker_device(self.device)
-        shape, precision = self.layout.shape, self.config.precision
-        return [generator.measure_batch(self.velocity, shape, there, precision)]
+        there, precision = process.worker_device(self.device), self.config.precision
+        lines = []
+        if not self.texts:
+            lines = [generator.measure_batch(self.velocity, self.layout.shape, there, precision)]
+        if self.evaluations is None or self.source is not None:
+            return lines
+        how = (self.velocity, self.config.solver, self.config.compute_batch, precision)
+        words = (self.count, self.evaluations, process.world_size(), there)
+        return lines + rehearsal.lines(self.teacher, *words, *how)
 
 
 def plan(config: PairsConfig) -> Plan:

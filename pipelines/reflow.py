@@ -17,7 +17,7 @@ from flowmatch.data.config import PromptsConfig
 from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
 from flowmatch.models.config import CallConfig, LoraConfig
 from flowmatch.pairs.config import PairsEntry
-from flowmatch.runs import command, folder, process
+from flowmatch.runs import command, folder, manifest, process
 from flowmatch.runs.config import StageConfig
 from flowmatch.training.config import FitConfig
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flowmatch.models.teachers import Teacher
     from flowmatch.pairs.dataset import PairData
     from flowmatch.pairs.mixture import Mixture
+    from flowmatch.training.loop import OnLog
 
 
 class ReflowConfig(StageConfig):
@@ -94,6 +95,20 @@ class Plan(folder.Plan):
     seen_features: set[str]
     start: "Teacher"
     writer: "Writer | None"
+
+    def measure(self) -> list[str]:
+        """Time three updates, where nothing is sealed yet."""
+        from flowmatch.models import flops
+        from flowmatch.training import rehearsal
+
+        config: ReflowConfig = self.config
+        if manifest.sealed(config.run_dir):
+            return []
+        device = process.worker_device(process.pick_device(config.device))
+        plain = config.objective.name == "velocity"
+        more: Any = {"trained": True}
+        cost = flops.of_network(self.start, self.net, config.lora, **more) if plain else None
+        return rehearsal.lines(partial(train, self), config.fit, self.net, device, cost)
 
 
 def plan(config: ReflowConfig) -> Plan:
@@ -203,18 +218,10 @@ def load(config: ReflowConfig, device: str) -> "Teacher":
 
 def run(plan: Plan) -> None:
     """Train, and seal the folder."""
-    from flowmatch.flow import coupling, objectives
     from flowmatch.models import networks
     from flowmatch.models.digest import network_digest
-    from flowmatch.training.loop import fit
 
     config: ReflowConfig = plan.config
-    field = plan.start.field(plan.net)
-    if config.prompts is not None and process.world_size() > 1 and not config.fit.shard:
-        from flowmatch.models import text
-
-        there = process.worker_device(process.pick_device(config.device))
-        text.freeze_unused(plan.net.to(there), field, plan.start.shape)
     named = [data.sealed["facts"].get("id2label") for data in plan.stream.sets]
     facts: dict[str, Any] = {"round": plan.round} | ({"id2label": named[0]} if named[0] else {})
     facts |= plan.start.student_facts
@@ -223,25 +230,43 @@ def run(plan: Plan) -> None:
     if config.times.zero == 1:
         facts["one_step"] = True
     with folder.RunFolder("reflow", config, plan.inputs, facts) as opened:
-        files = fit(
-            plan.net,
-            plan.stream,
-            coupling.stored,
-            opened,
-            config.fit,
-            config.times,
-            objectives.build(config.objective, config.loss, plan.module),
-            seed=config.seed,
-            device=config.device,
-            field=field,
-            writer=plan.writer,
-        )
+        files = train(plan, opened, config.fit)
         if process.leads():
             if plan.writer is None:
                 facts = {"net": network_digest(networks.load(opened.folder / "net", "net"))}
             else:
                 facts = plan.writer.facts(opened.folder / "net")
             opened.seal(files, **facts)
+
+
+def train(
+    plan: Plan, opened: folder.RunFolder, how: FitConfig, on_log: "OnLog | None" = None
+) -> list[str]:
+    """Train the network of a plan; return its files."""
+    from flowmatch.flow import coupling, objectives
+    from flowmatch.training.loop import fit
+
+    config: ReflowConfig = plan.config
+    field = plan.start.field(plan.net)
+    if config.prompts is not None and process.world_size() > 1 and not how.shard:
+        from flowmatch.models import text
+
+        there = process.worker_device(process.pick_device(config.device))
+        text.freeze_unused(plan.net.to(there), field, plan.start.shape)
+    return fit(
+        plan.net,
+        plan.stream,
+        coupling.stored,
+        opened,
+        how,
+        config.times,
+        objectives.build(config.objective, config.loss, plan.module),
+        seed=config.seed,
+        device=config.device,
+        field=field,
+        writer=plan.writer,
+        on_log=on_log,
+    )
 
 
 def network(start: "Teacher", config: ReflowConfig) -> Any:

@@ -8,34 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# dense FLOP/s without sparsity, of tensor cores in bf16, in tf32, and of plain float32, as the makers
-# say; the first name that a device's contains counts
-PEAKS = {
-    "B200": (2250e12, 1125e12, 75e12),
-    "H200": (989e12, 494e12, 67e12),
-    "H100 PCIe": (756e12, 378e12, 51e12),
-    "H100": (989e12, 494e12, 67e12),
-    "A100": (312e12, 156e12, 19.5e12),
-    "L40S": (362e12, 183e12, 91.6e12),
-    "RTX 4090": (165e12, 82.6e12, 82.6e12),
-    "RTX 3090": (71e12, 35.6e12, 35.6e12),
-    "A10G": (70e12, 35e12, 35e12),
-    "L4": (121e12, 60e12, 30.3e12),
-}
-PLACE = {"bf16": 0, "fp16": 0, "tf32": 1, "fp32": 2}
-
-
-def peak_of(name: str, precision: str) -> float | None:
-    """Return the peak of a device in FLOP/s, by its name and a precision; None: unknown."""
-    known = [peaks for part, peaks in PEAKS.items() if part in name]
-    return known[0][PLACE[precision]] if known else None
-
-
-def device_peak(device: torch.device, precision: str) -> float | None:
-    """Return the peak of a device in FLOP/s in a precision of products; None: unknown."""
-    if device.type != "cuda":
-        return None
-    return peak_of(torch.cuda.get_device_name(device), precision)
+from flowmatch.models.flops import counter, device_peak
 
 
 def peak_memory(device: torch.device) -> int:
@@ -43,26 +16,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def counter() -> Any:
-    """Return torch's counter of FLOPs, which knows the CPU's fused attention, too."""
-    from torch.utils import flop_counter
-
-    def forward(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return flop_counter.sdpa_flop_count(q, k, v)
-
-    def backward(
-        grad: Any, q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any
-    ) -> int:
-        return flop_counter.sdpa_backward_flop_count(grad, q, k, v)
-
-    aten = torch.ops.aten
-    more: dict[Any, Any] = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return flop_counter.FlopCounterMode(display=False, custom_mapping=more)
 
 
 class Again(TorchDispatchMode):

@@ -15,14 +15,14 @@ import torch
 
 from flowmatch.flow import coupling, objectives
 from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
-from flowmatch.models import networks
+from flowmatch.models import flops, networks
 from flowmatch.models.config import NetConfig
 from flowmatch.pairs import mixture
 from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import process
 from flowmatch.runs.config import StageConfig
 from flowmatch.runs.folder import RunFolder
-from flowmatch.training import loop, meter
+from flowmatch.training import loop
 from flowmatch.training.config import FitConfig
 from scripts.bench.yardsticks import (
     BareLoop,
@@ -129,7 +129,7 @@ def utilisation(load: Load, seconds: float) -> dict[str, float]:
     net = networks.build(NetConfig(**load.net), load.shape, None, 0)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(1, *load.shape), torch.zeros(1))
-    peak = meter.peak_of(torch.cuda.get_device_name(), load.precision)
+    peak = flops.peak_of(torch.cuda.get_device_name(), load.precision)
     rate = 3 * load.batch * counter.get_total_flops() / seconds
     return {"tflops": rate / 1e12} | ({"mfu": rate / peak} if peak else {})
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from flowmatch.models import flops
 from flowmatch.training import meter
 from flowmatch.training.meter import Meter
 from tests.training.test_loop import images, train, unet
@@ -52,10 +53,10 @@ def test_fused_attention_counts_on_a_cpu():
 def test_the_share_of_a_peak():
     one = Meter(CPU, "bf16", 4)
     assert "mfu" not in one.values(1.0)  # no peak is known
-    one.peak, one.flops = meter.peak_of("NVIDIA H100 80GB HBM3", "bf16"), 1e13
+    one.peak, one.flops = flops.peak_of("NVIDIA H100 80GB HBM3", "bf16"), 1e13
     assert one.values(30.0)["mfu"] == pytest.approx(3e14 / 989e12, rel=1e-3)
-    assert meter.peak_of("NVIDIA H100 PCIe", "tf32") == 378e12
-    assert meter.peak_of("an unknown GPU", "bf16") is None
+    assert flops.peak_of("NVIDIA H100 PCIe", "tf32") == 378e12
+    assert flops.peak_of("an unknown GPU", "bf16") is None
 
 
 def test_each_line_of_the_log_has_its_costs_and_the_count_changes_no_bit(tmp_path, monkeypatch):
