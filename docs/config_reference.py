@@ -8,6 +8,7 @@ from flowmatch.config import Config, describe
 
 STAGES = {  # stage -> its config, and the section of an experiment that holds it
     "tiny_pipeline": ("TinyConfig", "tiny"),
+    "encode": ("EncodeConfig", "encode"),
     "train_flow": ("FlowConfig", "flow"),
     "generate_pairs": ("PairsConfig", "pairs"),
     "encode_prompts": ("EncodeConfig", "conditions"),

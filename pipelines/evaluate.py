@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flowmatch.data.dataset import Data
     from flowmatch.evaluation.feature_choice import FeatureChoice
     from flowmatch.evaluation.sampling import SampledRow, Sampler
+    from flowmatch.models.autoencoder import Autoencoder
     from flowmatch.models.teachers import Teacher
 
 
@@ -36,6 +37,11 @@ class Plan(folder.Plan):
     kind: str
     choice: "FeatureChoice"
     samples: int
+    vae: "Autoencoder | None" = None
+
+    def shown(self, x: "torch.Tensor") -> "torch.Tensor":
+        """Return samples as they are compared and drawn: latents of a VAE as pictures."""
+        return x if self.vae is None else self.vae.decode(x)
 
     @property
     def real(self) -> "Data":
@@ -48,7 +54,7 @@ def plan(config: EvaluateConfig) -> Plan:
     from flowmatch.data import dataset
     from flowmatch.evaluation import feature_choice, sampling, scoring
     from flowmatch.flow import grids, samplers
-    from flowmatch.models import precision, teachers
+    from flowmatch.models import autoencoder, precision, teachers
 
     def check_device() -> str:
         device = process.pick_device(config.device)
@@ -88,6 +94,11 @@ def plan(config: EvaluateConfig) -> Plan:
     sets: dict[str, Data] = dict(zip(keys, opened, strict=False))
     inputs = {key: data.digest for key, data in sets.items()}
     inputs |= {name: model.digest for name, model in models.items()}
+    made = sets["data"].shape  # of what the models make
+    vae = autoencoder.of_data(sets["data"], "data.path")
+    if vae is not None:
+        vae.net.to(process.worker_device(device))
+        sets = {k: vae.decoded(data) if data.encoding else data for k, data in sets.items()}
     data = sets["data"]
     kind = feature_choice.choose_distance(config.distance, data)
 
@@ -106,12 +117,16 @@ def plan(config: EvaluateConfig) -> Plan:
             raise UserError(f"the classes have other names: {told}; give all the same classes")
 
     def check_shapes() -> None:
-        for name, made in (sets | models).items():
-            if made.shape != data.shape:
+        for name, found in (sets | models).items():
+            wanted = data.shape if name in sets else made
+            if found.shape != wanted:
                 raise UserError(
-                    f"{name} {'holds' if name in sets else 'makes samples of'} {list(made.shape)}; "
-                    f"data holds {list(data.shape)}"
+                    f"{name} {'holds' if name in sets else 'makes samples of'} {list(found.shape)}; "
+                    f"data holds {list(wanted)}"
                 )
+        for name, model in models.items():
+            if vae is not None and model.latents and model.latents != vae.facts:
+                raise UserError(f"{name} was trained on latents of another VAE than data holds")
 
     _, choice, *_ = together(
         lambda: sampling.check(models, data, config.guidance),
@@ -148,7 +163,9 @@ def plan(config: EvaluateConfig) -> Plan:
         lines.append(
             "reference holds the same items as data: scored without it, as seen in training"
         )
-    return Plan(config, inputs, lines, sets, models, kind, choice, samples)
+    if vae is not None:
+        lines.append(f"latents of {list(made)} are decoded, and compared as {list(data.shape)}")
+    return Plan(config, inputs, lines, sets, models, kind, choice, samples, vae)
 
 
 def run(plan: Plan) -> None:
@@ -207,7 +224,8 @@ def run(plan: Plan) -> None:
                 result = scores.result(sampled, rows)
             folders = {name: teachers.run_of(getattr(config, name))[0] for name in rows}
             real, scratch = plan.real, opened.scratch
-            results.write(place, scratch, result, rows, sampled, real, folders, dump(config))
+            written = dump(config)
+            results.write(place, scratch, result, rows, sampled, real, folders, written, plan.shown)
             if not sealed:
                 opened.seal(["metrics.json"])
             process.say(f"\n{tables.markdown(result)}\nreport: {place / 'report.html'}")
@@ -241,6 +259,8 @@ class Scores:
         }
         if "reference" in sets:
             protocol["reference"] = real.digest
+        if plan.vae is not None:
+            protocol["decoded by"] = f"{type(plan.vae.net).__name__}, sha256 {plan.vae.digest}"
         if names := training.names or plan.models["student"].names:
             protocol["classes"] = {str(k): name for k, name in enumerate(names)}
         if config.student_solver is not None:
@@ -258,13 +278,15 @@ class Scores:
         apart = "reference" not in sets
         self.scorer = scoring.Scorer(kind, reference, net, known, apart=apart)
         self.device, self.images, self.protocol = device, real.images, protocol
+        self.shown = plan.shown
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in plan.models}
 
     def add(self, name: str, row: "SampledRow") -> None:
         """Measure a row of a model, and print its distance."""
         from flowmatch.evaluation import tables
 
-        x = (row.x.clamp(-1, 1) if self.images else row.x).to(self.device)
+        x = self.shown(row.x)
+        x = (x.clamp(-1, 1) if self.images else x).to(self.device)
         found = {"steps": row.steps, "evaluations": row.evaluations, **self.scorer.score(x)}
         self.rows[name].append(found)
         evaluations = f"{row.evaluations} evaluation{'s' * (row.evaluations != 1)}"

@@ -20,6 +20,7 @@ from flowmatch.runs.values import read_yaml
 
 if TYPE_CHECKING:
     from flowmatch.export.model_card import Kind
+    from flowmatch.models.autoencoder import Autoencoder
     from flowmatch.models.teachers import Teacher
 
 WARNING = 0.01  # the same with the folder's own scheduler, above which the stage warns
@@ -37,6 +38,12 @@ class ExportConfig(StageConfig):
         None, "the student's finished evaluation, whose table goes into the card", run=True
     )
     steps: list[int] = option([1, 2, 4], "numbers of steps that get an exact stock scheduler")
+    vae: LocalPath | None = option(
+        None,
+        "for a student of latents: the VAE that decodes them (default: that of the run of encode whose "
+        "latents it was trained on)",
+        run=True,
+    )
     pipeline: LocalPath | None = option(
         None, "with prompts: the teacher's pipeline, of which all but the network is kept", run=True
     )
@@ -64,6 +71,7 @@ class Plan(folder.Plan):
     student: "Teacher"
     kind: "Kind | None"  # None for a student that reads prompts
     table: str
+    vae: "Autoencoder | None" = None  # of a student of latents
 
     def reopen(self) -> bool | None:
         """Make a sealed folder again where it is to be uploaded and has not been."""
@@ -154,13 +162,34 @@ def plan(config: ExportConfig) -> Plan:
         prompts = evaluation["stage"] == "evaluate_prompts"
         write = prompt_results.markdown if prompts else tables.markdown
         table = tables.read(Path(config.evaluation), "evaluation", write)[1]
-    kind = None if config.prompts else model_card.kind_of(student)
+    vae = None if config.prompts else load_vae(config, student)
+    if vae is not None:
+        inputs["vae"] = vae.digest
+    kind = None if config.prompts else model_card.kind_of(student, vae)
     name = student.facts["script"]["pipeline"] if kind is None else kind.name
     lines = [
         f"{type(student.net).__name__} of {student.net.num_parameters():,} parameters, as {name}",
         f"checked in a fresh process without flowmatch at {config.steps} steps",
     ]
-    return Plan(config, inputs, lines, student, kind, table)
+    return Plan(config, inputs, lines, student, kind, table, vae)
+
+
+def load_vae(config: ExportConfig, student: "Teacher") -> "Autoencoder | None":
+    """Load the VAE of a student of latents. Raises UserError where there is none, or another."""
+    from flowmatch.models import autoencoder
+
+    if not student.latents:
+        if config.vae is not None:
+            raise UserError(
+                f"vae={config.vae}: student={config.student} names no VAE; leave it out"
+            )
+        return None
+    path = config.vae or autoencoder.find(config.student)
+    if path is None:
+        raise UserError(
+            f"student={config.student} makes latents of a VAE whose folder was not found; set vae="
+        )
+    return autoencoder.load(path, "vae", (), student.latents)
 
 
 def run(plan: Plan) -> None:
@@ -229,8 +258,9 @@ def write_network(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, An
     student, kind = plan.student, plan.kind
     assert kind is not None
     with Fresh() as fresh:
-        written = network_folder.write(built, student, kind, config.steps)
-        differences = network_folder.compare(built, student, kind, config.steps, config.seed, fresh)
+        written = network_folder.write(built, student, kind, config.steps, plan.vae)
+        how = (config.steps, config.seed, fresh, plan.vae)
+        differences = network_folder.compare(built, student, kind, *how)
         write_atomic(built / CARD, model_card.text(student, kind, plan.table, differences))
         for steps, found in differences.items():
             told = ", ".join(f"{name} {value:.2g}" for name, value in found.items())

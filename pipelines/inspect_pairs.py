@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", metavar="DIR", help="folder or URL of the pairs (their run_dir)")
     parser.add_argument("--out", help="folder for pictures and summary.json (default: DIR_inspect)")
     parser.add_argument("--teacher", help="the teacher's folder, if it has moved")
+    parser.add_argument("--vae", help="the VAE of latents, if its run of encode has moved")
     parser.add_argument(
         "--pairs",
         type=number,
@@ -71,15 +72,17 @@ def main(argv: list[str] | None = None) -> int:
         found = summary(data, call.samples, call.teacher)
         costs, at_random = found["cost"].pop("values"), found["cost"].pop("values_at_random")
         out.mkdir(parents=True, exist_ok=True)
-        shown = call.pairs or (SHOWN_IMAGES if len(data.shape) > 1 else SHOWN_POINTS)
-        first = data.batch(range(min(shown, len(data))))
+        count = call.pairs or (SHOWN_IMAGES if len(data.shape) > 1 else SHOWN_POINTS)
+        first = data.batch(range(min(count, len(data))))
         found["prompts"] = first.get(PROMPT, [])[:SHOWN_PROMPTS]
         label = (
             [found["names"].get(str(k), k) for k in first["label"].tolist()]
             if data.has_labels
             else None
         )
-        figures.pairs(out / "pairs.png", first["x0"].numpy(), first["x1"].numpy(), label)
+        shown = decoded(folder, found["latents"], first["x1"], call.vae)
+        latent = shown is first["x1"] if found["latents"] is not None else None
+        figures.pairs(out / "pairs.png", first["x0"].numpy(), shown.numpy(), label, latent)
         figures.costs(out / "cost.png", costs, at_random)
         text = json.dumps(found, indent=1, sort_keys=True) + "\n"
         (out / "summary.json").write_text(text)
@@ -92,6 +95,19 @@ def main(argv: list[str] | None = None) -> int:
     for line in [*tell(folder, found), f"wrote {out}/pairs.png, cost.png, summary.json"]:
         print(one_line(line))
     return 0
+
+
+def decoded(folder: Store, latents: Any, x: Any, given: str | None) -> Any:
+    """Decode latents with their VAE, where it is found; return anything else as it is."""
+    if not latents:
+        return x
+    from flowmatch.models import autoencoder
+
+    path = given or autoencoder.find(str(folder))
+    if path is None:
+        print("the latents are drawn as they are: their VAE is not found; name it with --vae")
+        return x
+    return autoencoder.load(expanded(path), "--vae", (), latents).decode(x)
 
 
 def number(text: str) -> int:
@@ -116,6 +132,7 @@ def summary(data: PairData, samples: int, teacher: str | None) -> dict[str, Any]
         "shards": data.shards,
         "bytes": data.shards * layout.tar_bytes,
         "shape": list(data.shape),
+        "latents": facts.get("latents"),
         "names": facts.get("id2label") or {},
         "dtype": layout.dtype,
         "kind": facts.get("kind"),

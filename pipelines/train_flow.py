@@ -131,14 +131,15 @@ def plan(config: FlowConfig) -> Plan:
         *(teacher.lines if teacher else []),
     ]
     facts = opened.facts if teacher is None else teacher.own_facts
-    facts = facts_of(data) | facts
+    facts = facts_of(data if teacher is None else replace(data, latents=False)) | facts
     return Plan(config, opened.inputs, lines, data, net, teacher, facts)
 
 
 def facts_of(data: "Data") -> dict[str, Any]:
     """Return what the manifest says of the data."""
     named = {str(k): name for k, name in enumerate(data.names or ())}
-    return {"samples": len(data)} | ({"id2label": named} if named else {})
+    facts: dict[str, Any] = {"samples": len(data)} | ({"id2label": named} if named else {})
+    return facts | ({"latents": data.encoding or {}} if data.latents else {})
 
 
 def shortened(names: Sequence[str], most: int = 8) -> str:

@@ -2,6 +2,7 @@
 
 from flowmatch.runs.command import execute, load
 from pipelines import (
+    encode,
     encode_prompts,
     evaluate,
     evaluate_prompts,
@@ -23,6 +24,7 @@ UNET = {
 }
 MODELS = {
     tiny_pipeline: tiny_pipeline.TinyConfig,
+    encode: encode.EncodeConfig,
     train_flow: train_flow.FlowConfig,
     train_classifier: train_classifier.ClassifierConfig,
     generate_pairs: generate_pairs.PairsConfig,

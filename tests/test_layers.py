@@ -25,6 +25,7 @@ SLOW = {"diffusers", "accelerate", "datasets", "torchmetrics", "scipy", "sklearn
 SLOW |= {"torchdiffeq"}  # it brings scipy
 STAGES = [
     "tiny_pipeline",
+    "encode",
     "train_flow",
     "generate_pairs",
     "encode_prompts",

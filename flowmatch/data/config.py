@@ -22,8 +22,9 @@ class DataConfig(Config):
         "images",
         "digits: sklearn's 8x8 digits; digits_text: these in colour at places of a square, with "
         "captions; ring: 2-D Gaussians on a circle; idx: a folder of gzipped "
-        "IDX files (MNIST's format); npz: an .npz or .npy file; latents: an .npz or .npy file of scaled "
-        "latents; images: image files, parquet files, webdataset tars or a dataset on the hub",
+        "IDX files (MNIST's format); npz: an .npz or .npy file; latents: the folder of a finished "
+        "encode, or an .npz or .npy file of scaled latents; images: image files, "
+        "parquet files, webdataset tars or a dataset on the hub",
     )
     path: Place = option(
         "",

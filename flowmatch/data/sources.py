@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowmatch.config import UserError, require
-from flowmatch.data import digits_text, hub, images
+from flowmatch.data import digits_text, encoded, hub, images
 from flowmatch.data.config import IDX_NAMES
 from flowmatch.data.files import local_files
 from flowmatch.data.labels import check_labels
@@ -47,6 +47,8 @@ class SourceData:
         notes: what the plan says beside the count, such as files that are left out.
         names: of the classes, if they have names.
         skipped: a line for each picture that is left out as the config asks.
+        encoding: how latents of a VAE are scaled, and the digest of the VAE; None for other samples.
+        vae: folder of that VAE.
         part: reads random crops, (int64 [B], float64 [B, 2] places in [0, 1)) -> like `read`; None where
             there are none.
         table: what reads each column of the source by its name, for captions; None without columns.
@@ -62,6 +64,8 @@ class SourceData:
     notes: tuple[str, ...] = ()
     names: tuple[str, ...] | None = None
     skipped: tuple[str, ...] = ()
+    encoding: dict[str, Any] | None = None
+    vae: str = ""
     part: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     table: Table | None = None
 
@@ -152,7 +156,9 @@ def npz(config: "DataConfig", key: str) -> SourceData:
 
 
 def latents(config: "DataConfig", key: str) -> SourceData:
-    """Read scaled latents [N, C, H, W] from .npz (x or latents, y or labels) or .npy (no labels)."""
+    """Read scaled latents: a set that `encode` has made, or [N, C, H, W] from .npz or .npy."""
+    if Path(config.path).suffix.lower() not in (".npz", ".npy"):
+        return SourceData(**encoded.open_set(config, key))
     x, label, digest = _stored(config, key, "latents")
     if x.ndim != 4 or x.dtype.kind != "f" or 0 in x.shape:
         raise UserError(

@@ -155,7 +155,11 @@ def mosaic(x: np.ndarray) -> np.ndarray:
 
 
 def pairs(
-    path: str | os.PathLike[str], x0: np.ndarray, x1: np.ndarray, label: Sequence[Any] | None = None
+    path: str | os.PathLike[str],
+    x0: np.ndarray,
+    x1: np.ndarray,
+    label: Sequence[Any] | None = None,
+    latent: bool | None = None,
 ) -> None:
     """Draw pairs of noise and sample, and save a PNG.
 
@@ -165,13 +169,14 @@ def pairs(
     Args:
         path: The file.
         x0: Noise: images [N, C, H, W], or points [N, D].
-        x1: Samples, like x0.
+        x1: Samples, like x0; or pictures of them, where x0 are latents.
         label: Labels or names [N], written above the images.
+        latent: Whether x1 are latents, not images; default: if they have neither 1 nor 3 channels.
     """
     if x0.ndim < 4:
         _lines(path, x0.reshape(len(x0), -1), x1.reshape(len(x1), -1))
         return
-    n, channels = x0.shape[:2]
+    n, channels = x1.shape[:2]
     columns = min(n, ROW)
     rows = 2 * -(-n // columns)
     figure, axes = canvas(0.75 * columns + 0.7, 0.78 * rows + 0.5, rows, columns)
@@ -179,14 +184,17 @@ def pairs(
         panel.set(xticks=[], yticks=[], visible=False)
         panel.spines[:].set_color(FRAME)  # the border of a white picture
     kept = slice(0, 3) if channels > 2 else slice(0, 1)
-    latent = channels not in (1, 3)  # images lie in [-1, 1], latents anywhere
+    latent = (
+        channels not in (1, 3) if latent is None else latent
+    )  # images lie in [-1, 1], latents anywhere
     scales = (3.0, float(np.quantile(np.abs(x1), 0.995)) or 1.0 if latent else 1.0)
     for i in range(n):
         row, column = 2 * (i // columns), i % columns
         for down, (x, scale) in enumerate(zip((x0, x1), scales, strict=True)):
             panel = axes[row + down, column]
             panel.set_visible(True)
-            picture = ((x[i, kept] / scale).clip(-1, 1) + 1).transpose(1, 2, 0) / 2
+            own = slice(0, 3) if x.shape[1] > 2 else slice(0, 1)
+            picture = ((x[i, own] / scale).clip(-1, 1) + 1).transpose(1, 2, 0) / 2
             panel.imshow(picture.squeeze(2) if picture.shape[2] == 1 else picture, **GREY)
             if column == 0:
                 words = ("noise", "sample")[down]

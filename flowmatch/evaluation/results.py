@@ -1,9 +1,11 @@
 """The files of an evaluation: metrics.json, the table, the pictures and the report."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from flowmatch.data import dataset
 from flowmatch.data.dataset import Data
@@ -35,6 +37,7 @@ def write(
     real: Data,
     folders: Mapping[str, Path],
     config: str,
+    shown: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> None:
     """Write all files of an evaluation.
 
@@ -47,8 +50,12 @@ def write(
         real: the data that they are compared with.
         folders: the run folders of both models, for their training curves.
         config: the config as YAML, for the report.
+        shown: what turns samples into what is drawn, such as pictures of latents.
     """
-    samples = {name: {row.steps: row.x for row in made} for name, made in rows.items()}
+    drawn = figures.MOSAIC**2 if real.images else None
+    samples = {
+        name: {row.steps: shown(row.x[:drawn]) for row in made} for name, made in rows.items()
+    }
     write_atomic(place / "metrics.json", json.dumps(result, indent=1) + "\n")
     write_table(place, result, scratch)
     built = scratch.build("pictures") / "grid.png"

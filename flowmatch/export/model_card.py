@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from flowmatch.models.autoencoder import Autoencoder
 from flowmatch.models.teachers import Teacher
 
 STOCK = """from diffusers import DiffusionPipeline
@@ -54,6 +55,17 @@ LATENT_NOTES = """
 Samples are unscaled latents. Decode them with the VAE that encoded the data:
 `vae.decode(sample[None] / vae.config.scaling_factor)`.
 """
+LDM_NOTES = f"""\
+Always pass `num_inference_steps`; the default of the pipeline is 50. It samples latents and decodes them
+with the VAE in `vqvae/`. The scheduler of this folder takes any number of steps, with the small error
+listed below. {EXACT_N}, and needs the pipeline file in this folder:
+
+```python
+{EXACT}
+pipe = DiffusionPipeline.from_pretrained("FOLDER", scheduler=exact, {REMOTE})
+image = pipe(num_inference_steps=1).images[0]
+```
+"""
 OUR_NOTES = "diffusers has no pipeline for this network, so this folder contains one"
 GRID = """. It uses the
 uniform grid for any number of steps. Always pass `num_inference_steps`.
@@ -103,15 +115,25 @@ class Kind:
     notes: str  # text of the card about steps, schedulers and labels
 
 
-def kind_of(student: Teacher) -> Kind:
-    """Choose the pipeline: a stock one for a UNet2DModel of images, ours for any other network."""
-    coded, one = latent(student), student.one_step
+def kind_of(student: Teacher, vae: Autoencoder | None = None) -> Kind:
+    """Choose the pipeline: a stock one for a UNet2DModel of images or latents, else ours.
+
+    Args:
+        student: The exported network.
+        vae: What its samples are latents of.
+    """
+    coded, one = latent(student) and vae is None, student.one_step
+    square = len(student.shape) == 3 and student.shape[1] == student.shape[2]
     unet = type(student.net).__name__ == "UNet2DModel" and not coded
+    if vae is not None and unet and student.classes is None and square and vae.plain:
+        notes = ONE_STEP_ONLY + LDM_NOTES if one else LDM_NOTES
+        return Kind("LDMPipeline", True, STOCK.format("num_inference_steps=1"), notes)
+    unet = unet and vae is None
     if unet and student.classes is None:
         notes = ONE_STEP_NOTES if one else DDPM_NOTES
         snippet = STOCK.format("num_inference_steps=1")
         return Kind("DDPMPipeline", True, snippet, notes + HALF_NOTES)
-    if unet and student.shape[1] == student.shape[2]:  # it draws squares
+    if unet and square:  # which is all that it draws
         snippet = STOCK.format("class_labels=0, num_inference_steps=1")
         notes = LABELS_NOTES.format(**(LABELS_ONE if one else LABELS_ANY))
         notes = ONE_STEP_ONLY + notes if one else notes
@@ -119,7 +141,7 @@ def kind_of(student: Teacher) -> Kind:
         return Kind("ConsistencyModelPipeline", True, snippet, notes + HALF_NOTES)
     first = f'"{student.names[0]}"' if student.names else 0
     arguments = "num_inference_steps=1" + (f", class_labels={first}" if student.classes else "")
-    if len(student.shape) < 3 or coded:
+    if len(student.shape) != 3 or coded:
         arguments += f', output_type="{"latent" if coded else "np"}"'
     notes = f"{ONE_STEP_ONLY}{OUR_NOTES}.\n" if one else OUR_NOTES + GRID
     notes += LATENT_NOTES if coded else ""
@@ -136,8 +158,9 @@ def names_note(student: Teacher) -> str:
 
 
 def latent(student: Teacher) -> bool:
-    """Return whether the samples are latents: three axes, and neither 1 nor 3 channels."""
-    return len(student.shape) == 3 and student.shape[0] not in (1, 3)
+    """Return whether the samples are latents: it says so, or no picture has so many channels."""
+    odd = len(student.shape) == 3 and student.shape[0] not in (1, 3)
+    return student.latents is not None or odd
 
 
 def describe(differences: dict[int, dict[str, float]], kind: Kind) -> str:
@@ -152,6 +175,7 @@ def describe(differences: dict[int, dict[str, float]], kind: Kind) -> str:
         if kind.stock
         else "with the scheduler of the folder",
         "folder": "with the scheduler of the folder",
+        "latent": "the same before decoding",
     }
     columns = [names[key] for key in next(iter(differences.values()))]
     lines = [f"| steps | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]

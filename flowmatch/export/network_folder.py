@@ -14,23 +14,28 @@ from flowmatch.export import model_card
 from flowmatch.export.fresh import Fresh
 from flowmatch.export.model_card import Kind
 from flowmatch.flow import grids, solvers
-from flowmatch.models import mlp
+from flowmatch.models import autoencoder, mlp
+from flowmatch.models.autoencoder import Autoencoder
 from flowmatch.models.teachers import Teacher
 from flowmatch.models.velocity import Velocity
 from flowmatch.runs.files import write_atomic
 
 TOLERANCE = 1e-6  # largest difference of a pixel in [0, 1] to our own solver, exact schedulers
 NO_NAMES = "ID2LABEL: dict[int, str] = {}"  # in pipeline.py
+DECODED = 1e-4  # of pictures that a VAE decodes from latents that differ by TOLERANCE
 SAMPLES = 4  # of each check
 
 
-def write(folder: Path, student: Teacher, kind: Kind, steps: list[int]) -> list[str]:
+def write(
+    folder: Path, student: Teacher, kind: Kind, steps: list[int], vae: Autoencoder | None = None
+) -> list[str]:
     """Write everything but the card; return the file names, relative to the folder."""
     from diffusers import (
         ConsistencyModelPipeline,
         DDPMPipeline,
         DPMSolverMultistepScheduler,
         FlowMatchEulerDiscreteScheduler,
+        LDMPipeline,
     )
 
     from flowmatch.export import pipeline, scheduler
@@ -52,7 +57,8 @@ def write(folder: Path, student: Teacher, kind: Kind, steps: list[int]) -> list[
     parts: dict[str, Callable[[], Any]] = {
         "DDPMPipeline": lambda: DDPMPipeline(unet=net, scheduler=named),
         "ConsistencyModelPipeline": lambda: ConsistencyModelPipeline(unet=net, scheduler=any_n),
-        "ReflowPipeline": lambda: pipeline.ReflowPipeline(net, one_n, id2label=named_classes),
+        "ReflowPipeline": lambda: pipeline_of(student, vae),
+        "LDMPipeline": lambda: LDMPipeline(vqvae=vae and vae.net, unet=net, scheduler=any_n),
     }
     parts[kind.name]().save_pretrained(folder, safe_serialization=True)
     for n in steps:
@@ -70,15 +76,39 @@ def write(folder: Path, student: Teacher, kind: Kind, steps: list[int]) -> list[
         index["unet"] = ["mlp", "VelocityMLP"]
         write_atomic(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
     names = ["model_index.json", "pipeline.py"]
-    for part in ("unet", "scheduler", "scheduler_flowmatch", *(f"scheduler_{n}" for n in steps)):
+    whole = ["unet", "scheduler", "scheduler_flowmatch", *(f"scheduler_{n}" for n in steps)]
+    whole += [part for part in autoencoder.NAMES if (folder / part).is_dir()]
+    for part in whole:
         names += [f"{part}/{p.name}" for p in (folder / part).iterdir() if p.is_file()]
     return sorted(set(names))
 
 
+def pipeline_of(student: Teacher, vae: Autoencoder | None = None) -> Any:
+    """Build our pipeline of a student."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from flowmatch.export.pipeline import ReflowPipeline
+
+    more: dict[str, Any] = {"latent": True} if model_card.latent(student) else {}
+    if vae is not None:
+        more = {"vae": vae.net, "latents_scale": vae.scale, "latents_shift": vae.shift}
+    if student.names:
+        more["id2label"] = dict(enumerate(student.names))
+    return ReflowPipeline(student.net, FlowMatchEulerDiscreteScheduler(), **more)
+
+
 def compare(
-    built: Path, student: Teacher, kind: Kind, steps: list[int], seed: int, fresh: Fresh
+    built: Path,
+    student: Teacher,
+    kind: Kind,
+    steps: list[int],
+    seed: int,
+    fresh: Fresh,
+    vae: Autoencoder | None = None,
 ) -> dict[int, dict[str, float]]:
     """Sample in a fresh process without flowmatch, and compare with our own solver.
+
+    With a VAE both the latents and the pictures are compared.
 
     Returns the largest differences, in [0, 1] after the clamp for images: steps -> name -> difference.
     Raises UserError where the exact schedulers differ by more than TOLERANCE.
@@ -90,18 +120,25 @@ def compare(
             "pipeline": kind.name,
             "samples": SAMPLES,
             "seed": seed,
-            "output_type": "latent" if model_card.latent(student) else "np",
+            "output_type": "latent" if model_card.latent(student) and vae is None else "np",
+            "decodes": vae is not None,
             "labels": None if student.classes is None else labels(student).tolist(),
         }
     )
     differences: dict[int, dict[str, float]] = {}
     for n in steps:
         mine = own_samples(student, n, seed)
-        largest = {name: (x - mine).abs().max().item() for name, x in theirs[str(n)].items()}
-        if not largest["exact"] <= TOLERANCE:
+        own = dict.fromkeys(theirs[str(n)], mine)
+        if vae is not None:
+            own |= {name: vae.decode(mine) / 2 + 0.5 for name in own if name != "latent"}
+        largest = {name: (x - own[name]).abs().max().item() for name, x in theirs[str(n)].items()}
+        name, allowed = ("latent", TOLERANCE) if vae is not None else ("exact", TOLERANCE)
+        if largest[name] <= allowed:
+            name, allowed = "exact", TOLERANCE if vae is None else DECODED
+        if not largest[name] <= allowed:
             raise UserError(
                 f"at {n} steps the export differs from our solver by "
-                f"{largest['exact']:.2g}, expected at most {TOLERANCE}; check that this diffusers "
+                f"{largest[name]:.2g}, expected at most {allowed}; check that this diffusers "
                 "release is a supported one"
             )
         differences[n] = largest

@@ -8,6 +8,13 @@ from typing import Any
 from flowmatch.config import UserError, expanded
 from flowmatch.runs import manifest, storage
 
+OWN = (
+    "latent",
+    "latents_scale",
+    "latents_shift",
+    "id2label",
+)  # what ours keeps in model_index.json
+
 
 def main(argv: list[str]) -> None:
     """Sample an export from the command line."""
@@ -117,7 +124,9 @@ def sample(
     more: dict[str, Any] = {}
     if len(shape) == 1:
         more["output_type"] = "np"  # points
-    elif shape[0] not in (1, 3):
+    elif len(shape) != 3:
+        more["output_type"] = "np"
+    elif shape[0] not in (1, 3) and not decodes(pipe):
         more["output_type"] = "latent"
     if chosen:
         more["class_labels"] = [chosen[i % len(chosen)] for i in range(count)]
@@ -132,6 +141,11 @@ def sample(
     return f"wrote {out / 'samples.npy'}: {list(np.asarray(images).shape)}"
 
 
+def decodes(pipe: Any) -> bool:
+    """Tell whether a pipeline has a VAE."""
+    return any(getattr(pipe, name, None) is not None for name in ("vae", "vqvae"))
+
+
 def _load(export: str, folder: Path, steps: int) -> Any:
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
@@ -144,7 +158,11 @@ def _load(export: str, folder: Path, steps: int) -> Any:
         # from our own classes: no code of the folder is run
         unet = networks.load(export, "export", "unet")
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(export, subfolder="scheduler")
-        return flowmatch.ReflowPipeline(unet, scheduler)
+        known = json.loads(index.read_text())
+        more = {key: known[key] for key in OWN if key in known}
+        if known.get("vae", [None])[0]:
+            more["vae"] = networks.load(export, "export", "vae")
+        return flowmatch.ReflowPipeline(unet, scheduler, **more)
     exact = folder / f"scheduler_{steps}"
     if name == "DDPMPipeline" and exact.is_dir():
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(exact)

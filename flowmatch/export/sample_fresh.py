@@ -1,9 +1,9 @@
 """Sample an exported folder in a process that cannot import flowmatch: `export` runs it as a check.
 
 usage: python sample_fresh.py, with a JSON object on the standard input: folder, pipeline (the class in
-its model_index.json), steps, samples, seed, output_type (np or latent), labels (or null). It writes
-samples.pt to the working directory: steps -> {"exact": ..., "folder": ...} -> [samples, ...],
-images in [0, 1].
+its model_index.json), steps, samples, seed, output_type (np or latent), labels (or null), decodes
+(whether it has a VAE). It writes samples.pt to the working directory: steps -> {"exact": ..., "folder":
+..., "latent": what a VAE decodes} -> [samples, ...], images in [0, 1].
 
 Or, for a pipeline that reads prompts: load (the code of its card), ways (a list of code and call),
 prompts, seed, noise (whether noise.pt holds it), device. It writes the last state of each way.
@@ -88,6 +88,8 @@ def main(task: dict[str, Any]) -> None:
     if task["pipeline"] == "ReflowPipeline":
         pipe = load(**OURS)
         found = {str(n): {"exact": draw(pipe, n, task)} for n in task["steps"]}
+        for n in task["steps"] if task["decodes"] else ():
+            found[str(n)]["latent"] = draw(pipe, n, task | {"output_type": "latent"})
     else:
         # ConsistencyModelPipeline rejects the exact scheduler; the folder's own pipeline takes it
         code = {} if task["pipeline"] == "DDPMPipeline" else OURS
@@ -101,6 +103,8 @@ def main(task: dict[str, Any]) -> None:
         for n, scheduler in schedulers.items():
             exact.scheduler = scheduler
             found[str(n)] = {"exact": draw(exact, n, task), "folder": draw(pipe, n, task)}
+            if task["decodes"]:
+                found[str(n)]["latent"] = draw(exact, n, task | {"output_type": "latent"})
     torch.save(found, "samples.pt")
 
 

@@ -26,7 +26,7 @@ from flowmatch.models.network import Network
 from flowmatch.models.velocity import Condition, Solve, Velocity, classes_of
 
 NETWORKS = ("unet", "transformer")  # names that diffusers gives to the network of a pipeline
-OTHERS = {"scheduler", "vae"}  # other components that are accepted; text encoders are not
+OTHERS = {"scheduler", "vae", "vqvae"}  # other components that are accepted; text encoders are not
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 

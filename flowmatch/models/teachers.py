@@ -41,6 +41,8 @@ class Teacher:
         features: sha256 of each classifier that a loss of its training used.
         samples: Number of samples that it was trained on, if it says so.
         names: Of its classes, if they have names.
+        latents: Set if its samples are latents: how they are scaled and the digest of their VAE, as in
+            `Autoencoder.facts`; empty where that is not known.
     """
 
     net: Any
@@ -51,6 +53,7 @@ class Teacher:
     features: tuple[str, ...] = ()
     samples: int | None = None
     names: tuple[str, ...] | None = None
+    latents: dict[str, Any] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,10 +80,11 @@ class Teacher:
 
     @property
     def student_facts(self) -> dict[str, Any]:
-        """What the manifests of its pairs and of a student hold of it: the names of its classes."""
-        return (
-            {"id2label": {str(k): name for k, name in enumerate(self.names)}} if self.names else {}
-        )
+        """What the manifests of its pairs and of a student hold of it."""
+        facts: dict[str, Any] = {}
+        if self.names:
+            facts["id2label"] = {str(k): name for k, name in enumerate(self.names)}
+        return facts if self.latents is None else facts | {"latents": self.latents}
 
     @property
     def lines(self) -> list[str]:
@@ -235,6 +239,7 @@ def load(path: str | os.PathLike[str], key: str) -> Teacher:
         features=tuple(facts.get("features", ())),
         samples=facts.get("samples"),
         names=names_of(facts),
+        latents=facts.get("latents"),
     )
 
 
@@ -257,6 +262,7 @@ def _exported(found: Teacher, folder: Path, key: str, sealed: dict[str, Any]) ->
         one_step=facts.get("one_step", old),
         features=tuple(facts.get("features", ())),
         names=names_of(facts),
+        latents=facts.get("latents"),
     )
 
 

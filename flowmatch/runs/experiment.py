@@ -17,6 +17,7 @@ from flowmatch.runs.values import assign, merge
 
 CHAIN = {  # section -> its stage, in the order of the chain
     "tiny": "tiny_pipeline",
+    "encode": "encode",
     "flow": "train_flow",
     "pairs": "generate_pairs",
     "features": "train_classifier",
@@ -34,7 +35,7 @@ _FIELDS = (
     "student_solver converged_solver converged_steps converged_tolerance distance training_samples "
     "inception_weights held_out batch_size lr evaluation device seed prompts call pipeline x0 "
     "per_prompt classes judge fresh width vae_channels vae_steps vae_batch vae_lr "
-    "lpips dino clip samples_to push_to_hub lora per_image states"
+    "lpips dino clip samples_to push_to_hub lora per_image states vae scale predicts"
 )
 SHARED = set(_FIELDS.split())  # the fields of all stages that may stand at the top of an experiment
 FOLDERS = (
@@ -213,6 +214,8 @@ class Experiment:
                     values[key] = deepcopy(given)
                 if isinstance(values.get(key), dict):
                     values[key]["labels"] = True
+        if stage in ("train_flow", "evaluate") and self.has("encode"):
+            values["data"] = self._encoded(self.shared.get("data"))
         if k > 1:
             first = {n: v for n, v in self.sections.get(base, {}).items() if n not in FOLDERS}
             values = merge({n: v for n, v in values.items() if n not in FOLDERS}, deepcopy(first))
@@ -227,6 +230,13 @@ class Experiment:
             if key in model.model_fields:
                 values.setdefault(key, value)
         return self._resolved(values)
+
+    def _encoded(self, data: Any) -> Any:
+        """Name the latents of the shared data, which the section `encode` makes."""
+        if not isinstance(data, dict) or data.get("source") == "latents":
+            return deepcopy(data)
+        labels = {"labels": True} if data.get("labels") else {}
+        return {"source": "latents", "path": self.folder("encode"), **labels}
 
     def _inputs(self, stage: str, section: str, values: dict[str, Any]) -> dict[str, Any]:
         """The folders of other stages that a stage reads where no key names them."""

@@ -42,9 +42,11 @@ FACTS: dict[str, tuple[type, ...]] = {  # kinds of the facts that later stages r
     **{"lora": (dict,), "base": (str,)},
     **dict.fromkeys(("script", "call", "prompts", "id2label"), (dict, type(None))),
     "samples": (int,),
+    "latents": (dict,),
 }
 NEEDED = {  # stage -> facts that all of its manifests have
     **{stage: {"round"} for stage in ("train_flow", "reflow", "generate_pairs", "export")},
+    "encode": {"samples", "shape", "shard_size", "latents"},
     "train_classifier": {"accuracy", "sha256", "shape", "classes"},
 }
 
