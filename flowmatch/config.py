@@ -304,13 +304,24 @@ def _fault(model: type[Config], fault: Any) -> str:
     given = f"{key}={fault['input']!r}"
     if fault["type"] == "extra_forbidden":
         known = _siblings(model, fault["loc"])
-        mean = closest(str(fault["loc"][-1]), known)
+        mean = _below(model, key) or closest(str(fault["loc"][-1]), known)
         return (
             f"{key}: unknown key (given {fault['input']!r}); {mean}known keys: {', '.join(known)}"
         )
     message = fault["msg"].removeprefix("Value error, ")
     null = "; for no value write null" if str(fault["input"]).lower() == "none" else ""
     return f"{given}: {message[0].lower()}{message[1:]}{null}"
+
+
+def _below(model: type[Config], key: str) -> str:
+    """Suggest a key of a nested config that has the name of an unknown one: fit.steps for steps."""
+    prefix, _, name = key.rpartition(".")
+    near = [
+        known
+        for known, _, _ in describe(model)
+        if known.startswith(prefix) and known.rpartition(".")[2] == name
+    ]
+    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def _siblings(model: Any, location: tuple[Any, ...]) -> list[str]:

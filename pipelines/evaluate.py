@@ -208,7 +208,7 @@ def run(plan: Plan) -> None:
                 config.steps,
                 config.rows_of(name)[1],
                 config.converged,
-                partial(scores.add, name) if scores else lambda row: None,
+                partial(scores.add if scores else announce, name),
             )
             for name, sampler in sampled.items()
         }
@@ -231,6 +231,13 @@ def run(plan: Plan) -> None:
             process.say(f"\n{tables.markdown(result)}\nreport: {place / 'report.html'}")
     accelerator.end_training()
     group.leave()
+
+
+def announce(name: str, row: "SampledRow") -> None:
+    """Say that a row is sampled, where rows are measured after the last one."""
+    from flowmatch.evaluation import tables
+
+    process.say(f"evaluate: {name}, {tables.steps_name(row.steps)}: sampled; measured at the end")
 
 
 class Scores:

@@ -221,6 +221,7 @@ def test_keys_reach_into_lists():
         ("kind=${oc.env:HOME}", "'${...}' is not replaced; write the value"),
         ("fit.every=none", "for no value write null"),
         ("fit.evry=3", "did you mean every?"),
+        ("lr=3", "lr: unknown key (given 3); did you mean fit.lr? known keys: "),
     ],
 )
 def test_common_slips_are_explained(word, message):

@@ -245,9 +245,10 @@ def read_pipeline(
     parts = {name for name in parts if listed[name][0]}
     nets = [name for name in NETWORKS if name in parts]
     if len(nets) != 1 or "scheduler" not in parts or parts - OTHERS - set(nets):
+        reads = any(name.startswith(("text_encoder", "tokenizer")) for name in parts)
         raise UserError(
             f"{key}={path} is a pipeline of {', '.join(sorted(parts))}; expected one network (unet or "
-            "transformer), a scheduler, and optionally a vae"
+            f"transformer), a scheduler, and optionally a vae{'; if it reads text, set prompts' * reads}"
         )
     name = str(index["scheduler"][1])
     scheduler = getattr(diffusers, name, None)

@@ -255,7 +255,7 @@ def missing(folder: Place, shards: Iterable[int], fingerprint: str) -> list[int]
             )
     sizes = store.sizes([tar_name(k) for k in committed])
     for k, size in zip(list(committed), sizes, strict=True):
-        if size != committed[k]["bytes"]:
+        if size != committed[k]["bytes"] or committed[k].get("shard") != k:  # of another shard
             del committed[k]
     return [k for k in numbers if k not in committed]
 

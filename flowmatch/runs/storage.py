@@ -183,7 +183,7 @@ class Bucket:
 
     def _list(self, part: str, directories: bool = False) -> dict[str, dict[str, Any]]:
         path = f"{self.root}/{part}".rstrip("/")
-        with self._asking(part or "its listing"):
+        with self._asking(part):
             try:
                 self.fs.invalidate_cache(path)
                 infos = self.fs.ls(path, detail=True)
@@ -222,9 +222,9 @@ class Bucket:
             raise self._error(name, error) from error
 
     def _error(self, name: str, error: Any) -> UserError:
-        message = " ".join(str(error).split()) or repr(error)
+        message, place = " ".join(str(error).split()) or repr(error), str(self / name).rstrip("/")
         return UserError(
-            f"{self / name}: the store refuses ({type(error).__name__}: {message}); check that it "
+            f"{place}: the store refuses ({type(error).__name__}: {message}); check that it "
             "exists and can be reached, and that its client has credentials; then repeat the command"
         )
 

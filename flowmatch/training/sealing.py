@@ -23,7 +23,7 @@ def main(words: list[str]) -> None:
     with command.exit_codes("seal"):
         if len(words) != 1 or words[0].startswith("-"):
             raise UserError(
-                f"seal {' '.join(words)}: expected one run folder; {USAGE.splitlines()[0]}"
+                f"{' '.join(words) or 'no folder'}: expected one run folder; {USAGE.splitlines()[0]}"
             )
         seal(Path(words[0]))
 

@@ -163,6 +163,9 @@ DAMAGE = {
     "sidecar gone": lambda folder: (folder / ".meta/pairs-000001.json").unlink(),
     "sidecar empty": lambda folder: (folder / ".meta/pairs-000001.json").write_text(""),
     "sidecar cut": lambda folder: os.truncate(folder / ".meta/pairs-000001.json", 30),
+    "sidecar of another shard": lambda folder: (folder / ".meta/pairs-000001.json").write_bytes(
+        (folder / ".meta/pairs-000002.json").read_bytes()
+    ),
     "sidecar of another kind": lambda folder: (folder / ".meta/pairs-000001.json").write_text("[]"),
 }
 

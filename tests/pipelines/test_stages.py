@@ -283,7 +283,8 @@ def test_two_processes_train_the_same_curve_as_one(chain, tmp_path):
 def test_two_processes_evaluate_the_same_as_one(chain, tmp_path):
     for name in ("flow", "reflow"):
         (tmp_path / name).symlink_to(chain / name)
-    succeed("evaluate", tmp_path, processes=2)
+    said = succeed("evaluate", tmp_path, processes=2)
+    assert said.count("sampled; measured at the end\n") == said.count(": distance ") == 6
     assert (tmp_path / "evaluate/metrics.json").read_bytes() == (
         chain / "evaluate/metrics.json"
     ).read_bytes()
