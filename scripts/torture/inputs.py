@@ -159,7 +159,7 @@ class Fuzz:
         """Run case i."""
         rng = np.random.default_rng([self.seed, STREAM, i])
         scenario = pick(rng, self.scenarios)
-        folder = self.world.copy("inputs")
+        folder = self.world.copy("inputs", scenario.made[-1].split("/")[1])
         for pattern in scenario.removed:
             for path in folder.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -54,7 +54,7 @@ class Kills:
         rng = np.random.default_rng([self.seed, STREAM, i])
         name, section = pick(rng, self.stages)
         moments = [(rng.random() < 0.5, rng.random()) for _ in range(KILLS)]
-        folder, made = self.world.copy("kills"), f"runs/{name}/{section}"
+        folder, made = self.world.copy("kills", name), f"runs/{name}/{section}"
         shutil.rmtree(folder / made)
         seconds, touches = self.world.costs[made]
         told, kills, words = [], 0, (section, f"{name}.yaml")

@@ -196,11 +196,21 @@ class World:
         assert ended.code == 0, f"flowmatch {' '.join(words)}: {ended.code}\n{ended.out}{ended.err}"
         return ended.out
 
-    def copy(self, name: str) -> Path:
-        """Copy the experiments and their runs to a new folder."""
-        target = self.root / name
+    def copy(self, name: str, experiment: str = "") -> Path:
+        """Copy the experiments and their runs to a new folder, or one of them and what it reads."""
+        target, whole = self.root / name, self.root / "whole"
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(self.root / "whole", target)
+        if not experiment:
+            shutil.copytree(whole, target)
+            return target
+        target.mkdir()
+        config = f"{experiment}.yaml"
+        named = [config, *(whole / config).read_text().split()]
+        for word in (f"runs/{experiment}", f"samples/{experiment}", *dict.fromkeys(named)):
+            if (whole / word).is_dir():
+                shutil.copytree(whole / word, target / word)
+            elif (whole / word).is_file():
+                shutil.copy2(whole / word, target / word)
         return target
 
 
