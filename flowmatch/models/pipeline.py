@@ -25,6 +25,15 @@ def is_pipeline(path: str | os.PathLike[str]) -> bool:
     )
 
 
+def is_needed(name: str, library: Any, kind: Any) -> bool:
+    """Return whether a component is needed where prompts are encoded: no encoder, no decoder."""
+    light = ("Tokenizer", "TokenizerFast", "Processor", "Extractor")
+    model = library == "transformers" and not str(kind).endswith(light)
+    return not (
+        model or name.startswith(("text_encoder", "vae", "image_encoder", "safety_checker"))
+    )
+
+
 def open_pipeline(
     path: str | os.PathLike[str],
     key: str,
@@ -51,11 +60,11 @@ def open_pipeline(
     from flowmatch.models.diffusion import read_index
 
     index = read_index(path, key)
-    encoders = () if texts else ("text_encoder", "vae", "image_encoder", "safety_checker")
+    listed = {name: value for name, value in index.items() if isinstance(value, list)}
     empty = {
         name: None
-        for name, value in index.items()
-        if value == [None, None] or (isinstance(value, list) and name.startswith(encoders))
+        for name, value in listed.items()
+        if value == [None, None] or not (texts or is_needed(name, *value[:2]))
     }
     try:
         with quiet():

@@ -213,3 +213,18 @@ def test_a_student_of_another_pipeline_is_refused(made, tmp_path):
     other = str(tmp_path / "other")
     with pytest.raises(UserError, match="is an adapter of another network than that of the given"):
         text.load(folder / "small", "student", listed, call, pipeline=other)
+
+
+def test_stage_three_loads_no_text_encoder(made, monkeypatch):
+    """With prompts that were encoded; a run that encodes on the fly shows that the test would see one."""
+    import transformers
+
+    def refuse(*words, **more):
+        raise RuntimeError("a model of transformers is loaded")
+
+    name, folder = made
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
+    run(reflow, *reflow_words(name, folder, "no_encoder", "fit.steps=1"))
+    live = [w for w in reflow_words(name, folder, "live") if not w.startswith("conditions=")]
+    with pytest.raises((RuntimeError, UserError), match="a model of transformers is loaded"):
+        run(reflow, *live, "fit.steps=1")
