@@ -31,7 +31,10 @@ usage:
       --dry-run          plan every stage, and stop
       --accelerate FILE  Accelerate's config file (default: one GPU, or two CPU processes)
       --launcher WORDS   start each stage with these words instead of `accelerate launch`
-  flowmatch new NAME [--from EXPERIMENT]          write NAME.yaml, an experiment of your own
+  flowmatch new NAME --data DATA --size N         write NAME.yaml, an experiment of your own pictures
+      --labels           with classes: folders, words or numbers
+      --vae VAE          train on the latents of a VAE
+  flowmatch new NAME [--from EXPERIMENT]          the same from a shipped experiment
   flowmatch new NAME --teacher PIPELINE --prompts LIST
                                                   the same for a pipeline that reads text
   flowmatch STAGE CONFIG [key=value ...]          run one stage or section of an experiment

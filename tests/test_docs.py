@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from flowmatch import config as configs
 from flowmatch.evaluation import features
 from scripts.run_page import blocks
 
@@ -161,34 +159,6 @@ def test_the_lpips_of_the_guide_is_its_formula(tmp_path, monkeypatch):
             wanted = wanted + away.sum(1).mean((1, 2))
         found = (module(a) - module(b)).square().sum(1)
     torch.testing.assert_close(found, wanted)
-
-
-def test_the_experiment_of_the_guide_is_valid():
-    """Each section with the shared keys that its stage has is a config without a fault."""
-    (text,) = [text for _, text in blocks((DOCS / "guides/own-data.md").read_text(), "yaml")]
-    values = yaml.safe_load(text)
-    sections = {}
-    for stage, (_, names) in config_reference.STAGES.items():
-        sections |= dict.fromkeys(names.split(", "), config_reference.model(stage))
-    shared = {key: value for key, value in values.items() if key not in (*sections, "name")}
-    inputs = {
-        "teacher": "t",
-        "start": "s",
-        "student": "s",
-        "pairs": [{"path": "p"}],
-        "run_dir": "r",
-    }
-    used = set()
-    for section, model in sections.items():
-        if section in values:
-            own = {key: value for key, value in shared.items() if key in model.model_fields}
-            own = own if section != "pairs" else {}  # `data` of pairs is what is inverted
-            given = {key: inputs[key] for key in inputs.keys() & model.model_fields.keys()}
-            if section == "flow":  # of a pipeline alone
-                del given["start"]
-            configs.validate(model, given | own | values[section])
-            used |= set(own)
-    assert used == set(shared)
 
 
 @pytest.mark.parametrize("stage", config_reference.STAGES)

@@ -1,13 +1,14 @@
 """`flowmatch new NAME`: one commented file, an experiment of your own data or of your own pipeline."""
 
 import argparse
-import json
 import re
 from pathlib import Path
 
 from flowmatch.config import UserError
+from flowmatch.runs import own_data
 from flowmatch.runs.command import exit_codes
 from flowmatch.runs.experiment import find_config, shipped
+from flowmatch.runs.own_data import quoted
 from flowmatch.runs.values import read_yaml
 
 HEADER = """\
@@ -83,10 +84,31 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--prompts", help="with --teacher: the list of prompts, such as prompts.txt"
     )
+    parser.add_argument(
+        "--data",
+        help="your pictures: a folder, parquet files, tars, an .npz, or a dataset on the hub",
+    )
+    parser.add_argument("--size", help="with --data: pixels of a side, or HEIGHTxWIDTH")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="with --data: 3 (RGB) or 1")
+    parser.add_argument("--labels", action="store_true", help="with --data: they have classes")
+    parser.add_argument("--reference", help="with --data: pictures that no stage trains on")
+    parser.add_argument("--vae", help="with --data: a VAE, whose latents are trained on")
     call = parser.parse_args(argv)
     with exit_codes("new"):
         check_name(call.name)
-        if call.teacher is None and call.prompts is None:
+        own = ("size", "channels", "labels", "reference", "vae")
+        if call.data is not None:
+            if call.source or call.teacher or call.prompts:
+                raise UserError("--data stands alone; leave --from, --teacher and --prompts out")
+            given = {name: getattr(call, name) for name in own} | {"channels": call.channels or 3}
+            create(Path(f"{call.name}.yaml"), own_data.body(call.name, call.data, **given))
+            print(
+                f"wrote {call.name}.yaml; now\n"
+                f"  flowmatch run {call.name}.yaml --dry-run\n  flowmatch run {call.name}.yaml"
+            )
+        elif alone := [name for name in own if getattr(call, name)]:
+            raise UserError(f"--{alone[0]} says how --data is read; set that, too")
+        elif call.teacher is None and call.prompts is None:
             print(write(call.name, call.source or "fashion_mnist"))
         else:
             print(write_text(call.name, call.source, call.teacher, call.prompts))
@@ -114,11 +136,6 @@ def write_text(name: str, source: str | None, teacher: str | None, prompts: str 
         f"wrote {name}.yaml: set call in it, then\n"
         f"  flowmatch run {name}.yaml --dry-run\n  flowmatch run {name}.yaml"
     )
-
-
-def quoted(text: str) -> str:
-    """Return a text as a YAML value."""
-    return text if re.fullmatch(r"[\w./-]+", text) else json.dumps(text, ensure_ascii=False)
 
 
 def create(target: Path, body: str) -> None:
