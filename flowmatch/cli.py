@@ -42,6 +42,8 @@ usage:
       --help             print every key of the stage
   flowmatch verify FOLDER [--full] [--repair]     check a set of pairs
   flowmatch inspect FOLDER                        describe and draw a set of pairs
+  flowmatch monitor RUN [--every SECONDS] [--once]
+                                                  follow a run: lines here, curves and samples in a page
   flowmatch seal RUN                              end a training run at its newest checkpoint
   flowmatch sample EXPORT [--steps N] [--out FOLDER] [--count N] [--seed N]
                                                   sample an export into PNG files
@@ -50,7 +52,7 @@ usage:
 
 CONFIG is a YAML file, a run folder, or a shipped experiment:
 """
-OTHER = ("run", "new", "verify", "inspect", "seal", "sample", "completion")
+OTHER = ("run", "new", "verify", "inspect", "monitor", "seal", "sample", "completion")
 ALIASES = {"flow": "train_flow", "pairs": "generate_pairs"}
 
 
@@ -90,6 +92,10 @@ def find_command(name: str, words: list[str]) -> Callable[[list[str]], object]:
     if name in ("verify", "inspect"):
         module = import_stage(f"{name}_pairs")
         return lambda rest: sys.exit(module.main(rest))
+    if name == "monitor":
+        from flowmatch.runs import monitor
+
+        return monitor.main
     if name == "seal":
         from flowmatch.training import sealing
 
@@ -174,7 +180,7 @@ def complete(line: str) -> Iterable[str]:
         found = [*OTHER, *STAGES, *CHAIN]
     elif words[0] == "completion":
         found = list(SCRIPTS)
-    elif words[0] in ("verify", "inspect", "seal", "sample"):
+    elif words[0] in ("verify", "inspect", "monitor", "seal", "sample"):
         found = []
     elif len(words) == 1:
         found = [*shipped(), *sorted(str(path) for path in Path().glob("*.yaml"))]

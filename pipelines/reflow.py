@@ -17,7 +17,7 @@ from flowmatch.data.config import PromptsConfig
 from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
 from flowmatch.models.config import CallConfig, LoraConfig
 from flowmatch.pairs.config import PairsEntry
-from flowmatch.runs import command, folder, manifest, process
+from flowmatch.runs import command, folder, manifest, process, storage
 from flowmatch.runs.config import StageConfig
 from flowmatch.training.config import FitConfig
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flowmatch.pairs.dataset import PairData
     from flowmatch.pairs.mixture import Mixture
     from flowmatch.training.loop import OnLog
+    from flowmatch.training.preview import Preview
 
 
 class ReflowConfig(StageConfig):
@@ -95,6 +96,7 @@ class Plan(folder.Plan):
     seen_features: set[str]
     start: "Teacher"
     writer: "Writer | None"
+    preview: "Preview | None"
 
     def measure(self) -> list[str]:
         """Time three updates, where nothing is sealed yet."""
@@ -113,6 +115,8 @@ class Plan(folder.Plan):
 
 def plan(config: ReflowConfig) -> Plan:
     """Check the config, open the pairs, and load the start."""
+    import numpy as np
+
     from flowmatch.evaluation import features
     from flowmatch.flow import objectives
     from flowmatch.models import adapters
@@ -140,6 +144,15 @@ def plan(config: ReflowConfig) -> Plan:
         data = PairData(entry.path, key, entry.group, entry.cache, entry.cache_gb)
         if entry.truncate:
             truncation.check(data, entry.truncate)
+        if entry.held_out and (entry.group or storage.is_url(entry.path)):
+            raise UserError(
+                f"pairs.{number}.held_out={entry.held_out}: for a local set shuffled as a whole; "
+                "copy it here and remove group, or remove held_out"
+            )
+        if entry.held_out >= len(data):
+            raise UserError(
+                f"pairs.{number}.held_out={entry.held_out}: the set has {len(data)} pairs"
+            )
         return data
 
     device, _, _, _, start, *sets = together(
@@ -178,12 +191,18 @@ def plan(config: ReflowConfig) -> Plan:
             process.worker_device(device),
         )
         seen_features.add(digest)
-    cuts = []
-    for number, entry in enumerate(config.pairs):
+    cuts, unseen = [], []
+    for number, (entry, data) in enumerate(zip(config.pairs, sets, strict=True)):
+        kept = np.arange(len(data) - entry.held_out)
+        if entry.held_out:
+            unseen.append((data, np.arange(len(kept), len(data))))
+            cuts.append(f"the last {entry.held_out:,} pairs of {data.folder} are held out")
         if entry.truncate:  # reads a whole set: last
-            kept, line = truncation.truncate(sets[number], entry.truncate)
-            stream.keep(number, kept)
+            rest, line = truncation.truncate(data, entry.truncate)
+            kept = rest[rest < len(kept)]
             cuts.append(line)
+        if entry.truncate or entry.held_out:
+            stream.keep(number, kept)
     count = sum(order.n for order in stream.orders)
     config = config.model_copy(update={"fit": config.fit.over(count)})
     seen = config.fit.steps * config.fit.batch_size
@@ -198,8 +217,35 @@ def plan(config: ReflowConfig) -> Plan:
         *start.lines,
     ]
     last = max(data.sealed["facts"]["round"] for data in sets)
-    more = (net, stream, module, last + 1, seen_features, start, writer)
+    shown = None
+    if config.fit.sample_every is not None:
+        shown, told = view(config, start, sets[0], unseen)
+        lines += told
+    more = (net, stream, module, last + 1, seen_features, start, writer, shown)
     return Plan(config, inputs, lines, *more)
+
+
+def view(
+    config: ReflowConfig, start: "Teacher", first: "PairData", unseen: "list[tuple[PairData, Any]]"
+) -> "tuple[Preview, list[str]]":
+    """Choose what is drawn and measured while it trains, and say so.
+
+    The pictures are of held-out pairs where there are any, else of the first ones of the first set.
+    """
+    import numpy as np
+
+    from flowmatch.training import preview
+
+    decode, why = preview.decoder(start)
+    held = None
+    shown = first.batch(np.arange(min(len(first), preview.count(first.shape))))
+    if unseen:
+        data, ids = unseen[0]
+        held = data.batch(ids[: preview.HELD])
+        shown = {n: x[: preview.count(data.shape)] for n, x in held.items()}
+    made = preview.of_pairs(shown, held, config.times.zero == 1, decode)
+    assert config.fit.sample_every is not None
+    return made, preview.lines(made, config.fit.sample_every, why)
 
 
 def load(config: ReflowConfig, device: str) -> "Teacher":
@@ -265,6 +311,7 @@ def train(
         device=config.device,
         field=field,
         writer=plan.writer,
+        preview=plan.preview,
         on_log=on_log,
     )
 

@@ -28,6 +28,7 @@ from flowmatch.training.config import FitConfig
 if TYPE_CHECKING:
     from flowmatch.data.dataset import Data
     from flowmatch.models.text import TextTeacher
+    from flowmatch.training.preview import Preview
 
 
 class FlowConfig(StageConfig):
@@ -59,6 +60,11 @@ class FlowConfig(StageConfig):
         None, "the network; left out with start, which has one", validate_default=True
     )
     fit: FitConfig = required("the training loop")
+    reference: DataConfig | None = option(
+        None,
+        "with fit.sample_every: data that training does not see, for the held-out loss",
+        run=True,
+    )
     coupling: CouplingConfig = option(CouplingConfig(), "how noise is paired with data")
     times: TimesConfig = option(TimesConfig(), "density of the training times")
     loss: LossConfig = option(LossConfig(), "loss on the velocity")
@@ -88,6 +94,7 @@ class Plan(folder.Plan):
     net: Any
     teacher: "TextTeacher | None"
     facts: dict[str, Any]  # for the manifest
+    preview: "Preview | None"
 
 
 def plan(config: FlowConfig) -> Plan:
@@ -132,7 +139,11 @@ def plan(config: FlowConfig) -> Plan:
     ]
     facts = opened.facts if teacher is None else teacher.own_facts
     facts = facts_of(data if teacher is None else replace(data, latents=False)) | facts
-    return Plan(config, opened.inputs, lines, data, net, teacher, facts)
+    shown = None
+    if config.fit.sample_every is not None:
+        shown, told = view(config, opened)
+        lines += told
+    return Plan(config, opened.inputs, lines, data, net, teacher, facts, shown)
 
 
 def facts_of(data: "Data") -> dict[str, Any]:
@@ -247,6 +258,33 @@ def open_captioned(config: FlowConfig, pictures: "Data") -> Opened:
     return Opened(data, teacher.net, teacher, inputs, words)
 
 
+def view(config: FlowConfig, opened: Opened) -> "tuple[Preview, list[str]]":
+    """Choose what is drawn and measured while it trains, and say so.
+
+    Raises UserError where the reference is of another shape than the data, or has other labels.
+    """
+    import numpy as np
+
+    from flowmatch.data import dataset
+    from flowmatch.training import preview
+
+    data, held = opened.data, None
+    decode, why = preview.decoder(opened.teacher)
+    if config.reference is not None and opened.teacher is None:
+        asked = config.reference.model_copy(update={"labels": config.data.labels})
+        real = dataset.load(asked, "reference")
+        if (real.shape, real.classes) != (data.shape, data.classes):
+            raise UserError(
+                f"reference holds {list(real.shape)} with {real.classes or 'no'} classes; data holds "
+                f"{list(data.shape)} with {data.classes or 'none'}"
+            )
+        most = min(len(real), preview.HELD)
+        held = real.batch(np.linspace(0, len(real) - 1, most).astype(np.int64))
+    shown = preview.of_noise(data.shape, data.classes, config.seed, held, decode)
+    assert config.fit.sample_every is not None
+    return shown, preview.lines(shown, config.fit.sample_every, why)
+
+
 def check_pairless(config: FlowConfig) -> None:
     """Raise UserError for keys that need noise/sample pairs."""
     for key, used in (
@@ -292,6 +330,7 @@ def run(plan: Plan) -> None:
             seed=config.seed,
             device=config.device,
             field=field,
+            preview=plan.preview,
         )
         if process.leads():
             net = networks.load(opened.folder / "net", "net")

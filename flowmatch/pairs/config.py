@@ -191,6 +191,11 @@ class PairsEntry(Config):
         ge=0,
         lt=1,
     )
+    held_out: int = option(
+        0,
+        "last pairs of the set that training does not see: for the held-out loss of fit.sample_every",
+        ge=0,
+    )
     cache: LocalPath | None = option(
         None, "folder in which tars of a URL are kept (default: ~/.cache/flowmatch/pairs)", run=True
     )

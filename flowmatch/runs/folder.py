@@ -58,9 +58,9 @@ class RunFolder:
 
     # Metrics: one JSON object a line, in the order of the steps.
 
-    def cut_metrics(self, step: int) -> None:
+    def cut_metrics(self, step: int, file: str = "metrics.jsonl") -> None:
         """Drop damaged lines, and those after a step, which a resumed run writes again (rank 0)."""
-        cut_metrics(self.name, self.folder / "metrics.jsonl", step)
+        cut_metrics(self.name, self.folder / file, step)
 
     def log(self, step: int, **values: float) -> None:
         """Append one line to metrics.jsonl (rank 0)."""
@@ -274,7 +274,7 @@ def begin(name: str, plan: Plan, dry_run: bool) -> bool:
 def _holds_nothing(folder: Store) -> bool:
     """Check that nothing was made in a folder: no checkpoint, shard, lease or result."""
     begun = {"config.yaml", ".lock", ".scratch", "metrics.jsonl", "checkpoints", ".meta"}
-    begun.add("skipped.txt")
+    begun |= {"skipped.txt", "samples", "held_out.jsonl", "monitor.html"}
     names = [*folder.names("checkpoints"), *folder.names(".meta"), *folder.names()]
     return all(name in begun or ".tmp" in name for name in names)
 

@@ -33,6 +33,10 @@ class Bar:
         rate, self.began, self.seen = self.seen / (now - self.began), now, 0
         return round(rate, 1)
 
+    def pause(self, seconds: float) -> None:
+        """Leave some seconds out of the rate."""
+        self.began += seconds
+
     def show(self, values: dict[str, float]) -> None:
         """Show the values of a line of the log beside the bar."""
         shown = [f"loss {values['loss']:.4f}", f"{values['images_per_second']:.0f} images/s"]

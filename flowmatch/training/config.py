@@ -82,6 +82,14 @@ class FitConfig(Config):
     log_every: int = option(50, "updates between two readings of the loss", run=True, ge=1)
     save_every: int = option(1000, "updates between two checkpoints", run=True, ge=1)
     keep: int = option(2, "newest checkpoints kept", run=True, ge=1)
+    sample_every: int | None = option(
+        None,
+        "updates between two pictures of samples by the averaged network, in samples/ and the trackers, "
+        "and two values of the held-out loss (held_out.jsonl); the weights are the same without them; "
+        "null: never",
+        run=True,
+        ge=1,
+    )
     stall_seconds: float = option(
         30.0,
         "seconds without a sign of life after which one of several processes counts as lost and the job "

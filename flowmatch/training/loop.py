@@ -30,6 +30,7 @@ from flowmatch.training.bar import Bar
 from flowmatch.training.config import FitConfig
 from flowmatch.training.draw import Ahead, Drawn, Stream, draw, mask_seed
 from flowmatch.training.meter import Meter
+from flowmatch.training.preview import Preview, Viewer
 from flowmatch.training.state import State, Writer
 
 
@@ -99,6 +100,11 @@ def check(config: FitConfig, device: str, processes: int) -> None:
         raise UserError(
             "fit.shard=true cannot be combined with fit.channels_last=true; leave one of them out"
         )
+    if config.shard and config.sample_every is not None:
+        raise UserError(
+            "fit.sample_every: one process draws the samples, and with fit.shard=true none has all "
+            "weights; leave one of them out"
+        )
     split_batch(config, processes)
     if config.trackers:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -153,6 +159,7 @@ def fit(
     device: str,
     field: Field = Velocity,
     writer: Writer | None = None,
+    preview: Preview | None = None,
     on_log: OnLog | None = None,
 ) -> list[str]:
     """Train a network's velocity, from the newest checkpoint of the run if it has one.
@@ -171,6 +178,7 @@ def fit(
         device: "auto", "cpu" or "cuda".
         field: Makes the velocity of the network, or of its wrapper.
         writer: Writes the averaged networks; default: as diffusers writes a network.
+        preview: What is drawn and measured every `sample_every` updates, and at the end.
         on_log: Called on each rank with the step and what is logged there, and with `waited`: the
             seconds since the last call that the loop has waited for data.
 
@@ -194,7 +202,12 @@ def fit(
                 draw, stream, coupling, t_config, config.label_drop, field(net).null, seed
             )
             state = State(net, config, accelerator, run, writer)
-            return _train(state, field, draw_at, accelerator, run, config, objective, seed, on_log)
+            views = None
+            if preview is not None and config.sample_every is not None:
+                micro, _ = split_batch(config, accelerator.num_processes)
+                views = Viewer(preview, field(net), state, run, micro)
+            parts = (field, draw_at, accelerator, run, config, objective, seed, views, on_log)
+            return _train(state, *parts)
 
 
 def _train(
@@ -206,6 +219,7 @@ def _train(
     config: FitConfig,
     objective: objectives.Objective,
     seed: int,
+    viewer: Viewer | None,
     on_log: OnLog | None,
 ) -> list[str]:
     """Train; return the files of the averaged networks. Leaves the process where a signal asks it to."""
@@ -214,6 +228,8 @@ def _train(
     v, plain = field(state.model), field(state.net)
     meter = Meter(accelerator.device, config.precision, micro)
     start = state.step
+    if viewer is not None:
+        viewer.begin(start)
     _check_one_folder(accelerator, run, start)
     _begin_logs(accelerator, run, config, start)
 
@@ -237,7 +253,7 @@ def _train(
     with Ahead(micro_batch, start * accumulation) as batches, Bar(config, start) as bar:
         if start < config.steps:
             _warm_up(state, batches.peek, errors, v, meter)
-        logged = start
+        logged = drawn = start
         while True:
             # Log.
             if state.step % config.log_every == 0 and state.step > logged:
@@ -254,8 +270,15 @@ def _train(
                     on_log(state.step, values | {"waited": batches.waited})
                 batches.waited = 0.0
 
+            # Draw.
+            done = state.step == config.steps
+            often = config.sample_every or config.steps
+            if viewer is not None and state.step > drawn and (done or state.step % often == 0):
+                drawn = state.step
+                bar.pause(viewer.show())
+
             # Save, and stop.
-            done, stop = state.step == config.steps, asked()
+            stop = asked()
             due = done or stop or state.step % config.save_every == 0
             if due and state.step > start:  # before its first update a run has nothing to save
                 state.save()

@@ -140,6 +140,7 @@ def rehearse(run: Callable[..., Any], config: FitConfig) -> Rehearsal:
             raise Enough
 
     few = {"steps": max(UPDATES, config.steps), "log_every": 1, "save_every": 10**9, "trackers": []}
+    few["sample_every"] = None
     with tempfile.TemporaryDirectory(prefix="rehearsal") as place:
         with RunFolder("rehearsal", StageConfig(run_dir=place), {}) as folder:
             try:

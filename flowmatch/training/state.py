@@ -1,6 +1,7 @@
 """What training changes: weights, optimizer, averages, the step, and the sums of the loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -240,6 +241,28 @@ class State:
     def averaged(self, folder: str) -> dict[str, Tensor]:
         """Return the averaged parameters that are saved in a folder, by name."""
         return dict(zip(self.names, self.averages[folder].tensors, strict=True))
+
+    @contextmanager
+    def averaged_network(self) -> Iterator[None]:
+        """Exchange the weights of the network with their first average, in eval mode.
+
+        Afterwards both are what they were, to the last bit.
+        """
+        self._exchange()
+        self.net.eval()
+        try:
+            yield
+        finally:
+            self.net.train()
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for parameter, average in zip(self.parameters, self.averages[NETS[0]].tensors, strict=True):
+            assert parameter.dtype == average.dtype, "a narrower one would round the other"
+            kept = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(kept)
 
     def finish(self) -> list[str]:  # collective: every rank
         """Write the networks of the averaged weights, to `net/` and, for a second width, `net_2/`.
