@@ -120,7 +120,7 @@ def plan(config: ReflowConfig) -> Plan:
     from flowmatch.evaluation import features
     from flowmatch.flow import objectives
     from flowmatch.models import adapters
-    from flowmatch.pairs import truncation
+    from flowmatch.pairs import matching, truncation
     from flowmatch.pairs.dataset import PairData
     from flowmatch.pairs.mixture import Mixture
     from flowmatch.training import loop
@@ -166,7 +166,7 @@ def plan(config: ReflowConfig) -> Plan:
     weights = [entry.weight for entry in config.pairs]
     micro, _ = loop.split_batch(config.fit, process.world_size())
     _, stream, net = together(
-        lambda: check_match(start, sets),
+        lambda: matching.check_match(start, sets),
         lambda: Mixture(list(zip(sets, weights, strict=True)), config.fit.batch_size, config.seed),
         lambda: network(start, config),
     )
@@ -349,50 +349,6 @@ def check_lora(config: ReflowConfig) -> None:
             "lora: objective.name=meanflow adds a second time to the network, which an adapter leaves "
             "untrained; leave one of them out"
         )
-
-
-def check_match(start: "Teacher", sets: "list[PairData]") -> None:
-    """Raise UserError where the pairs do not fit the network, or it cannot become a velocity."""
-    from flowmatch.models import diffusion
-
-    faults = []
-    if start.diffusion is not None and not diffusion.can_be_velocity(start.net):
-        faults.append(
-            "start= cannot predict a velocity: it predicts a variance too, or has no row for the "
-            "null class; start from a flow model"
-        )
-    for data in sets:
-        if data.shape != start.shape:
-            faults.append(
-                f"{data.key}={data.folder} holds {list(data.shape)}; the network at start= takes "
-                f"{list(start.shape)}"
-            )
-        classes = data.sealed["facts"].get("classes")
-        if classes != start.classes and "prompts" not in start.facts:
-            faults.append(
-                f"{data.key}={data.folder} has {classes or 'no'} classes; the network at start= takes "
-                f"{start.classes or 'none'}"
-            )
-        ours, listed = start.facts.get("prompts"), getattr(start, "prompts", None)
-        theirs = data.sealed["facts"].get("prompts")
-        if data.has_prompts and listed is None:
-            faults.append(
-                f"{data.key}={data.folder} has prompts; set prompts= to their list and start= to a "
-                "pipeline that reads text"
-            )
-        elif listed is not None and theirs and theirs["count"] < len(listed):
-            if listed.digest_of(theirs["count"]) != theirs["digest"]:
-                faults.append(
-                    f"{data.key}={data.folder} was made with {theirs['count']:,} prompts, which are not "
-                    "the first ones of prompts=; add prompts at the end of a list only"
-                )
-        elif ours != theirs:
-            faults.append(
-                f"{data.key}={data.folder} was made with other prompts: {theirs}, and prompts= is "
-                f"{ours}; name the list of the pairs"
-            )
-    if faults:
-        raise UserError(faults)
 
 
 STAGE = command.Stage("reflow", ReflowConfig, plan, run, __doc__, grouped=True)

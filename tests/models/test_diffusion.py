@@ -26,7 +26,7 @@ from flowmatch.flow import grids, solvers, toy
 from flowmatch.flow.config import SolverConfig
 from flowmatch.models import diffusion, teachers
 from flowmatch.models.diffusion import DiffusionVelocity
-from flowmatch.pairs import shards
+from flowmatch.pairs import matching, shards
 from flowmatch.runs import manifest
 from flowmatch.runs.command import execute
 from pipelines import evaluate, export, generate_pairs, reflow
@@ -227,7 +227,7 @@ def test_reflow_starts_from_it_and_evaluate_compares_with_it(tmp_path, capsys):
 
     wide = save(tmp_path / "wide", unet(out=2), ddpm())
     with pytest.raises(UserError, match="cannot predict a velocity"):
-        reflow.check_match(teachers.load(wide, "start"), [])
+        matching.check_match(teachers.load(wide, "start"), [])
 
 
 def test_it_is_not_exported_as_the_flow_that_it_is_not(tmp_path):

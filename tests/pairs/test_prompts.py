@@ -12,12 +12,12 @@ import torch
 
 from flowmatch.config import UserError
 from flowmatch.pairs import dataset as reading
-from flowmatch.pairs import shards
+from flowmatch.pairs import matching, shards
 from flowmatch.pairs.dataset import PairData
 from flowmatch.pairs.layout import PROMPT, Layout, bytes_per_pair, write_prompts
 from flowmatch.pairs.mixture import Mixture
 from flowmatch.runs import manifest
-from pipelines import inspect_pairs, reflow, verify_pairs
+from pipelines import inspect_pairs, verify_pairs
 from tests import stock, store
 
 LAYOUT = Layout((2, 3), "float16", True, 10, 4, prompt_bytes=48)
@@ -141,7 +141,7 @@ def test_reflow_refuses_prompts(tmp_path):
 
     finish(tmp_path, 1)
     with pytest.raises(UserError, match="has prompts; set prompts= to their list") as error:
-        reflow.check_match(Start, [PairData(tmp_path)])
+        matching.check_match(Start, [PairData(tmp_path)])
     assert len(error.value.faults) == 1
 
 

@@ -14,6 +14,7 @@ from flowmatch.models import own_run, text
 from flowmatch.models.config import CallConfig
 from flowmatch.models.pipeline import open_pipeline
 from flowmatch.models.watch import run as run_pipeline
+from flowmatch.pairs import matching
 from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import manifest
 from pipelines import encode_prompts, generate_pairs, reflow
@@ -176,7 +177,7 @@ def test_a_list_that_grew_at_its_end_serves_the_pairs_of_before(made, tmp_path):
     longer.write_text("\n".join([*PROMPTS, "a dog"]) + "\n")
     listed, call = PromptsConfig(path=str(longer)), CallConfig(**call_of(name))
     start = text.load(folder / "pipe", "start", listed, call)
-    reflow.check_match(start, [PairData(folder / "pairs")])
+    matching.check_match(start, [PairData(folder / "pairs")])
 
 
 def encode_words(name, folder, place, *more):
