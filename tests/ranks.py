@@ -60,7 +60,7 @@ def half(step):
     def save_file(tensors, path, **more):
         save(tensors, path, **more)
         path = Path(path)
-        if path.parent.name == f"step_{step:08d}" and path.stem == "optimizer":
+        if path.parent.name == f"step_{step:08d}" and path.name.startswith("optimizer"):
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 from flowmatch import config as configs
 from flowmatch.config import Config, UserError
+from flowmatch.runs import parts
 from flowmatch.runs.files import Scratch, write_atomic
 from flowmatch.runs.manifest import fingerprint, sha256_file
 from flowmatch.runs.process import leads, say
@@ -23,7 +24,7 @@ from flowmatch.runs.process import leads, say
 INDEX = "checkpoint.json"
 BAD = ".bad"  # ending of a checkpoint that was set aside
 PARTS = {"step", "stage", "config", "inputs", "facts", "earlier", "files"}
-Saved = dict[str, dict[str, "Tensor"]]  # file without its suffix -> name -> tensor
+Saved = dict[str, dict[str, Any]]  # file without its suffix -> name -> tensor, or parts.Rows
 
 
 class Unsound(ValueError):
@@ -166,9 +167,28 @@ class Checkpoints:
         for name, text in (texts or {}).items():
             write_atomic(built / name, text)
             files[name] = sha256_file(built / name)
+        self.finish(step, files, keep)
+
+    def begin(self, step: int) -> None:
+        """Make the folder in which the processes write the parts of a checkpoint (rank 0)."""
+        self.scratch.build(_name(step))
+
+    def place_of(self, step: int) -> Path:
+        """Return that folder."""
+        return self.scratch.path / _name(step)
+
+    def finish(self, step: int, files: Mapping[str, str], keep: int) -> None:
+        """Place a checkpoint whose files are written, and remove all but the newest ones (rank 0).
+
+        Args:
+            step: Of the checkpoint.
+            files: Name -> sha256.
+            keep: Number of checkpoints that are kept.
+        """
+        built = self.place_of(step)
         index = {"step": step, "stage": self.stage, "config": configs.content(self.config)}
         index |= {"inputs": self.inputs, "facts": self.facts, "earlier": self.earlier}
-        index["files"] = files
+        index["files"] = dict(files)
         index["fingerprint"] = fingerprint(index)
         write_atomic(built / INDEX, json.dumps(index, indent=1, sort_keys=True) + "\n")
         parent = self.run / "checkpoints"
@@ -211,8 +231,6 @@ class Checkpoints:
 
     def _load(self, folder: Path, last: int) -> tuple[int, Saved]:
         """Read a checkpoint. Raises Unsound."""
-        from safetensors.torch import load_file
-
         index = read_index(folder)
         if index["step"] > last:
             raise Unsound(f"it is beyond the last step, {last}")
@@ -223,7 +241,7 @@ class Checkpoints:
         if grows(index, self.config):
             self.earlier.append(index["config"]["fit"]["steps"])
         names = [name for name in sorted(index["files"]) if name.endswith(".safetensors")]
-        return index["step"], {n.removesuffix(".safetensors"): load_file(folder / n) for n in names}
+        return index["step"], parts.read(folder, names)
 
 
 def _name(step: object) -> str:

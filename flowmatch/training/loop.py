@@ -8,7 +8,7 @@ number of processes nor on restarts.
 
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -207,7 +207,8 @@ def fit(
                 micro, _ = split_batch(config, accelerator.num_processes)
                 views = Viewer(preview, field(net), state, run, micro)
             parts = (field, draw_at, accelerator, run, config, objective, seed, views, on_log)
-            return _train(state, *parts)
+            with closing(state.behind):
+                return _train(state, *parts)
 
 
 def _train(
@@ -301,6 +302,7 @@ def _train(
             else:  # fp16 has skipped it: the same samples again
                 batches.go_to(state.step * accumulation)
 
+    state.behind.settle()
     files = state.finish() if done else []
     del v
     state.close()

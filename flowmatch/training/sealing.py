@@ -63,7 +63,9 @@ def _seal(run: Path, scratch: Scratch) -> None:
 
     step, index = newest(run)
     if "config.json" not in index["files"]:
-        raise UserError(f"{run} trains an adapter, which its own command writes: let it finish")
+        raise UserError(
+            f"{run} trains an adapter, or split weights, which its own command writes: let it finish"
+        )
     files, digests = [], []
     for name, source in zip(NETS, (step, step / NETS[1]), strict=True):
         if not (source / "config.json").is_file():

@@ -1,15 +1,17 @@
 """Split parameters over the processes (FSDP2), and gather them again.
 
-Other modules treat a sharded network like any network. A checkpoint holds whole tensors in both cases:
-a run can go on with another number of processes, sharded or not.
+Other modules treat a sharded network like any network. A checkpoint holds the rows of each process
+(`behind`): a run can go on with another number of processes, sharded or not.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowmatch.models.network import Network
+from flowmatch.runs import parts
 from flowmatch.runs.process import leads, world_size
 
 
@@ -66,19 +68,63 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:  # collective: e
     return gathered
 
 
-def lay_out(whole: Tensor, like: Tensor) -> Tensor:  # collective where it is sharded
-    """Copy a whole tensor to the layout of another one.
+def rows_of(tensor: Any) -> tuple[int, int]:
+    """Return the numbers of the first row of a split tensor that is held here, and of the one after.
+
+    FSDP cuts the rows into as many pieces of one size as there are processes; the last may be smaller,
+    or empty.
+    """
+    (at,) = [i for i, place in enumerate(tensor.placements) if place.is_shard(0)]
+    size = -(-tensor.shape[0] // tensor.device_mesh.size(at))
+    first = min(tensor.device_mesh.get_local_rank(at) * size, tensor.shape[0])
+    local = tensor.to_local()
+    assert local.shape[0] == min(size, tensor.shape[0] - first), "FSDP cuts rows in another way now"
+    return first, first + local.shape[0]
+
+
+def pieces(tensors: Mapping[str, Tensor]) -> dict[str, parts.Piece]:
+    """Copy what this process writes of some tensors: its rows of split ones; process 0 all others."""
+    found = {}
+    for name, tensor in tensors.items():
+        if is_split(tensor):
+            first, end = rows_of(tensor)
+            if end > first or first == 0:
+                local = tensor.to_local().detach()  # type: ignore[attr-defined]
+                found[name] = parts.Piece(copied(local), first, tensor.shape[0])
+        elif leads():
+            found[name] = parts.Piece(copied(tensor.detach()))
+    return found
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the CPU."""
+    return tensor.cpu() if tensor.device.type != "cpu" else tensor.clone().contiguous()
+
+
+def is_split(tensor: Any) -> bool:
+    """Return whether a tensor is split over the processes."""
+    return hasattr(tensor, "full_tensor")
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, saved: Any) -> None:
+    """Fill a tensor, or the rows of it that are held here, from a whole one or from `parts.Rows`."""
+    if is_split(tensor):
+        tensor.to_local().copy_(parts.some(saved, *rows_of(tensor)))  # type: ignore[attr-defined]
+    else:
+        tensor.copy_(parts.whole(saved))
+
+
+def lay_out(saved: Any, like: Tensor) -> Tensor:
+    """Copy a tensor to the layout of another one.
 
     Args:
-        whole: The tensor.
+        saved: The whole tensor, or its `parts.Rows`.
         like: A tensor of the same shape, whose device, strides and split over the processes it takes.
 
     Returns:
         The copy.
     """
-    if not hasattr(like, "full_tensor"):
-        return torch.empty_like(like).copy_(whole)
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(like, DTensor)
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
+    found = torch.empty_like(like)
+    fill(found, saved)
+    return found

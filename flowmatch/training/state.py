@@ -12,9 +12,11 @@ from torch import Tensor
 from flowmatch.config import UserError
 from flowmatch.models import adapters, networks
 from flowmatch.models.teachers import NETS
+from flowmatch.runs import parts
 from flowmatch.runs.folder import RunFolder
 from flowmatch.runs.process import leads
 from flowmatch.training import compilation, ema, sharding
+from flowmatch.training.behind import Behind
 from flowmatch.training.config import FitConfig
 from flowmatch.training.ema import Average
 from flowmatch.training.learning_rate import factor
@@ -77,12 +79,18 @@ class State:
         self.writer = writer or Whole()
         self.adapted = any(adapters.is_adapters(name) for name, _ in net.named_parameters())
         self.step, saved = run.checkpoints.restore(config.steps)  # every rank reads
-        if saved:
-            net.load_state_dict(saved["net"], strict=not self.adapted)
+        if saved and not config.shard:
+            own = {name: parts.whole(tensor) for name, tensor in saved["net"].items()}
+            net.load_state_dict(own, strict=not self.adapted)
         self.kind = type(net)  # sharding changes it
         net.register_to_config(_name_or_path="")
         self.net_config = net.to_json_string()
         self._place_network()
+        if saved and config.shard:  # no process holds a whole tensor
+            now = net.state_dict()
+            for name, tensor in saved["net"].items():
+                sharding.fill(now[name], tensor)
+        self.behind = Behind(run.checkpoints, config.keep)
         trained = adapters.trained(net)
         self.names = list(trained)
         self.parameters = list(trained.values())  # listing them takes time, at each step
@@ -117,11 +125,11 @@ class State:
         if config.compile:
             compilation.compile_forward(net, device)
 
-    def _restore(self, saved: dict[str, dict[str, Tensor]]) -> None:
+    def _restore(self, saved: dict[str, dict[str, Any]]) -> None:
         """Restore all but the weights from the files of a checkpoint."""
         # parameters without a gradient, on which the network's answer does not depend, have no state
         numbers = {name: number for number, name in enumerate(self.names)}
-        states: dict[int, dict[str, Tensor]] = {}
+        states: dict[int, dict[str, Any]] = {}
         for key, tensor in saved["optimizer"].items():
             name, _, part = key.rpartition("/")
             states.setdefault(numbers[name], {})[part] = tensor
@@ -204,12 +212,15 @@ class State:
         )
 
     def save(self) -> None:  # collective: every rank
-        """Write a checkpoint of this step.
+        """Write a checkpoint of this step; of a sharded network, begin to write it.
 
         Raises:
             UserError: An update was not finite.
         """
         self.read()
+        self.behind.settle()
+        if leads() and self.config.shard:
+            self.run.checkpoints.begin(self.step)
         window = self.accelerator.reduce(self.window, "mean")
         optimizer = {
             f"{name}/{key}": tensor
@@ -227,11 +238,14 @@ class State:
         if self.config.precision == "fp16":
             scaler = self.accelerator.scaler.state_dict()
             tensors["scaler"] = {key: torch.tensor(scaler[key]) for key in SCALER}
-        whole = {stem: sharding.gather(group) for stem, group in tensors.items()}
+        if self.config.shard:
+            self.accelerator.wait_for_everyone()
+            self.behind.save(self.step, tensors)
+            return
         if leads():
             texts = {f"{EMA[folder]}config.json": self.net_config for folder in self.averages}
             models = {} if self.adapted else texts  # an adapter alone is no model
-            self.run.checkpoints.save(self.step, whole, self.config.keep, models)
+            self.run.checkpoints.save(self.step, tensors, self.config.keep, models)
         self.accelerator.wait_for_everyone()
 
     def _kept(self, keeps: Callable[[str], bool]) -> dict[str, Tensor]:

@@ -216,7 +216,7 @@ def test_a_student_of_another_pipeline_is_refused(made, tmp_path):
 
 
 def test_stage_three_loads_no_text_encoder(made, monkeypatch):
-    """With prompts that were encoded; a run that encodes on the fly shows that the test would see one."""
+    """With encoded prompts; a run that encodes on the fly shows that the test would see one."""
     import transformers
 
     def refuse(*words, **more):
@@ -228,3 +228,28 @@ def test_stage_three_loads_no_text_encoder(made, monkeypatch):
     live = [w for w in reflow_words(name, folder, "live") if not w.startswith("conditions=")]
     with pytest.raises((RuntimeError, UserError), match="a model of transformers is loaded"):
         run(reflow, *live, "fit.steps=1")
+
+
+@pytest.mark.slow
+def test_a_sharded_adapter_is_killed_and_goes_on_sharded_or_not(sd3):
+    """Frozen base in bfloat16, activations computed again, parts of two processes; then one process."""
+    short = [*LONG, "fit.shard=true", "fit.checkpointing=true", "fit.precision=bf16"]
+    base = [w for w in reflow_words(NAMES[0], sd3, "", *short) if not w.startswith("run_dir=")]
+    train(2, [*base, f"run_dir={sd3}/sharded"])
+    place = sd3 / "sharded/checkpoints/step_00000012"
+    assert {p.name for p in place.glob("optimizer*")} == {
+        f"optimizer.part-0000{rank}.safetensors" for rank in (0, 1)
+    }
+    cut = [*base, f"run_dir={sd3}/cut"]
+    train(2, cut, [1, -9], FAULT="kill:1:5")
+    train(2, cut, [-9, 1], FAULT="save:0:9")
+    names = sorted(p.name for p in (sd3 / "cut/checkpoints").iterdir())
+    assert names == ["step_00000003", "step_00000006"]
+    train(2, cut)
+    for name in ("manifest.json", f"net/{adapters.DIFFUSERS}"):
+        assert (sd3 / "sharded" / name).read_bytes() == (sd3 / "cut" / name).read_bytes(), name
+    train(2, [*base, f"run_dir={sd3}/mixed"], [1, -9], FAULT="kill:1:7")
+    alone = [word for word in base if word != "fit.shard=true"]
+    train(1, [*alone, f"run_dir={sd3}/mixed"])
+    one, two = (load_file(sd3 / run / "net" / adapters.DIFFUSERS) for run in ("sharded", "mixed"))
+    assert one.keys() == two.keys()
