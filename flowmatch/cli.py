@@ -29,6 +29,7 @@ usage:
       --rounds N         reflow N times (default: the rounds that CONFIG has)
       --only A,B         run these sections alone
       --dry-run          plan every stage, and stop
+      trust=MODULE       run the code of a module that net.name or a teacher names
       --accelerate FILE  Accelerate's config file (default: one GPU, or two CPU processes)
       --launcher WORDS   start each stage with these words instead of `accelerate launch`
   flowmatch new NAME --data DATA --size N         write NAME.yaml, an experiment of your own pictures

@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         shown = decoded(folder, found["latents"], first["x1"], call.vae)
         latent = shown is first["x1"] if found["latents"] is not None else None
-        figures.pairs(out / "pairs.png", first["x0"].numpy(), shown.numpy(), label, latent)
+        x0, x1 = (figures.drawable(x).numpy() for x in (first["x0"], shown))
+        figures.pairs(out / "pairs.png", x0, x1, label, latent)
         figures.costs(out / "cost.png", costs, at_random)
         text = json.dumps(found, indent=1, sort_keys=True) + "\n"
         (out / "summary.json").write_text(text)

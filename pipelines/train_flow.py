@@ -21,7 +21,7 @@ from flowmatch.config import LocalPath, NotReady, UserError, option, required, t
 from flowmatch.data.config import DataConfig
 from flowmatch.flow.config import CouplingConfig, LossConfig, ObjectiveConfig, TimesConfig
 from flowmatch.models.config import CallConfig, NetConfig
-from flowmatch.runs import command, folder, process
+from flowmatch.runs import command, folder, manifest, process
 from flowmatch.runs.config import StageConfig
 from flowmatch.training.config import FitConfig
 
@@ -138,6 +138,8 @@ def plan(config: FlowConfig) -> Plan:
         *(teacher.lines if teacher else []),
     ]
     facts = opened.facts if teacher is None else teacher.own_facts
+    if (code := networks.code_of(net)) is not None and teacher is None:
+        facts = facts | {"code": manifest.sha256_file(code)}
     facts = facts_of(data if teacher is None else replace(data, latents=False)) | facts
     shown = None
     if config.fit.sample_every is not None:

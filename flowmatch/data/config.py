@@ -10,6 +10,11 @@ from flowmatch.config import Config, Place, expanded, option, used
 
 IDX_NAMES = {"train": "train", "test": "t10k"}  # split -> how its files' names begin
 EMBEDDED = ("digits", "digits_text", "ring")
+PLAIN = {
+    "ring": "the ring's samples are points",
+    "latents": "latents are encoded",
+    "arrays": "arrays are taken as they are",
+}
 LARGEST = 10_000_000  # prompts that templates may make; all are held in memory
 
 
@@ -18,13 +23,16 @@ class DataConfig(Config):
 
     called: ClassVar[str] = "source"
 
-    source: Literal["digits", "digits_text", "ring", "idx", "npz", "latents", "images"] = option(
+    source: Literal[
+        "digits", "digits_text", "ring", "idx", "npz", "latents", "arrays", "images"
+    ] = option(
         "images",
         "digits: sklearn's 8x8 digits; digits_text: these in colour at places of a square, with "
         "captions; ring: 2-D Gaussians on a circle; idx: a folder of gzipped "
         "IDX files (MNIST's format); npz: an .npz or .npy file; latents: the folder of a finished "
-        "encode, or an .npz or .npy file of scaled latents; images: image files, "
-        "parquet files, webdataset tars or a dataset on the hub",
+        "encode, or an .npz or .npy file of scaled latents; arrays: such a file of floats [N, C, ...] "
+        "that are taken as they are: signals, volumes, video; images: image files, parquet files, "
+        "webdataset tars or a dataset on the hub",
     )
     path: Place = option(
         "",
@@ -172,14 +180,18 @@ class DataConfig(Config):
     @classmethod
     def _fits(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         source, name = info.data.get("source"), info.field_name
-        if name == "split" and source in ("digits", "ring", "npz", "latents") and value != "train":
+        if (
+            name == "split"
+            and source in ("digits", "ring", "npz", "latents", "arrays")
+            and value != "train"
+        ):
             raise ValueError(f"source {source} has one split, train")
         if name == "split" and source in ("idx", "digits_text") and value not in IDX_NAMES:
             raise ValueError(f"source {source} has the splits {' and '.join(IDX_NAMES)}")
         if source == "digits_text" and name == "flip" and value:
             raise ValueError("captions of digits_text say left and right; remove flip")
-        if source in ("ring", "latents") and name in ("size", "channels", "flip") and value:
-            what = "the ring's samples are points" if source == "ring" else "latents are encoded"
+        if source in PLAIN and name in ("size", "channels", "flip") and value:
+            what = PLAIN[source]
             raise ValueError(f"{what}, not images; remove {name}")
         return value
 

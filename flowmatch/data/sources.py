@@ -43,7 +43,7 @@ class SourceData:
         digest: sha256 of the stored data, before any conversion.
         label: int64 [count], if the config asks for labels.
         classes: K, where labels are 0 to K - 1.
-        latents: whether samples with three axes are latents, not images.
+        latents: whether samples are latents or other values as they are, not images.
         notes: what the plan says beside the count, such as files that are left out.
         names: of the classes, if they have names.
         skipped: a line for each picture that is left out as the config asks.
@@ -159,11 +159,19 @@ def latents(config: "DataConfig", key: str) -> SourceData:
     """Read scaled latents: a set that `encode` has made, or [N, C, H, W] from .npz or .npy."""
     if Path(config.path).suffix.lower() not in (".npz", ".npy"):
         return SourceData(**encoded.open_set(config, key))
-    x, label, digest = _stored(config, key, "latents")
-    if x.ndim != 4 or x.dtype.kind != "f" or 0 in x.shape:
-        raise UserError(
-            f"{key}: the array is {x.dtype} {list(x.shape)}; expected floats [N, C, H, W]"
-        )
+    return _plain(config, key, "latents", 4, "floats [N, C, H, W]")
+
+
+def arrays(config: "DataConfig", key: str) -> SourceData:
+    """Read floats [N, C, ...] as they are: signals [N, C, T], volumes, or video [N, C, T, H, W]."""
+    return _plain(config, key, "arrays", 0, "floats [N, C, ...]: signals [N, C, T], volumes, video")
+
+
+def _plain(config: "DataConfig", key: str, kind: str, axes: int, expected: str) -> SourceData:
+    """Read an array of values that are no pictures. axes: their number; 0 for three or more."""
+    x, label, digest = _stored(config, key, kind)
+    if x.dtype.kind != "f" or 0 in x.shape or x.ndim < 3 or (axes and x.ndim != axes):
+        raise UserError(f"{key}: the array is {x.dtype} {list(x.shape)}; expected {expected}")
     _check_floats(x, key, latents=True)
     label, classes = check_labels(label, len(x), key) if config.labels else (None, None)
 
@@ -367,5 +375,6 @@ SOURCES: dict[str, Callable[["DataConfig", str], SourceData]] = {
     "idx": idx,
     "npz": npz,
     "latents": latents,
+    "arrays": arrays,
     "images": hugging_face,
 }

@@ -125,6 +125,20 @@ def grid(path: str | os.PathLike[str], samples: Mapping[str, Mapping[int | None,
     figure.savefig(path, metadata={"Software": None})
 
 
+def drawable(x: Tensor) -> Tensor:
+    """Return samples as they are drawn: the middle frame of video and volumes, signals as points.
+
+    Args:
+        x: [N, ...].
+
+    Returns:
+        [N, C, H, W] or [N, D].
+    """
+    if x.ndim == 5:
+        return x[:, :, x.shape[2] // 2]
+    return x if x.ndim == 4 else x.flatten(1)
+
+
 def on_plane(x: Tensor) -> Tensor:
     """Return the first two values of points, padded with 0. x: [..., D] -> [..., 2]."""
     return torch.nn.functional.pad(x, (0, max(0, 2 - x.shape[-1])))[..., :2]

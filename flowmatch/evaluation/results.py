@@ -54,7 +54,8 @@ def write(
     """
     drawn = figures.MOSAIC**2 if real.images else None
     samples = {
-        name: {row.steps: shown(row.x[:drawn]) for row in made} for name, made in rows.items()
+        name: {row.steps: figures.drawable(shown(row.x[:drawn])) for row in made}
+        for name, made in rows.items()
     }
     write_atomic(place / "metrics.json", json.dumps(result, indent=1) + "\n")
     write_table(place, result, scratch)
@@ -62,11 +63,12 @@ def write(
     figures.grid(built, samples)
     scratch.place(built, place / built.name)
     accelerator = sampled["student"].accelerator
+    seen = dataset.reference(real, min(16 if real.images else 2000, real.count), 0)["x1"]
     page = report.page(
         place.absolute().parent.name,
         result,
         samples,
-        real=dataset.reference(real, min(16 if real.images else 2000, real.count), 0)["x1"],
+        real=figures.drawable(seen),
         paths={name: sampler.paths() for name, sampler in sampled.items()},
         folders=dict(folders),
         config=config,

@@ -52,7 +52,7 @@ DiffusionPipeline.from_pretrained("FOLDER", torch_dtype=torch.bfloat16, {REMOTE}
 ```
 """
 LATENT_NOTES = """
-Samples are unscaled latents. Decode them with the VAE that encoded the data:
+Samples are the values that were trained on. Latents are decoded with the VAE that encoded the data:
 `vae.decode(sample[None] / vae.config.scaling_factor)`.
 """
 LDM_NOTES = f"""\

@@ -14,7 +14,7 @@ from flowmatch.export import model_card
 from flowmatch.export.fresh import Fresh
 from flowmatch.export.model_card import Kind
 from flowmatch.flow import grids, solvers
-from flowmatch.models import autoencoder, mlp
+from flowmatch.models import autoencoder, mlp, networks
 from flowmatch.models.autoencoder import Autoencoder
 from flowmatch.models.teachers import Teacher
 from flowmatch.models.velocity import Velocity
@@ -70,10 +70,11 @@ def write(
     if named_classes:
         code = code.replace(NO_NAMES, NO_NAMES.replace("{}", repr(named_classes)))
     write_atomic(folder / "pipeline.py", code)
-    if type(net).__name__ == "VelocityMLP":  # its class travels with its weights
-        shutil.copyfile(mlp.__file__, folder / "unet" / "mlp.py")
+    own = mlp.__file__ if type(net).__name__ == "VelocityMLP" else networks.code_of(net)
+    if own is not None:  # its class travels with its weights
+        shutil.copyfile(own, folder / "unet" / Path(own).name)
         index = json.loads((folder / "model_index.json").read_text())
-        index["unet"] = ["mlp", "VelocityMLP"]
+        index["unet"] = [Path(own).stem, type(net).__name__]
         write_atomic(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
     names = ["model_index.json", "pipeline.py"]
     whole = ["unet", "scheduler", "scheduler_flowmatch", *(f"scheduler_{n}" for n in steps)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flowmatch.config import UserError, expanded
-from flowmatch.runs import manifest, storage
+from flowmatch.runs import manifest, storage, trusted
 
 OWN = (
     "latent",
@@ -30,8 +30,10 @@ def main(argv: list[str]) -> None:
         "--labels", type=words, help="classes, numbers or names, separated by commas"
     )
     parser.add_argument("--prompt", help="what to sample, for a pipeline that reads prompts")
+    parser.add_argument("--trust", help="module of the network's class, if that is your own")
     call = parser.parse_args(argv)
     with exit_codes("sample"):
+        trusted.take([f"trust={call.trust}"] if call.trust else [])
         export, out = expanded(call.export), Path(expanded(call.out))
         more = call.labels, call.prompt
         print(sample(export, call.steps, out, call.count, call.seed, *more))

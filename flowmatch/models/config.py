@@ -20,7 +20,10 @@ class NetConfig(Config):
 
     model_config = pydantic.ConfigDict(extra="allow")
 
-    name: str = required("class of the network; its keyword arguments are net.KEY")
+    name: str = required(
+        "class of the network: VelocityMLP, a model of diffusers, or package.module:Class with "
+        "trust=package.module on the command line; its keyword arguments are net.KEY"
+    )
 
 
 class LoraConfig(Config):

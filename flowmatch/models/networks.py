@@ -1,4 +1,4 @@
-"""Build, save and load networks: any diffusers model by name.
+"""Build, save and load networks: any diffusers model by name, and those of trusted modules.
 
 A network that is trained here has the terms of diffusers' flow models (timestep = 1000 (1 - t), output =
 noise - data), so that its export is `save_pretrained`. `Velocity` turns them into v(x, t).
@@ -16,32 +16,50 @@ from flowmatch.models import precision, two_time
 from flowmatch.models.config import NetConfig
 from flowmatch.models.network import Network
 from flowmatch.models.velocity import Velocity
+from flowmatch.runs import trusted
 from flowmatch.runs.files import allow_readers
 
 LABEL_KEYS = {"num_class_embeds", "num_embeds_ada_norm"}  # how diffusers' models count classes
 
 
 def network_class(name: str, where: str = "net.name") -> Any:
-    """Return the class of a network by name: VelocityMLP, or any model class of diffusers.
+    """Return the class of a network by name.
 
     Args:
-        name: Of the class.
+        name: VelocityMLP, a model class of diffusers, `package.module:Class` of a trusted module, or
+            the class alone, as config.json names it.
         where: What names the class, for the messages.
 
     Raises:
-        UserError: There is no such class.
+        UserError: There is no such class, or its module is not trusted.
     """
     import diffusers
 
     from flowmatch.models.mlp import VelocityMLP
 
-    model = VelocityMLP if name == "VelocityMLP" else getattr(diffusers, str(name), None)
+    module, _, inside = str(name).rpartition(":")
+    own = getattr(diffusers, inside, None)
+    if module:
+        model = getattr(trusted.find(module, f"{where}={name}"), inside, None)
+        if own is not None:
+            raise UserError(f"{where}={name}: diffusers has a class {inside}; rename yours")
+    else:
+        model = VelocityMLP if inside == "VelocityMLP" else own
+        model = trusted.holding(inside, where) if model is None else model
     if not (inspect.isclass(model) and issubclass(model, diffusers.ModelMixin)):
+        outside = f"trust=MODULE and {where}=" if where == "net.name" else "trust=MODULE for "
         raise UserError(
             f"{where}={name!r}: expected VelocityMLP or a diffusers model class, such as UNet2DModel "
-            "or DiTTransformer2DModel"
+            f"or DiTTransformer2DModel; or {outside}MODULE:CLASS, a class of your own that is a "
+            "diffusers.ModelMixin and ConfigMixin"
         )
     return model
+
+
+def code_of(net: Any) -> str | None:
+    """Return the source file of a network's class where that is from outside; None for ours."""
+    package = type(net).__module__.partition(".")[0]
+    return None if package in ("diffusers", "flowmatch") else inspect.getsourcefile(type(net))
 
 
 def check_inputs(model: Any, where: str) -> None:
@@ -80,7 +98,7 @@ def build(config: NetConfig, shape: tuple[int, ...], classes: int | None, seed: 
 
     Args:
         config: Class and keyword arguments of the network.
-        shape: Shape of one sample, [C, H, W] or [D].
+        shape: Shape of one sample, [C, ...] or [D].
         classes: Number of labels, or None.
         seed: The weights are a function of it.
 
@@ -105,7 +123,7 @@ def build(config: NetConfig, shape: tuple[int, ...], classes: int | None, seed: 
             faults.append(
                 f"net.{key}={arguments[key]!r}: the data needs {value!r}; leave the key out"
             )
-    if ("sample_size" in known) != (len(shape) == 3):
+    if ("sample_size" in known) != (len(shape) > 1):
         faults.append(f"net.name={config.name} does not take samples of shape {list(shape)}")
     if classes is not None and known.isdisjoint(LABEL_KEYS):
         faults.append(f"net.name={config.name} takes no labels; set data.labels=false")
@@ -126,8 +144,9 @@ def build(config: NetConfig, shape: tuple[int, ...], classes: int | None, seed: 
 def _facts(shape: tuple[int, ...], classes: int | None) -> dict[str, Any]:
     """Return the arguments that follow from the data, under all names that diffusers has for them."""
     facts: dict[str, Any] = {"in_channels": shape[0], "out_channels": shape[0]}
-    if len(shape) == 3:
-        facts["sample_size"] = shape[1] if shape[1] == shape[2] else list(shape[1:])
+    if len(shape) > 1:
+        square = len(shape) == 3 and shape[1] == shape[2]
+        facts["sample_size"] = shape[1] if square else list(shape[1:])
     if classes is None:
         return facts | {"num_class_embeds": None}
     # the null class is K: DiT adds a row for it, other networks count it as a class

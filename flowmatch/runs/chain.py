@@ -26,7 +26,7 @@ from flowmatch.config import (
     together,
     validate,
 )
-from flowmatch.runs import children, environment, folder, ranks, stopping, storage
+from flowmatch.runs import children, environment, folder, ranks, stopping, storage, trusted
 from flowmatch.runs.command import Stage, exit_codes, unknown_flag
 from flowmatch.runs.config import PREEMPTED, StageConfig
 from flowmatch.runs.experiment import EVALUATIONS, Experiment, find_config, root, stage_module
@@ -88,7 +88,7 @@ class Chain:
                 f"{call.config}`"
             )
         self.experiment = Experiment(values, call.config)
-        pairs = together(*(partial(parse_word, word) for word in call.words))
+        pairs = together(*(partial(parse_word, word) for word in trusted.take(call.words)))
         together(*(partial(self.experiment.apply, *pair) for pair in pairs))
         rounds = self.experiment.rounds if call.rounds is None else call.rounds
         if rounds < 1:

@@ -33,6 +33,7 @@ from flowmatch.runs import (
     ranks,
     stopping,
     storage,
+    trusted,
 )
 from flowmatch.runs.config import PREEMPTED, USER_ERROR, StageConfig
 from flowmatch.runs.experiment import Experiment, find_config
@@ -113,6 +114,7 @@ def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
     without any word the config is None.
     """
     call, words = read_flags(argv)
+    words = trusted.take(words)
     if call.help or call.version or not words:
         return None, call
     files = [word for word in words if "=" not in word]
