@@ -46,6 +46,8 @@ usage:
   flowmatch monitor RUN [--every SECONDS] [--once]
                                                   follow a run: lines here, curves and samples in a page
   flowmatch seal RUN                              end a training run at its newest checkpoint
+  flowmatch convert FOLDER --to FORMAT OUT        write a set of pairs in the format of another trainer
+  flowmatch import FOLDER --from FORMAT OUT       make a set of pairs from one in such a format
   flowmatch sample EXPORT [--steps N] [--out FOLDER] [--count N] [--seed N]
                                                   sample an export into PNG files
   flowmatch completion bash|zsh|fish              print a script for completion
@@ -53,7 +55,24 @@ usage:
 
 CONFIG is a YAML file, a run folder, or a shipped experiment:
 """
-OTHER = ("run", "new", "verify", "inspect", "monitor", "seal", "sample", "completion")
+OTHER = (
+    "run",
+    "new",
+    "verify",
+    "inspect",
+    "convert",
+    "import",
+    "monitor",
+    "seal",
+    "sample",
+    "completion",
+)
+FOLDERS = {  # commands on a folder -> their modules
+    "verify": "verify_pairs",
+    "inspect": "inspect_pairs",
+    "convert": "convert_pairs",
+    "import": "import_pairs",
+}
 ALIASES = {"flow": "train_flow", "pairs": "generate_pairs"}
 
 
@@ -90,8 +109,8 @@ def find_command(name: str, words: list[str]) -> Callable[[list[str]], object]:
         from flowmatch.runs import new
 
         return new.main
-    if name in ("verify", "inspect"):
-        module = import_stage(f"{name}_pairs")
+    if name in FOLDERS:
+        module = import_stage(FOLDERS[name])
         return lambda rest: sys.exit(module.main(rest))
     if name == "monitor":
         from flowmatch.runs import monitor
@@ -181,7 +200,7 @@ def complete(line: str) -> Iterable[str]:
         found = [*OTHER, *STAGES, *CHAIN]
     elif words[0] == "completion":
         found = list(SCRIPTS)
-    elif words[0] in ("verify", "inspect", "monitor", "seal", "sample"):
+    elif words[0] in (*FOLDERS, "monitor", "seal", "sample"):
         found = []
     elif len(words) == 1:
         found = [*shipped(), *sorted(str(path) for path in Path().glob("*.yaml"))]

@@ -137,6 +137,7 @@ def summary(data: PairData, samples: int, teacher: str | None) -> dict[str, Any]
         "names": facts.get("id2label") or {},
         "dtype": layout.dtype,
         "kind": facts.get("kind"),
+        "remark": data.remark,
         "evaluations": facts.get("evaluations"),
         "config": sealed["config"],
         "environments": [[json.loads(text), n] for text, n in environments.most_common()],
@@ -282,6 +283,8 @@ def tell(folder: Store, found: dict[str, Any]) -> Iterator[str]:
     )
     solver = config.get("solver")
     name = solver.get("name") if isinstance(solver, dict) else solver
+    if found["remark"]:
+        yield f"  {found['remark']}"
     yield (
         f"  {found['kind']} by {name}, {found['evaluations']} evaluations a pair, "
         f"{config.get('precision', 'fp32')}, guidance {config.get('guidance')}, "

@@ -191,7 +191,7 @@ def plan(config: ReflowConfig) -> Plan:
             process.worker_device(device),
         )
         seen_features.add(digest)
-    cuts, unseen = [], []
+    cuts, unseen = [data.remark for data in sets if data.remark], []
     for number, (entry, data) in enumerate(zip(config.pairs, sets, strict=True)):
         kept = np.arange(len(data) - entry.held_out)
         if entry.held_out:

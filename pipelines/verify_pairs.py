@@ -105,6 +105,8 @@ def set_aside(folder: Store, name: str) -> str:
 
 def command(folder: Store, found: Findings) -> str:
     """Write the command that makes again what is missing or set aside."""
+    if found.imported is not None:
+        return shlex.join(["flowmatch", "import", "SOURCE", "--from", found.imported, str(folder)])
     words = ["flowmatch", "pairs"]
     config = audit.read_config(folder)
     if config is None or any("config.yaml" in fault.aside for fault in found.faults):

@@ -14,6 +14,7 @@ BELOW = {  # folder -> the folders that it may import, beside itself and flowmat
     "data": ["flow", "runs"],
     "models": ["flow", "runs", "data"],
     "pairs": ["flow", "runs", "models", "data"],
+    "bridge": ["flow", "runs", "models", "data", "pairs"],
     "training": ["flow", "runs", "models", "data"],
     "evaluation": ["flow", "runs", "models", "data"],
     "export": ["flow", "runs", "models", "data"],
@@ -22,7 +23,7 @@ ALONE = (  # copied beside weights, or run as a script
     *("export/scheduler.py", "export/pipeline.py", "models/mlp.py", "export/sample_fresh.py"),
 )
 SLOW = {"diffusers", "accelerate", "datasets", "torchmetrics", "scipy", "sklearn", "matplotlib"}
-SLOW |= {"torchdiffeq"}  # it brings scipy
+SLOW |= {"torchdiffeq", "webdataset", "lmdb"}  # the first brings scipy
 STAGES = [
     "tiny_pipeline",
     "encode",

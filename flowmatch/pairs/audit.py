@@ -44,6 +44,7 @@ class Findings:
         sound: number of those without a fault.
         layout: of the set, if it is known.
         sealed: whether the folder has a manifest.
+        imported: the format that the set was imported from; None for one that was generated.
         faults: what is wrong.
         remarks: what is unusual and harmless.
     """
@@ -52,6 +53,7 @@ class Findings:
     sound: int = 0
     layout: Layout | None = None
     sealed: bool = False
+    imported: str | None = None
     faults: list[Fault] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
@@ -121,6 +123,8 @@ def examine(place: Place, full: bool, advance: Advance = lambda _: None) -> Find
         found.faults.append(Fault(what, ("config.yaml",)))
     facts = {k: side for k, side in zip(sides, sidecars(folder, sides), strict=True) if side}
     agree(promise, facts)
+    told = [side.get("environment") for side in facts.values()]
+    found.imported = next((each["imported"] for each in told if each and "imported" in each), None)
     planned = config["shards"] if config else max([-1, *tars, *sides]) + 1
     found.shards, found.layout = promise.shards or planned, promise.layout
     if config and promise.config:

@@ -7,7 +7,7 @@ a local folder (`flowmatch.pairs.cache`) and mapped there.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,15 @@ from flowmatch.config import UserError
 from flowmatch.flow import noise
 from flowmatch.flow.noise import GroupedOrder, Order
 from flowmatch.pairs.cache import Cache, default_folder, repair, room
-from flowmatch.pairs.layout import PROMPT, STATES, Layout, head_bytes, npy_header, read_prompts
+from flowmatch.pairs.layout import (
+    PROMPT,
+    STATES,
+    Layout,
+    head_bytes,
+    npy_header,
+    read_prompts,
+    shape_of,
+)
 from flowmatch.pairs.shards import tar_name
 from flowmatch.runs import manifest, storage
 from flowmatch.runs.storage import Bucket, Place
@@ -77,7 +85,7 @@ class PairData(Dataset[dict[str, Any]]):
                 f"{key}={folder}: {', '.join(useless)} has no effect, because a local folder is read "
                 "without a cache; remove it, or give the URL of a store"
             )
-        self.sealed, self.digest = manifest.read_hashed(self.folder, key, ["generate_pairs"])
+        self.sealed, self.digest = manifest.read_hashed(self.folder, key, manifest.PAIR_STAGES)
         facts = self.sealed["facts"]
         try:
             self.layout = Layout(**facts["layout"])
@@ -115,6 +123,17 @@ class PairData(Dataset[dict[str, Any]]):
     def shape(self) -> tuple[int, ...]:
         """Shape of one x0 or x1."""
         return self.layout.shape
+
+    @property
+    def remark(self) -> str:
+        """What is not known of a set that was imported; "" for any other."""
+        facts = self.sealed["facts"]
+        if facts.get("kind") != "imported":
+            return ""
+        unknown = ", ".join(facts.get("unknown", [])) or "nothing"
+        return (
+            f"{self.key}={self.folder} is imported from {facts.get('format')}; unknown: {unknown}"
+        )
 
     @property
     def times(self) -> list[float]:
@@ -182,6 +201,46 @@ class PairData(Dataset[dict[str, Any]]):
             places = zip(shards.tolist(), blocks.tolist(), rows.tolist(), strict=True)
             gathered[PROMPT] = [self._prompts(k, block)[row] for k, block, row in places]
         return gathered
+
+    def stored(self, i: int) -> dict[str, Any]:
+        """Read one pair as it is stored, without a copy.
+
+        Args:
+            i: its number in the set.
+
+        Returns:
+            x0, x1 [*shape] and xt [K, *shape], where states are stored, of the stored dtype; y: an int
+            and prompt: a string, where the set has them.
+        """
+        k, index = divmod(i, self.layout.shard_size)
+        tar, found = self._map(k), dict[str, Any]()
+        if not self.layout.noise:
+            x0 = noise.normal(self.seed, [i], self.shape, noise.PAIR_NOISE)
+            found["x0"] = x0[0].astype(self.layout.dtype)
+        for name, place in self.layout.offsets(index).items():
+            dtype, size = self.layout.members[name]
+            if name not in ("i", PROMPT):
+                values = tar[int(place) : int(place) + size].view(dtype)
+                shape = shape_of(self.layout, name, 1)[1:]
+                found[name] = int(values[0]) if name == "y" else values.reshape(shape)
+        if self.has_prompts:
+            block, row = divmod(index, self.layout.block)
+            found[PROMPT] = self._prompts(k, block)[row]
+        return found
+
+    def unchecked(self, k: int) -> Callable[[], None]:
+        """Map the tar of shard k, and return what checks it: for one who reads it at the same time.
+
+        What was read is not to be used before the check has returned.
+        """
+        if k in self._sound:
+            return lambda: None
+        self._sound.add(k)
+        try:
+            mapped = self._map(k)
+        finally:
+            self._sound.discard(k)
+        return lambda: self._check(k, mapped)
 
     def parts(self, ids: np.ndarray) -> Iterator[dict[str, Any]]:
         """Yield the pairs of `ids` as batches of at most READ values of x0, but at least two pairs."""

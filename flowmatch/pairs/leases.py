@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flowmatch.config import UserError
-from flowmatch.pairs.shards import META, done, missing
+from flowmatch.pairs.shards import META, missing
 from flowmatch.runs import storage
 from flowmatch.runs.files import worker
 from flowmatch.runs.storage import Bucket, Place, Store
@@ -33,6 +33,7 @@ def claim(
     fingerprint: str,
     ttl: float = 60.0,
     settle: Callable[[], None] = lambda: None,
+    missing: Callable[[Store, Sequence[int], str], list[int]] = missing,
 ) -> Generator[int]:
     """Yield the numbers of shards to make until all of `every` are done.
 
@@ -56,6 +57,7 @@ def claim(
         ttl: seconds after which a lease that does not change is broken.
         settle: called before the generator waits; must return only when all shards that were
             yielded are written.
+        missing: lists the numbers that are not done, in their order, as `shards.missing`.
 
     Raises:
         UserError: if a shard of another fingerprint is in the folder.
@@ -64,6 +66,10 @@ def claim(
     store.make(META)
     sweep(store)
     mine = set(own)
+
+    def done(k: int) -> bool:
+        return not missing(store, [k], fingerprint)
+
     left = missing(store, [*own, *(k for k in reversed(every) if k not in mine)], fingerprint)
     seen: Seen = {}
     held: dict[int, Lease] = {}
@@ -72,9 +78,9 @@ def claim(
         while left:
             waiting = True
             for k in list(left):
-                for other in [other for other in held if done(store, other, fingerprint)]:
+                for other in [other for other in held if done(other)]:
                     held.pop(other).release()
-                if done(store, k, fingerprint):
+                if done(k):
                     left.remove(k)
                     continue
                 lease = acquire(store, f"{META}/{k:06d}.lease", ttl, seen)
@@ -82,11 +88,11 @@ def claim(
                     continue
                 held[k], waiting = lease, False
                 left.remove(k)
-                if not done(store, k, fingerprint):  # its last holder may just have finished
+                if not done(k):  # its last holder may just have finished
                     yield k
             settle()
             for k in list(held):
-                if not done(store, k, fingerprint):  # another worker removed its half tar
+                if not done(k):  # another worker removed its half tar
                     yielded[k] += 1
                     assert yielded[k] <= AGAIN, f"shard {k} was claimed and not written"
                     left.append(k)
@@ -274,10 +280,10 @@ def _stale(name: str, stamp: Any, holder: str, ttl: float, seen: Seen) -> bool:
     """
     if seen.get(name, (None, 0.0))[0] != stamp:
         seen[name] = (stamp, time.monotonic())
-    return _dead(holder) or time.monotonic() - seen[name][1] >= ttl
+    return is_dead(holder) or time.monotonic() - seen[name][1] >= ttl
 
 
-def _dead(name: str) -> bool:
+def is_dead(name: str) -> bool:
     """Return whether HOST.PID was a process of this host and is gone.
 
     A file with our own id was left by an earlier process: containers reuse low numbers.
@@ -305,9 +311,9 @@ def sweep(folder: Place) -> None:
         for path in place.glob("*.tmp.*"):
             with suppress(FileNotFoundError):
                 old = time.time() - path.stat().st_mtime > DAY
-                if old or _dead(path.name.rpartition(".tmp.")[2]):
+                if old or is_dead(path.name.rpartition(".tmp.")[2]):
                     path.unlink()
     leases = [f"{META}/{name}" for name in store.names(META) if name.endswith(".lease")]
     for lease, content in zip(leases, store.read_all(leases), strict=True):
-        if content is not None and _dead(_holder(content)):
+        if content is not None and is_dead(_holder(content)):
             store.remove(lease)

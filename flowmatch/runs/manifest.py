@@ -44,8 +44,9 @@ FACTS: dict[str, tuple[type, ...]] = {  # kinds of the facts that later stages r
     "samples": (int,),
     "latents": (dict,),
 }
+PAIR_STAGES = ("generate_pairs", "import")  # whose results are sets of pairs
 NEEDED = {  # stage -> facts that all of its manifests have
-    **{stage: {"round"} for stage in ("train_flow", "reflow", "generate_pairs", "export")},
+    **{stage: {"round"} for stage in ("train_flow", "reflow", *PAIR_STAGES, "export")},
     "encode": {"samples", "shape", "shard_size", "latents"},
     "train_classifier": {"accuracy", "sha256", "shape", "classes"},
 }

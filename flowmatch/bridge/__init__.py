@@ -1,0 +1,1 @@
+"""The bridge: pairs in the formats of other trainers, written and read."""
