@@ -96,7 +96,7 @@ def encode(plan: Plan) -> None:
     own = list(every)[process.rank() :: process.world_size()]
     others = [k for k in every if k not in own]
     for k in [*own, *others]:  # others: of workers that are gone
-        if (place / rows.file_name(k)).exists():
+        if rows.committed(place, k):
             continue
         begin = k * config.shard_size
         end = min(begin + config.shard_size, plan.rows)

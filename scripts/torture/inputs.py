@@ -248,6 +248,7 @@ def names(text: str, file: Path) -> bool:
         file.name,
         *map(str, list(file.parents)[:-1]),
         ": data:",
+        ": prompts",
         "(input) data",
         "the teacher",
     ]

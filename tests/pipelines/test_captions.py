@@ -95,9 +95,13 @@ def test_a_pipeline_of_sd3s_class_is_made_too(made):
         (["predicts=noise", f"net={json.dumps(SD3)}"], "SD3Transformer2DModel predicts a flow"),
         (["vae_channels=[8]"], "vae_channels: AutoencoderKL refuses these arguments"),
         (["data.source=digits"], r"samples are \[1, 8, 8\]|has no captions"),
+        (["device=cuda"], "device=cuda: the VAE is trained on the CPU"),
+        (["data={source: npz, path: odd.npz}"], r"samples are \[1, 7, 7\]; expected .* even sides"),
     ],
 )
-def test_a_tiny_pipeline_that_cannot_be_made_is_refused(words, message, tmp_path):
+def test_a_tiny_pipeline_that_cannot_be_made_is_refused(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("odd.npz", x=np.zeros((4, 7, 7), np.uint8))
     with pytest.raises(UserError, match=message):
         build(tmp_path, "tiny", *words)
     assert not (tmp_path / "tiny").exists()
@@ -297,6 +301,18 @@ def test_states_that_are_no_latents_are_refused(name, message, tmp_path):
     data = dataset.load(DataConfig(source="digits_text"))
     with pytest.raises(UserError, match=message):
         latents.encoded(teacher, data, 0, "start=pipe")
+
+
+def test_pictures_that_no_vae_encodes_are_refused(tmp_path):
+    teacher = teacher_of("StableDiffusionPipeline", tmp_path)
+    grey = dataset.load(DataConfig(source="digits"))
+    with pytest.raises(UserError, match=r"pictures of \[1, 8, 8\] cannot be encoded by the VAE of"):
+        latents.encoded(teacher, grey, 0, "start=pipe")
+    bare = replace(teacher, pipe=SimpleNamespace(vae=None))
+    with pytest.raises(
+        UserError, match="has no VAE that encodes pictures; it cannot train on them"
+    ):
+        latents.encoded(bare, grey, 0, "start=pipe")
 
 
 def test_captions_are_read_from_tables_and_tars(tmp_path):

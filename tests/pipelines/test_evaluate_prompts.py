@@ -308,6 +308,9 @@ def test_what_cannot_be_evaluated_is_refused(made):
         run(evaluate_prompts, *words(made, "wrong", *faults.values()))
     for message in faults:
         assert message in str(error.value)
+    for judge in ("flowmatch.nowhere:judge", "flowmatch.config:nothing"):
+        with pytest.raises(UserError, match=f"judge={judge}: "):
+            run(evaluate_prompts, *words(made, "wrong", f"judge={judge}"))
     for student, message in [
         ("other", "is of another pipeline than teacher: time: timestep -> t"),
         ("plain", "was trained without prompts"),

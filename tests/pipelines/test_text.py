@@ -153,6 +153,10 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
             "has prompts; set prompts= to their list and start= to a pipeline|pipeline of",
         ),
         ([f"prompts={folder}/prompts.txt", "call.hight=3"], "call.hight: unknown argument"),
+        (
+            [f"prompts={folder}/prompts.txt", f"start={tmp_path}"],
+            "is no pipeline with a text encoder; leave prompts out",
+        ),
     ]:
         with pytest.raises(UserError, match=message):
             run(reflow, *base, *more)
@@ -232,6 +236,20 @@ def test_two_workers_encode_the_same_bytes(made):
     assert len(files) == 3
     for file in [*files, "manifest.json"]:
         assert (folder / "one" / file).read_bytes() == (folder / "both" / file).read_bytes()
+
+
+def test_a_file_of_rows_that_is_not_what_was_written_is_made_again(made):
+    """Where a run was stopped: its files are hashed when they are written."""
+    name, folder = made
+    run(encode_prompts, *encode_words(name, folder, "again"))
+    place = folder / "again"
+    whole = {path.name: path.read_bytes() for path in place.glob("[!.]*")}
+    first, second = sorted(place.glob("rows-*"))[:2]
+    for harm in (lambda: first.write_bytes(second.read_bytes()), second.unlink):
+        (place / "manifest.json").unlink()
+        harm()
+        run(encode_prompts, *encode_words(name, folder, "again"))
+        assert {path.name: path.read_bytes() for path in place.glob("[!.]*")} == whole
 
 
 def test_stored_conditions_of_something_else_are_refused(made, tmp_path):

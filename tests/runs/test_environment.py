@@ -37,9 +37,11 @@ def bare():
         ("ACCELERATE_USE_MEGATRON_LM", "true", "no", "fit.shard=true"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "", "fit.shard=true"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "NO", "fit.compile=true"),
+        ("ACCELERATE_USE_SAGEMAKER", "true", "false", "torchrun"),
         ("NVIDIA_TF32_OVERRIDE", "1", "0", "fit.precision"),
         ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1", "0", "fit.precision"),
         ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16", "STRICT", "fit.precision"),
+        ("DNNL_DEFAULT_FPMATH_MODE", "BF16", "STRICT", "fit.precision"),
         ("DIFFUSERS_ATTN_BACKEND", "sage", "native", "torch's own"),
     ],
 )
@@ -120,8 +122,10 @@ def test_the_environment_leaves_no_trace_in_weights_and_seal(tmp_path):
         assert (tmp_path / "quiet" / name).read_bytes() == (tmp_path / "loud" / name).read_bytes()
 
 
-OPEN_MPI = dict(zip(ranks.OTHERS[0], "1212", strict=True))
-SRUN = dict(zip(ranks.SLURM, ["3", "4", "1", "2(x2)"], strict=True))
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
+OPEN_MPI |= {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
+SRUN |= {"SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
 TORCH = {"RANK": "1", "WORLD_SIZE": "2"}
 
 
@@ -139,6 +143,7 @@ TORCH = {"RANK": "1", "WORLD_SIZE": "2"}
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, TORCH | {"LOCAL_RANK": None, "MASTER_ADDR": None}),
         (SRUN, {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": None}),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, {"RANK": None}),  # the script of a job
+        ({"SLURM_PROCID": "3"}, {"RANK": None}),
     ],
 )
 def test_the_numbers_of_every_launcher_are_taken_where_they_are_complete(given, expected):
