@@ -132,6 +132,7 @@ def make(plan: Plan) -> None:
     from flowmatch.models.precision import arithmetic
     from flowmatch.pairs import leases
     from flowmatch.runs import storage
+    from flowmatch.runs.files import committed
 
     config: EncodeConfig = plan.config
     place, data = Path(config.run_dir), plan.data
@@ -150,7 +151,7 @@ def make(plan: Plan) -> None:
             ]:  # others: of workers that are gone
                 begin = k * config.shard_size
                 end = min(begin + config.shard_size, len(data))
-                if not (place / encoded.file_name(k)).exists():
+                if not committed(place / encoded.file_name(k)):
                     parts = []
                     for at in range(begin, end, config.batch_size):
                         stopping.leave_if_asked()
@@ -193,11 +194,11 @@ def write(path: Path, array: Any) -> None:
 
     import numpy as np
 
-    from flowmatch.runs.files import write_atomic
+    from flowmatch.runs.files import commit
 
     stream = io.BytesIO()
     np.save(stream, array)
-    write_atomic(path, stream.getvalue())
+    commit(path, stream.getvalue())
 
 
 def seal(plan: Plan, vae: "Autoencoder") -> None:

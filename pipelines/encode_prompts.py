@@ -83,7 +83,7 @@ def encode(plan: Plan) -> None:
     """Encode the missing files, and seal the folder."""
     from flowmatch.models import rows
     from flowmatch.pairs import leases
-    from flowmatch.runs import storage
+    from flowmatch.runs import files, storage
 
     config: EncodeConfig = plan.config
     place = Path(config.run_dir)
@@ -96,7 +96,7 @@ def encode(plan: Plan) -> None:
     own = list(every)[process.rank() :: process.world_size()]
     others = [k for k in every if k not in own]
     for k in [*own, *others]:  # others: of workers that are gone
-        if rows.committed(place, k):
+        if files.committed(place / rows.file_name(k)):
             continue
         begin = k * config.shard_size
         end = min(begin + config.shard_size, plan.rows)

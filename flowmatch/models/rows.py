@@ -4,7 +4,6 @@ The null prompt's row is the last. All rows were encoded beside the longest prom
 length and fit each other in any batch. What is the same for all prompts is stored once.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +15,9 @@ from torch import Tensor
 from flowmatch.config import UserError
 from flowmatch.models.conditions import Arguments
 from flowmatch.runs import manifest
-from flowmatch.runs.files import write_atomic
+from flowmatch.runs.files import commit, write_atomic
 
 SHARED = "shared.safetensors"  # tensors without rows
-META = ".meta"
 FORM = "form.json"  # the nesting of the arguments, and values that are no tensors
 
 
@@ -182,22 +180,8 @@ def write_shared(folder: Path, form: Any, shared: dict[str, Tensor]) -> None:
 
 
 def write_rows(folder: Path, k: int, rows: list[dict[str, Tensor]]) -> None:
-    """Write the rows of shard k, and its hash beside them, which commits it."""
+    """Write the rows of shard k."""
     from safetensors.torch import save
 
     flat = {f"{i}{name}": tensor for i, row in enumerate(rows) for name, tensor in row.items()}
-    content = save(flat)
-    write_atomic(folder / file_name(k), content)
-    (folder / META).mkdir(exist_ok=True)
-    write_atomic(
-        folder / META / f"{file_name(k)}.sha256", hashlib.sha256(content).hexdigest() + "\n"
-    )
-
-
-def committed(folder: Path, k: int) -> bool:
-    """Return whether shard k is there, and is what was written."""
-    try:
-        told = (folder / META / f"{file_name(k)}.sha256").read_text().strip()
-        return manifest.sha256_file(folder / file_name(k)) == told
-    except (FileNotFoundError, ValueError):
-        return False
+    commit(folder / file_name(k), save(flat))

@@ -1,5 +1,6 @@
 """Files in a local folder that appear whole or not at all, also after a power cut."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -85,6 +86,28 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def commit(path: Path, content: bytes) -> None:
+    """Write a file of a set that is not sealed yet, then its hash beside it, in `.meta`."""
+    write_atomic(path, content)
+    beside = _hash_of(path)
+    beside.parent.mkdir(exist_ok=True)
+    write_atomic(beside, hashlib.sha256(content).hexdigest() + "\n")
+
+
+def committed(path: Path) -> bool:
+    """Return whether a file of a set is there, and is what `commit` has written."""
+    try:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        return found == _hash_of(path).read_text().strip()
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _hash_of(path: Path) -> Path:
+    return path.parent / ".meta" / f"{path.name}.sha256"
 
 
 def allow_readers(*files: str | os.PathLike[str]) -> None:

@@ -92,6 +92,10 @@ def experiment(name: str) -> Iterator[Scenario]:
         yield of(name, "unfinished conditions", "conditions/*", cut, "conditions")
         yield of(name, "tiny pipeline", "tiny/* tiny/*/*", "flow", "flow")
         yield of(name, "tiny pipeline", "tiny/* tiny/*/*", "export", "export")
+    if "encode" in SECTIONS[name]:
+        yield of(name, "encoded latents", "encode/* encode/vae/*", "flow", "flow")
+        cut = "encode/manifest.json encode/latents-000001.npy"
+        yield of(name, "unfinished latents", "encode/*.npy", cut, "encode")
     yield of(name, "evaluation", f"evaluate/* {student}", "export", "export")
     for stage in SECTIONS[name]:
         every = " ".join(f"{stage}/{stars}" for stars in ("*", "*/*", "*/*/*"))
@@ -124,11 +128,14 @@ def scenarios() -> Iterator[Scenario]:
 
 
 def prompts() -> Iterator[Scenario]:
-    """Yield the scenarios of captions, lists of prompts, and a foreign pipeline that reads them."""
+    """Yield those of captions, a VAE, lists of prompts, and a foreign pipeline that reads them."""
     for stage in ("tiny", "flow"):
         made = f"runs/prompts/{stage}"
         files, commands = ("captions/*.png", "captions/*.jsonl"), ((stage, "prompts.yaml"),)
         yield Scenario("data: captions", files, (made,), commands, (made,), open=True)
+    made, commands = "runs/encoded/encode", (("encode", "encoded.yaml"),)
+    files = ("captions/*.png", "vae/*")
+    yield Scenario("pictures and VAE", files, (made,), commands, (made,), open=True)
     for stage in ("pairs", "conditions", "evaluate"):
         made, commands = f"runs/prompts/{stage}", ((stage, "prompts.yaml"),)
         yield Scenario("prompts", ("prompts.txt",), (made,), commands, (made,), open=True)

@@ -23,6 +23,7 @@ OFTEN = {
     "flow": 6,
     "pairs": 6,
     "conditions": 4,
+    "encode": 4,
     "reflow": 6,
     "features": 3,
     "classifier": 3,

@@ -1,4 +1,4 @@
-"""Three tiny experiments, made once: points on a ring, pictures of 8x8 pixels in classes, and prompts.
+"""Tiny experiments, made once: points on a ring, pictures of 8x8 pixels in classes, latents, prompts.
 
 Beside them is a training run on each kind of data, and pairs of foreign teachers.
 """
@@ -92,7 +92,15 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         },
         "export": {"steps": [1]},
     },
+    "encoded": {
+        "name": "encoded",
+        "device": "cpu",
+        "data": {"source": "images", "path": "captions"},
+        "encode": {"vae": "vae", "shard_size": 8, "batch_size": 4},
+        "flow": {"fit": FIT | {"steps": 6, "batch_size": 8, "save_every": 3}},
+    },
 }
+EXPERIMENTS["encoded"]["flow"]["net"] = EXPERIMENTS["pictures"]["flow"]["net"]
 SECTIONS = {  # in the order of the chain
     name: [section for section in CHAIN if section in values]
     for name, values in EXPERIMENTS.items()
@@ -173,6 +181,8 @@ class World:
                 if not only or f"{name}/{section}" in only:
                     if name == "foreign":
                         data.foreign(whole / "ddpm")
+                    if (name, section) == ("encoded", "encode"):
+                        shutil.copytree(whole / "runs/prompts/tiny/vae", whole / "vae")
                     if name == "words":
                         made = shutil.ignore_patterns("manifest.json", "config.yaml")
                         shutil.copytree(whole / "runs/prompts/tiny", whole / "sd", ignore=made)

@@ -99,6 +99,9 @@ def test_a_killed_encoding_goes_on_to_the_same_bytes(root, tmp_path, capsys):
     stages.run(encode, *words)
     (tmp_path / "e" / "manifest.json").unlink()
     (tmp_path / "e" / "latents-000001.npy").unlink()
+    with open(tmp_path / "e" / "latents-000000.npy", "r+b") as file:  # damaged since
+        file.seek(200)
+        file.write(bytes(8))
     stages.run(encode, *words)
     assert manifest.read(tmp_path / "e", "run")["outputs"] == whole
     assert "standard deviation" in capsys.readouterr().out
