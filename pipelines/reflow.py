@@ -234,9 +234,10 @@ def view(
     """
     import numpy as np
 
+    from flowmatch.models import autoencoder
     from flowmatch.training import preview
 
-    decode, why = preview.decoder(start)
+    decode, why = preview.decoder(start, autoencoder.of_run(config.start, start.latents))
     held = None
     shown = first.batch(np.arange(min(len(first), preview.count(first.shape))))
     if unseen:
@@ -268,9 +269,7 @@ def run(plan: Plan) -> None:
     from flowmatch.models.digest import network_digest
 
     config: ReflowConfig = plan.config
-    named = [data.sealed["facts"].get("id2label") for data in plan.stream.sets]
-    facts: dict[str, Any] = {"round": plan.round} | ({"id2label": named[0]} if named[0] else {})
-    facts |= plan.start.student_facts
+    facts = {"round": plan.round} | plan.stream.facts | plan.start.student_facts
     if plan.seen_features:
         facts["features"] = sorted(plan.seen_features)
     if config.times.zero == 1:

@@ -266,22 +266,29 @@ def view(config: FlowConfig, opened: Opened) -> "tuple[Preview, list[str]]":
     Raises UserError where the reference is of another shape than the data, or has other labels.
     """
     import numpy as np
+    import torch
 
     from flowmatch.data import dataset
+    from flowmatch.models import autoencoder
     from flowmatch.training import preview
 
     data, held = opened.data, None
-    decode, why = preview.decoder(opened.teacher)
+    vae = autoencoder.of_data(data, "data.path")
+    decode, why = preview.decoder(opened.teacher, vae)
     if config.reference is not None and opened.teacher is None:
         asked = config.reference.model_copy(update={"labels": config.data.labels})
         real = dataset.load(asked, "reference")
-        if (real.shape, real.classes) != (data.shape, data.classes):
+        coded = vae is not None and real.images  # pictures of a model of latents
+        wanted = vae.picture if vae is not None and coded else data.shape
+        if (real.shape, real.classes) != (wanted, data.classes):
             raise UserError(
                 f"reference holds {list(real.shape)} with {real.classes or 'no'} classes; data holds "
-                f"{list(data.shape)} with {data.classes or 'none'}"
+                f"{list(wanted)} with {data.classes or 'none'}"
             )
         most = min(len(real), preview.HELD)
         held = real.batch(np.linspace(0, len(real) - 1, most).astype(np.int64))
+        if vae is not None and coded:
+            held["x1"] = torch.cat([vae.encode(x) for x in held["x1"].split(autoencoder.BATCH)])
     shown = preview.of_noise(data.shape, data.classes, config.seed, held, decode)
     assert config.fit.sample_every is not None
     return shown, preview.lines(shown, config.fit.sample_every, why)

@@ -136,6 +136,17 @@ def find(run: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def of_run(run: str, latents: dict[str, Any] | None) -> Autoencoder | None:
+    """Load the VAE of a run folder's latents where it is found.
+
+    Args:
+        run: The folder.
+        latents: What its manifest says of them.
+    """
+    path = find(run) if latents else None
+    return None if path is None else load(path, "vae", (), latents)
+
+
 def _inputs(folder: Path, depth: int) -> Iterator[Path]:
     yield folder
     try:

@@ -59,6 +59,12 @@ class Mixture:
         self.orders, self.seed = [data.order(seed) for data in self.sets], seed
         self.ends = np.cumsum(shares)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the manifest of a student holds of the pairs: the names of their classes."""
+        names = self.sets[0].sealed["facts"].get("id2label")
+        return {"id2label": names} if names else {}
+
     def keep(self, number: int, ids: np.ndarray) -> None:
         """Draw only the pairs `ids` from set `number`, whose shards are shuffled all together."""
         self.orders[number] = Order(ids, self.seed)

@@ -104,12 +104,15 @@ def of_pairs(
     return Preview(shown["x0"], shown.get("label"), steps, shown["x1"], held, times, decode)
 
 
-def decoder(teacher: Any) -> tuple[Decode | None, str]:
-    """Return what makes pictures of the states of a pipeline that reads prompts, or why nothing does.
+def decoder(teacher: Any, vae: Any = None) -> tuple[Decode | None, str]:
+    """Return what makes pictures of states, or why nothing does.
 
     Args:
         teacher: A `Teacher`, which has no pipeline, or a `TextTeacher`.
+        vae: The `Autoencoder` whose latents the states are.
     """
+    if vae is not None:
+        return lambda x, label: vae.decode(x.float().cpu()) / 2 + 0.5, ""
     if not hasattr(teacher, "pipe"):
         return None, ""
     from flowmatch.models import decoding

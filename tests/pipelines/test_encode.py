@@ -115,6 +115,26 @@ def test_scores_and_pictures_are_of_decoded_samples(root):
     assert (root / "evaluate" / "grid.png").is_file()
 
 
+def test_previews_are_decoded(root, tmp_path, monkeypatch):
+    """Also the pictures that the held-out loss is taken on become latents."""
+    decoded, keep = [], autoencoder.Autoencoder.decode
+    monkeypatch.setattr(
+        autoencoder.Autoencoder, "decode", lambda vae, x: (decoded.append(len(x)), keep(vae, x))[1]
+    )
+    net = [f"net.{key}={json.dumps(value)}" for key, value in UNET.items()]
+    latents = f"data={{source: latents, path: {root}/encode}}"
+    real = f"reference={{source: images, path: {root}/set}}"
+    words = [f"run_dir={tmp_path}/flow", "net.name=UNet2DModel", *net, *FIT, "fit.sample_every=2"]
+    stages.run(train_flow, *words, latents, real)
+    assert len(list((tmp_path / "flow" / "samples").glob("*.png"))) == 1
+    assert len(decoded) == 2  # the samples of 8 and of 32 steps
+    assert (tmp_path / "flow" / "held_out.jsonl").read_text().startswith("{")
+    again = [f"run_dir={tmp_path}/r", f"start={root}/flow", f"pairs={root}/pairs", *FIT]
+    stages.run(reflow, *again, "fit.sample_every=2")
+    net, other = (manifest.read(p, "x")["facts"]["net"] for p in (root / "reflow", tmp_path / "r"))
+    assert net == other  # the same bytes
+
+
 def test_inspection_draws_pictures(root, tmp_path, monkeypatch, capsys):
     drawn = []
     keep = figures.pairs
