@@ -41,6 +41,7 @@ usage:
   flowmatch STAGE CONFIG [key=value ...]          run one stage or section of an experiment
       --dry-run          print the config and the plan, and stop
       --help             print every key of the stage
+  flowmatch export CONFIG --push-to-hub ORG/NAME  write the diffusers folder, and upload it
   flowmatch verify FOLDER [--full] [--repair]     check a set of pairs
   flowmatch inspect FOLDER                        describe and draw a set of pairs
   flowmatch monitor RUN [--every SECONDS] [--once]
@@ -93,10 +94,23 @@ def main(argv: list[str] | None = None) -> None:
         print(text)
         return
     name, rest = words[0], words[1:]
+    if name in STAGES or name not in OTHER:
+        rest = as_keys(rest)
     with stopping.heard(name):
         with command.exit_codes("flowmatch"):
             body = find_command(name, rest)
         body(rest)
+
+
+def as_keys(words: list[str]) -> list[str]:
+    """Write `--push-to-hub NAME` as the key of the export."""
+    found, left = [], iter(words)
+    for word in left:
+        flag, given, name = word.partition("=")
+        if flag == "--push-to-hub":
+            word = f"push_to_hub={name if given else next(left, '')}"
+        found.append(word)
+    return found
 
 
 def find_command(name: str, words: list[str]) -> Callable[[list[str]], object]:

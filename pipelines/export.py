@@ -5,6 +5,7 @@ own solver. model_index.json names stock classes wherever diffusers has a pipeli
 """
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from flowmatch.models.teachers import Teacher
 
 WARNING = 0.01  # the same with the folder's own scheduler, above which the stage warns
-CARD = "README.md"
+CARD, PICTURE = "README.md", "samples.png"
+SHOWN = 8  # samples of a row of the picture
 MOST = 1000  # steps: the times of a stock scheduler
 
 
@@ -53,6 +55,13 @@ class ExportConfig(StageConfig):
     call: CallConfig = option(
         CallConfig(), "with prompts: arguments of the pipeline's call (default: the student's)"
     )
+    license: str | None = option(
+        None,
+        "licence of the weights as the hub writes it, such as apache-2.0, for the card (default: with "
+        "prompts the teacher's, else a line that asks for one)",
+        run=True,
+        pattern=r"^[a-z0-9][a-z0-9.-]*$",
+    )
     push_to_hub: str | None = option(
         None,
         "name on the Hugging Face Hub, ORG/NAME, to which the sealed folder is uploaded",
@@ -60,8 +69,14 @@ class ExportConfig(StageConfig):
     )
 
     def lost(self) -> list[str]:
-        """List the card if it is missing."""
-        return [] if (Path(self.run_dir) / CARD).is_file() else [CARD]
+        """List the card if it is missing or names another licence, and its picture."""
+        try:
+            card = (Path(self.run_dir) / CARD).read_text()
+        except OSError:
+            return [CARD]
+        other = self.license is not None and f"\nlicense: {self.license}\n" not in card
+        picture = f"({PICTURE})" in card and not (Path(self.run_dir) / PICTURE).is_file()
+        return [CARD] * other + [PICTURE] * picture
 
 
 @dataclass
@@ -202,8 +217,10 @@ def run(plan: Plan) -> None:
         shown, written, facts = (write_pipeline if plan.kind is None else write_network)(
             plan, built
         )
-        if manifest.sealed(opened.folder):  # its card was lost
-            opened.scratch.place(built / CARD, opened.folder / CARD)
+        if manifest.sealed(opened.folder):  # its card or picture was lost
+            for name in config.lost():
+                if (built / name).is_file():
+                    opened.scratch.place(built / name, opened.folder / name)
         else:
             for path in sorted(built.iterdir()):
                 opened.scratch.place(path, opened.folder / path.name)
@@ -229,7 +246,7 @@ def write_pipeline(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, A
 
     Returns code to sample it, its files, and facts for the manifest.
     """
-    from flowmatch.export import text_card, text_export, text_folder
+    from flowmatch.export import provenance, text_card, text_export, text_folder
 
     config: ExportConfig = plan.config
     student: Any = plan.student
@@ -242,7 +259,12 @@ def write_pipeline(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, A
         student.pipe.to("cpu")  # the fresh process needs the room
         output = text_folder.check(built, ways, fresh.sample(task))
     source = str(config.pipeline)
-    text = text_card.text(trial, choice, plan.table, source, output)
+    grid = Path(config.evaluation or "") / "grid.png"
+    picture = PICTURE if config.evaluation is not None and grid.is_file() else ""
+    if picture:
+        shutil.copyfile(grid, built / PICTURE)
+    more = (provenance.trace(config.student), config.license, picture)
+    text = text_card.text(trial, choice, plan.table, source, output, *more)
     write_atomic(built / CARD, text)
     for line in text_card.told(choice):
         process.say(f"export: {line}")
@@ -252,7 +274,7 @@ def write_pipeline(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, A
 
 def write_network(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, Any]]:
     """Write and check the pipeline of one network; return as `write_pipeline` does."""
-    from flowmatch.export import model_card, network_folder
+    from flowmatch.export import model_card, network_folder, provenance
 
     config: ExportConfig = plan.config
     student, kind = plan.student, plan.kind
@@ -261,7 +283,10 @@ def write_network(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, An
         written = network_folder.write(built, student, kind, config.steps, plan.vae)
         how = (config.steps, config.seed, fresh, plan.vae)
         differences = network_folder.compare(built, student, kind, *how)
-        write_atomic(built / CARD, model_card.text(student, kind, plan.table, differences))
+        picture = PICTURE if draw(plan, built / PICTURE) else ""
+        more = (provenance.trace(config.student), config.license, picture)
+        card = model_card.text(student, kind, plan.table, differences, *more)
+        write_atomic(built / CARD, card)
         for steps, found in differences.items():
             told = ", ".join(f"{name} {value:.2g}" for name, value in found.items())
             process.say(f"export: {steps} steps: {told}")
@@ -271,6 +296,30 @@ def write_network(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, An
                 f"{WARNING:.0%}; use scheduler_N/ where N is one of {config.steps}"
             )
     return kind.snippet, written, {}
+
+
+def draw(plan: Plan, file: Path) -> bool:
+    """Draw samples of a network for its card; return whether they can be drawn."""
+    import torch
+
+    from flowmatch.export import model_card, network_folder
+    from flowmatch.training import pictures
+
+    student, config = plan.student, plan.config
+    if not pictures.drawable(student.shape) or (model_card.latent(student) and plan.vae is None):
+        return False
+    count = 500 if len(student.shape) == 1 else SHOWN
+    rows = {}
+    for n in sorted(config.steps)[:4]:
+        x = network_folder.own_samples(student, n, config.seed, count)
+        if plan.vae is not None:
+            with torch.no_grad():
+                x = plan.vae.decode(x) / 2 + 0.5
+        rows[f"{n} step{'s' * (n > 1)}"] = x.clamp(0, 1).numpy() if x.ndim == 4 else x.numpy()
+    drawn = pictures.draw(rows)
+    if drawn is not None:
+        pictures.on_white(drawn).save(file)
+    return drawn is not None
 
 
 def kept(student: "Teacher") -> dict[str, Any]:

@@ -119,6 +119,7 @@ NO_PATHS = {
     "revision",
     "negative",
     "push_to_hub",
+    "license",
 }
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from flowmatch.export import provenance
+from flowmatch.export.provenance import Origin
 from flowmatch.models.autoencoder import Autoencoder
 from flowmatch.models.teachers import Teacher
 
@@ -74,13 +76,13 @@ GRIDS = """ It takes any number of
 steps, on a uniform or a shifted grid (`shift=`), by Euler, Heun, AB2 and other solvers (`solver=`)."""
 CARD = """---
 library_name: diffusers
-tags: [flow-matching, rectified-flow, reflow]
+{front}tags: [flow-matching, rectified-flow, reflow]
 ---
 
 # A {few}-step rectified flow
 
 A {network} trained with flowmatch, after {rounds} of reflow. {steps}
-
+{picture}
 ```python
 {snippet}
 ```
@@ -88,7 +90,7 @@ A {network} trained with flowmatch, after {rounds} of reflow. {steps}
 {notes}
 ## Quality
 
-{table}
+{table}{read}{training}
 ## Fidelity of this folder
 
 Largest difference between a sample of this folder and one of flowmatch's own Euler solver (images in
@@ -113,6 +115,7 @@ class Kind:
     stock: bool  # whether DiffusionPipeline.from_pretrained(folder) loads it without our code
     snippet: str  # code that loads and samples; FOLDER stands for the folder
     notes: str  # text of the card about steps, schedulers and labels
+    draws: bool = True  # whether its samples are pictures
 
 
 def kind_of(student: Teacher, vae: Autoencoder | None = None) -> Kind:
@@ -146,7 +149,8 @@ def kind_of(student: Teacher, vae: Autoencoder | None = None) -> Kind:
     notes = f"{ONE_STEP_ONLY}{OUR_NOTES}.\n" if one else OUR_NOTES + GRID
     notes += LATENT_NOTES if coded else ""
     notes += names_note(student)
-    return Kind("ReflowPipeline", False, OURS.format(arguments), notes)
+    draws = len(student.shape) == 3 and not coded
+    return Kind("ReflowPipeline", False, OURS.format(arguments), notes, draws)
 
 
 def names_note(student: Teacher) -> str:
@@ -184,7 +188,15 @@ def describe(differences: dict[int, dict[str, float]], kind: Kind) -> str:
     return "\n".join(lines)
 
 
-def text(student: Teacher, kind: Kind, table: str, differences: dict[int, dict[str, float]]) -> str:
+def text(
+    student: Teacher,
+    kind: Kind,
+    table: str,
+    differences: dict[int, dict[str, float]],
+    origin: Origin,
+    license: str | None = None,
+    picture: str = "",
+) -> str:
     """Write the card.
 
     Args:
@@ -192,8 +204,17 @@ def text(student: Teacher, kind: Kind, table: str, differences: dict[int, dict[s
         kind: How it is exported.
         table: Of the evaluation, Markdown.
         differences: Steps -> name -> largest difference, as in `describe`.
+        origin: Of the student.
+        license: Identifier of the licence, such as apache-2.0; None where there is none yet.
+        picture: File of the samples beside the card, or "".
     """
+    tag = "unconditional-image-generation" if kind.draws else ""
+    shown, training = provenance.sections(origin, license, picture)
     return CARD.format(
+        front=provenance.written(provenance.front(license, tag, origin)),
+        picture=shown,
+        read=provenance.READ if "real against real" in table else "",
+        training=training,
         few="one" if student.one_step else "few",
         network=type(student.net).__name__,
         rounds="1 round" if student.round == 1 else f"{student.round} rounds",

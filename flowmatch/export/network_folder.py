@@ -146,18 +146,18 @@ def compare(
     return differences
 
 
-def labels(student: Teacher) -> Tensor:
+def labels(student: Teacher, count: int = SAMPLES) -> Tensor:
     """Labels of the check: the first classes in turn."""
-    return torch.arange(SAMPLES) % (student.classes or 1)
+    return torch.arange(count) % (student.classes or 1)
 
 
-def own_samples(student: Teacher, steps: int, seed: int) -> Tensor:
+def own_samples(student: Teacher, steps: int, seed: int, count: int = SAMPLES) -> Tensor:
     """Sample with our solver, the noise drawn as DDPMPipeline draws it; pictures in [0, 1]."""
     from diffusers.utils.torch_utils import randn_tensor
 
-    x0 = randn_tensor((SAMPLES, *student.shape), generator=torch.Generator().manual_seed(seed))
+    x0 = randn_tensor((count, *student.shape), generator=torch.Generator().manual_seed(seed))
     v = Velocity(student.net)
-    cond = None if student.classes is None else {"label": labels(student)}
+    cond = None if student.classes is None else {"label": labels(student, count)}
     with torch.no_grad():
         x = solvers.integrate(lambda x, t: v(x, t, cond), x0, grids.uniform_grid(steps))
     return x if x.ndim < 4 or model_card.latent(student) else (x / 2 + 0.5).clamp(0, 1)

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from flowmatch.export import provenance
+from flowmatch.export.provenance import Origin
 from flowmatch.export.text_export import EXACT, Choice, Found, Trial, Way
 from flowmatch.models.text import TextTeacher
 
@@ -17,7 +19,7 @@ library_name: diffusers
 
 The `{network}` of {source}, trained with flowmatch after {rounds} of reflow. All other parts are the
 teacher's.
-
+{picture}
 ```python
 {snippet}
 ```
@@ -26,7 +28,7 @@ teacher's.
 
 ## Quality
 
-{table}
+{table}{read}{training}
 ## Fidelity of this folder
 
 Largest difference between the last state of the pipeline and that of N Euler steps of flowmatch,
@@ -43,6 +45,7 @@ BAKED = (
     "Pass {off}. The guidance of the teacher's run ({given}) is inside the student; with another value "
     "the pipeline would guide it a second time."
 )
+TAGS = {"images": "text-to-image", "frames": "text-to-video", "audios": "text-to-audio"}
 STATED = ("num_inference_steps", "sigmas", "timesteps")  # by the number of steps
 
 
@@ -206,7 +209,16 @@ def describe(choice: Choice) -> str:
     return "\n".join(lines)
 
 
-def text(trial: Trial, choice: Choice, table: str, source: str, output: str) -> str:
+def text(
+    trial: Trial,
+    choice: Choice,
+    table: str,
+    source: str,
+    output: str,
+    origin: Origin,
+    license: str | None = None,
+    picture: str = "",
+) -> str:
     """Write the card.
 
     Args:
@@ -215,16 +227,29 @@ def text(trial: Trial, choice: Choice, table: str, source: str, output: str) -> 
         table: Of the evaluation, Markdown.
         source: The teacher's pipeline: a folder, or a name on the hub.
         output: Name of the samples in the pipeline's output.
+        origin: Of the student.
+        license: Identifier of its licence; by default the teacher's.
+        picture: File of the samples beside the card, or "".
     """
     student, steps = trial.student, _possible(choice)
     first = min(steps)
-    entries = licence(source)
+    taught = licence(source)
+    own: dict[str, Any] = (
+        taught if license in (None, taught.get("license")) else {"license": license}
+    )
+    entries = own | {k: v for k, v in {"pipeline_tag": TAGS.get(output)}.items() if v}
     if not Path(source).is_dir():
         entries |= {"base_model": source}
+    if origin.datasets:
+        entries |= {"datasets": origin.datasets}
+    shown, training = provenance.sections(origin, own.get("license"), picture)
     ours = any("flowmatch" in imports(found.way) for found in steps.values() if found.way)
     few = str(max(steps)) if len(steps) == 1 else f"{first} to {max(steps)}"
     card = CARD.format(
-        front="".join(f"{name}: {value}\n" for name, value in entries.items()),
+        front=provenance.written(entries),
+        picture=shown,
+        read=provenance.READ if "real against real" in table else "",
+        training=training,
         pipeline=student.script.pipeline,
         few=few,
         s="" if few == "1" else "s",
@@ -232,7 +257,7 @@ def text(trial: Trial, choice: Choice, table: str, source: str, output: str) -> 
         source=f"`{source}`" if "base_model" in entries else f"a {student.script.pipeline}",
         rounds="1 round" if student.round == 1 else f"{student.round} rounds",
         snippet=first_snippet(trial, choice, output),
-        notes=notes(trial, choice) + _terms(entries),
+        notes=notes(trial, choice) + _terms(taught),
         table=table,
         without="" if ours else ", without flowmatch,",
         differences=describe(choice),

@@ -274,7 +274,7 @@ def begin(name: str, plan: Plan, dry_run: bool) -> bool:
 def _holds_nothing(folder: Store) -> bool:
     """Check that nothing was made in a folder: no checkpoint, shard, lease or result."""
     begun = {"config.yaml", ".lock", ".scratch", "metrics.jsonl", "checkpoints", ".meta"}
-    begun |= {"skipped.txt", "samples", "held_out.jsonl", "monitor.html"}
+    begun |= {"skipped.txt", "samples", "held_out.jsonl", "monitor.html", "hardware.json"}
     names = [*folder.names("checkpoints"), *folder.names(".meta"), *folder.names()]
     return all(name in begun or ".tmp" in name for name in names)
 

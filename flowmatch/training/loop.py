@@ -25,7 +25,7 @@ from flowmatch.models.velocity import Velocity
 from flowmatch.runs import checkpoints, group, stopping
 from flowmatch.runs.folder import RunFolder
 from flowmatch.runs.process import leads, say, start_accelerator
-from flowmatch.training import compilation, ema, trackers
+from flowmatch.training import compilation, ema, hardware, trackers
 from flowmatch.training.bar import Bar
 from flowmatch.training.config import FitConfig
 from flowmatch.training.draw import Ahead, Drawn, Stream, draw, mask_seed
@@ -329,6 +329,7 @@ def _begin_logs(accelerator: Any, run: RunFolder, config: FitConfig, start: int)
     """Say where a resumed run begins, cut the metrics back to there; open the trackers."""
     if leads():
         run.cut_metrics(start)
+        hardware.note(run.folder, accelerator)
     if start:
         from_ = f"{run.folder}/checkpoints/step_{start:08d}"
         say(f"{run.name}: resumes at {start:,} of {config.steps:,}, from {from_}")

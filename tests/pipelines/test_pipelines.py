@@ -16,6 +16,7 @@ from flowmatch.data.dataset import load as load_data
 from flowmatch.data.dataset import reference
 from flowmatch.evaluation import features, metrics
 from flowmatch.export import model_card, network_folder
+from flowmatch.export.provenance import Origin
 from flowmatch.flow import grids, noise, solvers
 from flowmatch.models import networks, teachers
 from flowmatch.models.config import NetConfig
@@ -87,7 +88,7 @@ def test_a_card_promises_no_more_steps_than_the_student_has(kind, one_step):
     student = teachers.Teacher(net, "d" * 64, 1, one_step=one_step)
     chosen = model_card.kind_of(student)
     assert chosen.name == pipeline
-    text = model_card.text(student, chosen, "", {1: {"exact": 0.0}})
+    text = model_card.text(student, chosen, "", {1: {"exact": 0.0}}, Origin())
     assert "{" not in text
     promises = ("any number of steps", "for N steps", "few-step", "one to four", "Heun")
     made = [promise for promise in promises if promise in text]
