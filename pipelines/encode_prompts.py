@@ -15,6 +15,8 @@ from flowmatch.runs import command, folder, manifest, process, stopping
 from flowmatch.runs.config import StageConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from flowmatch.models.text import TextTeacher
 
 
@@ -81,6 +83,8 @@ def run(plan: Plan) -> None:
 
 def encode(plan: Plan) -> None:
     """Encode the missing files, and seal the folder."""
+    from contextlib import closing
+
     from flowmatch.models import rows
     from flowmatch.pairs import leases
     from flowmatch.runs import files, storage
@@ -88,26 +92,31 @@ def encode(plan: Plan) -> None:
     config: EncodeConfig = plan.config
     place = Path(config.run_dir)
     storage.at(config.run_dir).make()
-    leases.sweep(config.run_dir)  # what dead workers left
     folder.write_config(config, plan.inputs)
     if process.leads():
         rows.write_shared(place, plan.form, plan.shared)
     table, every = plan.teacher.encoded(), range(plan.shards)
     own = list(every)[process.rank() :: process.world_size()]
-    others = [k for k in every if k not in own]
-    for k in [*own, *others]:  # others: of workers that are gone
-        if files.committed(place / rows.file_name(k)):
-            continue
-        begin = k * config.shard_size
-        end = min(begin + config.shard_size, plan.rows)
-        made: list[Any] = []
-        for at in range(begin, end, config.batch_size):
-            stopping.leave_if_asked()
-            numbers = [i if i < end else end - 1 for i in range(at, at + config.batch_size)]
-            batch = table.encode([*(table.texts[i] for i in numbers), table.longest])
-            made += rows.rows_of(batch, plan.form, min(at + config.batch_size, end) - at)
-        rows.write_rows(place, k, made)
-        process.say(f"encode_prompts: {k + 1} of {plan.shards} files")
+
+    whole: set[int] = set()  # hashed once
+
+    def missing(store: Any, numbers: "Sequence[int]", fingerprint: str) -> list[int]:
+        left = [k for k in numbers if k not in whole]
+        whole.update(k for k in left if files.committed(place / rows.file_name(k)))
+        return [k for k in left if k not in whole]
+
+    with closing(leases.claim(place, own, every, "", missing=missing)) as todo:
+        for k in todo:
+            begin = k * config.shard_size
+            end = min(begin + config.shard_size, plan.rows)
+            made: list[Any] = []
+            for at in range(begin, end, config.batch_size):
+                stopping.leave_if_asked()
+                numbers = [i if i < end else end - 1 for i in range(at, at + config.batch_size)]
+                batch = table.encode([*(table.texts[i] for i in numbers), table.longest])
+                made += rows.rows_of(batch, plan.form, min(at + config.batch_size, end) - at)
+            rows.write_rows(place, k, made)
+            process.say(f"encode_prompts: {k + 1} of {plan.shards} files")
     if not process.leads() and not (place / rows.FORM).exists():
         return  # rank 0 writes it, and seals
     teacher = plan.teacher

@@ -1,6 +1,7 @@
 """Pipelines that read prompts through stages two and three: pairs, their bytes, and reflow on them."""
 
 import json
+import subprocess
 import tarfile
 
 import numpy as np
@@ -250,6 +251,19 @@ def test_a_file_of_rows_that_is_not_what_was_written_is_made_again(made):
         harm()
         run(encode_prompts, *encode_words(name, folder, "again"))
         assert {path.name: path.read_bytes() for path in place.glob("[!.]*")} == whole
+
+
+@pytest.mark.slow
+def test_workers_of_their_own_share_the_files(made):
+    """Two that know nothing of each other: each file is made once, and both end with it sealed."""
+    name, folder = made
+    argv = ["pipelines.encode_prompts", *encode_words(name, folder, "shared", "shard_size=1")]
+    workers = [forked.Popen(argv, stdout=subprocess.PIPE) for _ in range(2)]
+    told = [worker.communicate()[0].splitlines() for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0]
+    made_by = [[line for line in lines if line.endswith("of 6 files")] for lines in told]
+    assert all(made_by)
+    assert len({*made_by[0], *made_by[1]}) == len(made_by[0]) + len(made_by[1]) == 6
 
 
 def test_stored_conditions_of_something_else_are_refused(made, tmp_path):
