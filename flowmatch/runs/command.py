@@ -170,6 +170,11 @@ def exit_codes(name: str, dry_run: bool = False) -> Iterator[None]:
         broken = refused is None or isinstance(error, ConnectionError | TimeoutError)
         if broken and (code := group.ended(patient=True)) is not None:  # which broke a connection
             sys.exit(code)
+        if refused is None and (cause := group.lost(error)):
+            told = f"{cause}; repeat the command to go on from the newest checkpoint"
+            print(f"{name}: {group.speaks()}{told}", file=sys.stderr, flush=True)
+            group.end(1, told)
+            sys.exit(1)
         if refused is None:
             group.end(1, f"rank {rank()} has failed: {type(error).__name__}: {error}")
             raise

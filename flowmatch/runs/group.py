@@ -5,9 +5,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from flowmatch import config as configs
@@ -21,6 +23,8 @@ JOIN = 1800.0  # seconds that the others wait for a process that has not come ye
 PATIENCE = 5.0  # seconds that a process with a fault looks for the others, to say it once
 LINGER = 4.0  # seconds that the process with the store waits for the others to read that it ends
 GRACE = 30.0  # seconds that a process with a traceback has to end: its launcher names the first
+# what gloo, NCCL and torch's store say of a process that is gone
+BROKEN = re.compile(r"[Cc]onnection (reset|closed|refused)|[Bb]roken pipe|NCCL|remote process")
 
 _job: "Job | None" = None
 
@@ -76,6 +80,20 @@ def ended(patient: bool = False) -> int | None:
     return int(record["code"])
 
 
+def lost(error: Exception) -> str:
+    """Name the process whose end has broken a connection of this one.
+
+    Processes of this machine are looked up. One of another machine has the time to show a sign of life
+    again; after that the heartbeat names it, and ends this process.
+
+    Returns:
+        What has happened; empty where the error is another one, or all others live.
+    """
+    if _job is None or not BROKEN.search(str(error)):
+        return ""
+    return _job.find_lost()
+
+
 def leave() -> None:
     """Stop to watch: what is left to do takes this process alone."""
     if _job is not None:
@@ -85,6 +103,15 @@ def leave() -> None:
 def speaks() -> str:
     """Return what stands before a line of this process: its rank, where there are several."""
     return f"rank {rank()}: " if world_size() > 1 or not leads() else ""
+
+
+def lives(number: int) -> bool:
+    """Tell whether a process of this machine runs; a zombie does not."""
+    try:
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in "ZX"
 
 
 class Job:
@@ -97,6 +124,7 @@ class Job:
 
     def __init__(self, name: str, stall: float):
         self.name, self.meeting = name, Meeting()
+        self.places: dict[int, str] = {}  # rank -> HOST.PID
         self.heartbeat = Heartbeat(name, self.meeting, stall)
         atexit.register(self.heartbeat.stop)
 
@@ -121,6 +149,7 @@ class Job:
 
         self._wait_for(missing, lambda: meeting.all_put("digest"))
         digests = meeting.get_all("digest")
+        self.places = {r: meeting.get("worker", r) or "" for r in range(meeting.world)}
         if digests[meeting.rank] != digests[0]:
             theirs = json.loads(meeting.get("facts", 0) or "{}")
             raise UserError(
@@ -153,6 +182,24 @@ class Job:
         with contextlib.suppress(RuntimeError):
             return meeting.claim(key, str(meeting.rank))
         return True
+
+    def find_lost(self) -> str:
+        """Name a process that is gone: see `lost`."""
+        meeting, stall = self.meeting, self.heartbeat.stall
+        own, _, _ = worker().rpartition(".")
+        deadline = time.monotonic() + (stall + 5 if stall else 0)
+        while True:
+            far = False
+            for r in range(meeting.world):
+                with contextlib.suppress(RuntimeError):  # the store has gone with rank 0
+                    self.places[r] = self.places.get(r) or meeting.get("worker", r) or ""
+                host, _, number = self.places.get(r, "").rpartition(".")
+                far = far or host != own
+                if host == own and not lives(int(number)):
+                    return f"rank {r} (process {number} on {host}) is gone"
+            if not far or meeting.ended() or time.monotonic() > deadline:
+                return ""
+            time.sleep(0.5)
 
     def end(self, code: int, text: str) -> None:
         """End the other processes: see `end`."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from scripts.bench.large import large
 from scripts.bench.pairs import generation, reading
 from scripts.bench.start import start_up
 from scripts.bench.training import memory, processes, training
@@ -28,6 +29,7 @@ FIGURES = {
     "processes": processes,
     "start": start_up,
     "memory": memory,
+    "large": large,
 }
 
 

@@ -155,3 +155,37 @@ def test_a_rank_without_the_others_says_its_fault_alone(tmp_path):
     assert found.returncode == 2
     assert found.stderr.startswith("toy: rank 0: the processes cannot meet at 127.0.0.1:")
     assert found.stderr.count("\n") == 1
+
+
+def test_a_broken_connection_names_the_process_that_is_gone(monkeypatch):
+    """A zombie is gone, too; other errors, and living processes, name nobody."""
+    import subprocess
+
+    from flowmatch.runs import group
+    from flowmatch.runs.files import worker
+
+    dead = subprocess.Popen(["true"])
+    while group.lives(dead.pid):
+        pass
+    host, _, own = worker().rpartition(".")
+    assert group.lives(int(own))
+
+    class Meeting:
+        world = 2
+
+        def ended(self):
+            return None
+
+    class Heartbeat:
+        stall = 0.0
+
+    job = object.__new__(group.Job)
+    job.meeting, job.heartbeat = Meeting(), Heartbeat()
+    job.places = {0: worker(), 1: f"{host}.{dead.pid}"}
+    monkeypatch.setattr(group, "_job", job)
+    broken = RuntimeError("[pair.cc:537] Read error [10.0.0.2]:41646: Connection reset by peer")
+    assert group.lost(broken) == f"rank 1 (process {dead.pid} on {host}) is gone"
+    assert group.lost(RuntimeError("shapes do not match")) == ""
+    job.places[1] = worker()
+    assert group.lost(broken) == ""
+    dead.wait()

@@ -16,6 +16,11 @@ EXPECTED = {
     "processes": ["2 processes"],
     "start": ["import flowmatch.training.loop", "--help"],
     "memory": ["memory"],
+    "large": [
+        *("text transformer, all weights", "text transformer, an adapter", "plan of training"),
+        *("adapter, memory", "split over 2 processes", "split, memory of a process"),
+        *("split, checkpoint in memory", "split, checkpoint"),
+    ],
 }
 
 
@@ -23,7 +28,7 @@ EXPECTED = {
     "names",
     [
         ["train", "pairs", "read"],
-        pytest.param(["processes", "start", "memory"], marks=pytest.mark.slow),
+        pytest.param(["processes", "start", "memory", "large"], marks=pytest.mark.slow),
     ],
     ids=["here", "processes"],
 )
