@@ -61,7 +61,7 @@ def plan(config: EncodeConfig) -> Plan:
     from flowmatch.models import autoencoder, precision
 
     def check_device() -> str:
-        device = process.pick_device(config.device)
+        device = process.device_of(config)
         precision.check("precision", config.precision, device)
         return device
 

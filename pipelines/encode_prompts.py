@@ -58,7 +58,7 @@ def plan(config: EncodeConfig) -> Plan:
     """Load and learn the pipeline, and encode one prompt to see what a row is."""
     from flowmatch.models import rows, text
 
-    device = process.worker_device(process.pick_device(config.device))
+    device = process.worker_device(process.device_of(config))
     teacher = text.load(config.teacher, "teacher", config.prompts, config.call, device=device)
     table, shared = teacher.encoded(), {}  # type: ignore[var-annotated]
     first = table.encode([table.longest] * 2)

@@ -57,7 +57,7 @@ def plan(config: EvaluateConfig) -> Plan:
     from flowmatch.models import autoencoder, precision, teachers
 
     def check_device() -> str:
-        device = process.pick_device(config.device)
+        device = process.device_of(config)
         precision.check("precision", config.precision, device)
         require("matplotlib", "eval", "evaluate")
         if config.converged_solver == "dopri5":

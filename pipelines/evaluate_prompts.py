@@ -90,7 +90,7 @@ def plan(config: EvaluatePromptsConfig) -> Plan:
                 faults.append(f"{name} has no effect without reference; leave it out")
         if faults:
             raise UserError(faults)
-        return process.worker_device(process.pick_device(config.device))
+        return process.worker_device(process.device_of(config))
 
     def load_models() -> "tuple[TextTeacher, TextTeacher | None]":
         teacher = load_teacher(config)
@@ -157,7 +157,7 @@ def load_teacher(config: EvaluatePromptsConfig) -> "TextTeacher":
         config.call,
         pipeline=config.pipeline,
         dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-        device=process.worker_device(process.pick_device(config.device)),
+        device=process.worker_device(process.device_of(config)),
     )
     texts = teacher.prompts.held_out
     if not texts:

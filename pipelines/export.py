@@ -106,8 +106,10 @@ def plan(config: ExportConfig) -> Plan:
         faults = []
         if not config.steps or min(config.steps) < 1 or max(config.steps) > MOST:
             faults.append(f"steps={config.steps}: expected one or more numbers, from 1 to {MOST:,}")
-        if config.device == "cuda" and config.prompts is None:
-            faults.append("device=cuda: an export is checked on the CPU; leave device out")
+        if config.device not in ("auto", "cpu") and config.prompts is None:
+            faults.append(
+                f"device={config.device}: an export is checked on the CPU; leave device out"
+            )
         for key in ("pipeline", "call"):
             given = config.call.model_dump() if key == "call" else config.pipeline
             if given and config.prompts is None:
@@ -119,7 +121,7 @@ def plan(config: ExportConfig) -> Plan:
         if config.prompts is not None:
             from flowmatch.export import text_folder
 
-            device = process.worker_device(process.pick_device(config.device))
+            device = process.worker_device(process.device_of(config))
             read = text_folder.open_student(
                 config.student, config.prompts, config.call, config.pipeline, device
             )

@@ -82,8 +82,13 @@ def plan(config: PairsConfig) -> Plan:
     from flowmatch.pairs.layout import Layout, bytes_per_pair
 
     def check_device() -> str:
-        device = process.pick_device(config.device)
+        device = process.device_of(config)
         precision.check("precision", config.precision, device)
+        if device == "mps" and (config.solver.name == "dopri5" or config.solver.state == "float64"):
+            raise UserError(
+                "device='mps' has no float64: use a solver of fixed steps with solver.state=float32, or "
+                "device=cpu"
+            )
         if config.solver.name == "dopri5":
             require("torchdiffeq", "eval", "solver.name=dopri5")
         return device
@@ -147,6 +152,7 @@ def plan(config: PairsConfig) -> Plan:
         f"{config.shards * layout.tar_bytes / 1e6:,.1f} MB on disk",
         f"{type(teacher.net).__name__} of {teacher.net.num_parameters():,} parameters, on {device}: "
         f"{cost}",
+        *process.untested(device),
     ]
     if source:
         lines.append(f"inverted: items 0 to {count - 1:,} of the {len(source):,} of the data")
@@ -175,7 +181,7 @@ def load(config: PairsConfig) -> "Teacher":
         config.call,
         pipeline=config.pipeline,
         dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-        device=process.worker_device(process.pick_device(config.device)),
+        device=process.worker_device(process.device_of(config)),
     )
     own, velocity = config.solver.name == "own", teacher.schedule or teacher.script.kind == "flow"
     if own and teacher.round:

@@ -34,6 +34,7 @@ class ReflowConfig(StageConfig):
     """Config of stage three."""
 
     stage: ClassVar[str] = "reflow"
+    others: ClassVar[tuple[str, ...]] = process.OTHERS
     DERIVED: ClassVar[dict[str, str]] = {"fit.steps": "fit.epochs"}
 
     pairs: list[PairsEntry] = required("sets of pairs, mixed in each batch by weight")
@@ -106,7 +107,7 @@ class Plan(folder.Plan):
         config: ReflowConfig = self.config
         if manifest.sealed(config.run_dir):
             return []
-        device = process.worker_device(process.pick_device(config.device))
+        device = process.worker_device(process.device_of(config))
         plain = config.objective.name == "velocity"
         more: Any = {"trained": True}
         cost = flops.of_network(self.start, self.net, config.lora, **more) if plain else None
@@ -126,7 +127,7 @@ def plan(config: ReflowConfig) -> Plan:
     from flowmatch.training import loop
 
     def check_loop() -> str:
-        device = process.pick_device(config.device)
+        device = process.device_of(config)
         loop.check(config.fit, device, process.world_size())
         return device
 
@@ -135,7 +136,7 @@ def plan(config: ReflowConfig) -> Plan:
             features.check(config.loss.features, "loss.features")
 
     def load_start() -> "Teacher":
-        start = load(config, process.worker_device(process.pick_device(config.device)))
+        start = load(config, process.worker_device(process.device_of(config)))
         loop.check_net(config.fit, start.net, start.classes)
         return start
 
@@ -212,6 +213,7 @@ def plan(config: ReflowConfig) -> Plan:
         f"{'with prompts' if config.prompts else 'with labels' if start.classes else 'no labels'}",
         *cuts,
         f"{type(net).__name__} of {net.num_parameters():,} parameters, on {device}",
+        *process.untested(device),
         *(writer.lines(net) if writer else ()),
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / count:.1f} epochs{only}",
         *start.lines,
@@ -228,23 +230,12 @@ def plan(config: ReflowConfig) -> Plan:
 def view(
     config: ReflowConfig, start: "Teacher", first: "PairData", unseen: "list[tuple[PairData, Any]]"
 ) -> "tuple[Preview, list[str]]":
-    """Choose what is drawn and measured while it trains, and say so.
-
-    The pictures are of held-out pairs where there are any, else of the first ones of the first set.
-    """
-    import numpy as np
-
+    """Choose what is drawn and measured while it trains, and say so."""
     from flowmatch.models import autoencoder
     from flowmatch.training import preview
 
     decode, why = preview.decoder(start, autoencoder.of_run(config.start, start.latents))
-    held = None
-    shown = first.batch(np.arange(min(len(first), preview.count(first.shape))))
-    if unseen:
-        data, ids = unseen[0]
-        held = data.batch(ids[: preview.HELD])
-        shown = {n: x[: preview.count(data.shape)] for n, x in held.items()}
-    made = preview.of_pairs(shown, held, config.times.zero == 1, decode)
+    made = preview.of_pairs(first, unseen, config.times.zero == 1, decode)
     assert config.fit.sample_every is not None
     return made, preview.lines(made, config.fit.sample_every, why)
 
@@ -296,7 +287,7 @@ def train(
     if config.prompts is not None and process.world_size() > 1 and not how.shard:
         from flowmatch.models import text
 
-        there = process.worker_device(process.pick_device(config.device))
+        there = process.worker_device(process.device_of(config))
         text.freeze_unused(plan.net.to(there), field, plan.start.shape)
     return fit(
         plan.net,

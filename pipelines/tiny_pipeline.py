@@ -65,10 +65,10 @@ def plan(config: TinyConfig) -> Plan:
 
     def check_device() -> None:
         require("transformers", "text", "tiny_pipeline")
-        if config.device == "cuda":
+        if config.device not in ("auto", "cpu"):
             raise UserError(
-                "device=cuda: the VAE is trained on the CPU, where it depends on data and seed alone; "
-                "leave device out"
+                f"device={config.device}: the VAE is trained on the CPU, where it depends on data "
+                "and seed alone; leave device out"
             )
 
     def check_net() -> None:

@@ -44,10 +44,10 @@ def plan(config: ClassifierConfig) -> Plan:
     from flowmatch.evaluation import features
 
     def check_device() -> None:
-        if config.device == "cuda":
+        if config.device not in ("auto", "cpu"):
             raise UserError(
-                "device=cuda: the classifier is trained on the CPU, where it depends on data and seed "
-                "alone; leave device out"
+                f"device={config.device}: the classifier is trained on the CPU, where it depends on "
+                "data and seed alone; leave device out"
             )
 
     def open_images(key: str) -> "Data":

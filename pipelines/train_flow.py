@@ -35,6 +35,7 @@ class FlowConfig(StageConfig):
     """Config of stage one."""
 
     stage: ClassVar[str] = "train_flow"
+    others: ClassVar[tuple[str, ...]] = process.OTHERS
     DERIVED: ClassVar[dict[str, str]] = {"fit.steps": "fit.epochs"}
 
     data: DataConfig = required("training data")
@@ -105,7 +106,7 @@ def plan(config: FlowConfig) -> Plan:
     from flowmatch.training import loop
 
     def check_loop() -> str:
-        device = process.pick_device(config.device)
+        device = process.device_of(config)
         loop.check(config.fit, device, process.world_size())
         micro, _ = loop.split_batch(config.fit, process.world_size())
         coupling.check(config.coupling, micro)
@@ -133,6 +134,7 @@ def plan(config: FlowConfig) -> Plan:
     lines = [
         f"{len(data)} samples of {list(data.shape)}, {opened.labels}{named}",
         f"{type(net).__name__} of {net.num_parameters():,} parameters, on {device}",
+        *process.untested(device),
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / len(data):.1f} epochs",
         *data.notes,
         *(teacher.lines if teacher else []),
@@ -240,7 +242,7 @@ def open_captioned(config: FlowConfig, pictures: "Data") -> Opened:
         config.call,
         truncate="" if config.data.truncate else "data",
         run_folder="expected a pipeline",
-        device=process.worker_device(process.pick_device(config.device)),
+        device=process.worker_device(process.device_of(config)),
     )
     kind = teacher.script.kind
     if kind != "flow" and config.loss != LossConfig():

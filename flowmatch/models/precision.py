@@ -15,14 +15,14 @@ def check(key: str, precision: str, device: str) -> None:
     Args:
         key: Name of the config's key, for the message.
         precision: "fp32", "tf32", "bf16" or "fp16".
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda", "xpu" or "mps".
 
     Raises:
         UserError: The device does not have it.
     """
-    if precision == "tf32" and device == "cpu":
-        raise UserError(f"{key}='tf32' needs a GPU, and this is a CPU; use fp32")
-    wanting = device != "cpu" and precision in ("tf32", "bf16")
+    if precision == "tf32" and device != "cuda":
+        raise UserError(f"{key}='tf32' needs a GPU of CUDA, and this is {device}; use fp32")
+    wanting = device == "cuda" and precision in ("tf32", "bf16")
     if wanting and torch.cuda.get_device_capability() < (8, 0):
         raise UserError(
             f"{key}={precision!r} needs an Ampere GPU or a newer one, and "

@@ -10,12 +10,14 @@ from flowmatch.data.config import DataConfig, PromptsConfig
 from flowmatch.flow.config import SolverConfig
 from flowmatch.models.config import CallConfig, Precision
 from flowmatch.runs.config import StageConfig
+from flowmatch.runs.process import OTHERS
 
 
 class PairsConfig(StageConfig):
     """Config of stage two."""
 
     stage: ClassVar[str] = "generate_pairs"
+    others: ClassVar[tuple[str, ...]] = OTHERS
 
     teacher: LocalPath = required(
         "a finished training stage (its EMA weights), a diffusers flow model, or a diffusers pipeline "

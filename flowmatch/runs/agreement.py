@@ -29,7 +29,7 @@ def facts(plan: Plan, work: bool) -> dict[str, Any]:
     found |= {f"(version) {name}": metadata.version(name) for name in LIBRARIES}
     found["(version) flowmatch"] = flowmatch.__version__
     found["(code) flowmatch"] = code_digest()
-    found["(device)"] = process.pick_device(config.device)
+    found["(device)"] = process.device_of(config)
     found["(processes)"] = process.world_size()
     found["(run_dir) unfinished"] = work
     return found

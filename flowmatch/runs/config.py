@@ -15,8 +15,12 @@ class StageConfig(Config):
     run_dir: Place = required(
         "the stage's own folder; made if it does not exist", run=True, min_length=1
     )
-    device: Literal["auto", "cpu", "cuda"] = option(
-        "auto", "device of the networks; auto uses a GPU if there is one", run=True
+    others: ClassVar[tuple[str, ...]] = ()  # devices beside cpu and cuda that the stage takes
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = option(
+        "auto",
+        "device of the networks; auto uses a GPU of CUDA if there is one, else in one process of flow, "
+        "pairs and reflow an Intel GPU (xpu) or Apple's (mps), on which flowmatch is not tested",
+        run=True,
     )
     seed: int = option(0, "seed of every random number of the stage", ge=0, lt=2**63)
 

@@ -112,8 +112,12 @@ def _hash_of(path: Path) -> Path:
 
 def allow_readers(*files: str | os.PathLike[str]) -> None:
     """Give files the mode of any new file: safetensors writes 0600, which nobody else can read."""
-    status = Path("/proc/self/status").read_text()  # os.umask could not read it without changing it
-    umask = int(status.partition("Umask:")[2].split()[0], 8)
+    try:
+        status = Path("/proc/self/status").read_text()
+        umask = int(status.partition("Umask:")[2].split()[0], 8)
+    except OSError:  # not Linux: it can be read by changing it alone
+        umask = os.umask(0o022)
+        os.umask(umask)
     for file in files:
         os.chmod(file, 0o666 & ~umask)
 

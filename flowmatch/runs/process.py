@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from flowmatch.config import UserError
@@ -44,13 +45,52 @@ def bar_options() -> dict[str, Any]:
     return {"disable": not leads(), "mininterval": 1 if sys.stderr.isatty() else 30}
 
 
-def pick_device(device: str) -> str:
-    """Resolve `auto`; raise UserError where a GPU is asked for and there is none."""
+OTHERS = ("xpu", "mps")  # devices that no machine of the tests has
+
+
+def pick_device(device: str, others: Sequence[str] = ()) -> str:
+    """Resolve `auto`.
+
+    Args:
+        device: auto, cpu, cuda, xpu or mps.
+        others: Which of the last two the stage takes; `auto` uses them in a single process alone.
+
+    Raises:
+        UserError: A device is asked for that torch does not see here, that the stage does not take, or
+            that several processes would share.
+    """
     import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device='cuda': torch sees no GPU here; use device=auto or device=cpu")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return device
+    if device in OTHERS and device not in others:
+        raise UserError(
+            f"device={device!r}: only flow, pairs and reflow run there; use device=cpu for this stage"
+        )
+    seen = [kind for kind in ("cuda", *OTHERS) if _backend(torch, kind).is_available()]
+    if device == "auto":
+        taken = ("cuda", *(others if world_size() == 1 else ()))
+        return next((kind for kind in seen if kind in taken), "cpu")
+    if device not in seen:
+        what = "no GPU" if device == "cuda" else f"no {device} device"
+        raise UserError(f"device={device!r}: torch sees {what} here; use device=auto or device=cpu")
+    if device in OTHERS and world_size() > 1:
+        raise UserError(f"device={device!r}: one process alone; start one, or use device=cpu")
+    return device
+
+
+def _backend(torch: Any, kind: str) -> Any:
+    return torch.backends.mps if kind == "mps" else getattr(torch, kind)
+
+
+def device_of(config: Any) -> str:
+    """Resolve the device of a stage's config, as `pick_device`."""
+    return pick_device(config.device, config.others)
+
+
+def untested(device: str) -> list[str]:
+    """Say in a plan that flowmatch is not tested on a device; nothing for the others."""
+    return [f"{device}: flowmatch's tests have no such device"] if device in OTHERS else []
 
 
 def worker_device(device: str) -> str:
@@ -75,7 +115,7 @@ def start_accelerator(device: str, **options: Any) -> Any:
 
     environment.settle()
     torch.backends.cudnn.allow_tf32 = False
-    kind = pick_device(device)
+    kind = pick_device(device, () if device == "auto" else OTHERS)
     if kind == "cuda" and world_size() > 1 and "LOCAL_RANK" not in os.environ:
         raise UserError(
             "LOCAL_RANK is missing: the number of this process on its machine, which is that of its GPU"

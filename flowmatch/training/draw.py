@@ -28,11 +28,13 @@ class Drawn:
     label: Tensor | None  # int64 [B]
 
     def to(self, device: torch.device) -> "Drawn":
-        """Copy to a device, through pinned memory where that is a GPU."""
+        """Copy to a device, through pinned memory where that is one of CUDA."""
 
         def move(x: Tensor | None) -> Any:
             if x is None or device.type == "cpu":
                 return x
+            if device.type != "cuda":
+                return x.to(device)
             return x.pin_memory().to(device, non_blocking=True)
 
         return Drawn(move(self.x0), move(self.x1), move(self.t), move(self.u), move(self.label))

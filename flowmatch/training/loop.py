@@ -24,7 +24,7 @@ from flowmatch.models import precision
 from flowmatch.models.velocity import Velocity
 from flowmatch.runs import checkpoints, group, stopping
 from flowmatch.runs.folder import RunFolder
-from flowmatch.runs.process import leads, say, start_accelerator
+from flowmatch.runs.process import OTHERS, leads, pick_device, say, start_accelerator
 from flowmatch.training import compilation, ema, hardware, trackers
 from flowmatch.training.bar import Bar
 from flowmatch.training.config import FitConfig
@@ -66,7 +66,7 @@ def check(config: FitConfig, device: str, processes: int) -> None:
 
     Args:
         config: The training loop.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda", "xpu" or "mps".
         processes: Number of processes.
 
     Raises:
@@ -74,6 +74,7 @@ def check(config: FitConfig, device: str, processes: int) -> None:
     """
     for width in config.ema:
         ema.gamma(width)
+    check_other(config, device)
     if config.precision == "fp16" and device == "cpu":
         raise UserError("fit.precision='fp16' needs a GPU; use bf16 or fp32 on a CPU")
     precision.check("fit.precision", config.precision, device)
@@ -116,6 +117,20 @@ def check(config: FitConfig, device: str, processes: int) -> None:
                 raise UserError(f"fit.trackers: {name} is unknown; Accelerate has {known}")
             if name not in here:
                 raise UserError(f"fit.trackers: {name} is not installed; pip install {name}")
+
+
+def check_other(config: FitConfig, device: str) -> None:
+    """Refuse what no device but a CPU or one of CUDA does. Raises UserError."""
+    if device not in OTHERS:
+        return
+    given = {
+        f"fit.precision={config.precision!r}": config.precision in ("fp16", "tf32"),
+        "fit.compile=true": config.compile,
+        "fit.shard=true": config.shard,
+        f"fit.optimizer={config.optimizer}": config.optimizer != "adamw",
+    }
+    if faults := [key for key, used in given.items() if used]:
+        raise UserError([f"{key}: not on device={device}; leave it out" for key in faults])
 
 
 def check_net(config: FitConfig, net: Any, classes: int | None) -> None:
@@ -175,7 +190,7 @@ def fit(
         t_config: Density of the times.
         objective: From `objectives.build`; a module in it is on the device already.
         seed: Seed of the noise, the times, the label drop and the dropout masks.
-        device: "auto", "cpu" or "cuda".
+        device: "auto", "cpu", "cuda", "xpu" or "mps".
         field: Makes the velocity of the network, or of its wrapper.
         writer: Writes the averaged networks; default: as diffusers writes a network.
         preview: What is drawn and measured every `sample_every` updates, and at the end.
@@ -191,7 +206,7 @@ def fit(
     """
     with stopping.heard(run.name, defer=True), precision.restored():
         accelerator = start_accelerator(
-            device,
+            pick_device(device, OTHERS),
             mixed_precision=config.precision if config.precision in ("bf16", "fp16") else "no",
             log_with=trackers.choose(config.trackers, run.folder) or None,
             project_dir=str(run.folder),

@@ -87,19 +87,25 @@ def of_noise(
 
 
 def of_pairs(
-    shown: Mapping[str, Any],
-    held: Mapping[str, Any] | None,
+    first: Any,
+    unseen: Sequence[tuple[Any, np.ndarray]],
     one_step: bool,
     decode: Decode | None = None,
 ) -> Preview:
     """Preview stage three: 1, 2 and 4 steps beside the teacher's end, and the loss on held-out pairs.
 
     Args:
-        shown: x0, x1 and perhaps label of the pairs of the picture.
-        held: The same of pairs that training does not see.
+        first: A set (`PairData`), of which the first pairs are drawn where none are held out.
+        unseen: Sets, and the ids of their pairs that training does not see; the first is used.
         one_step: Whether the network learns t = 0 alone, and samples in one step.
         decode: As in `Preview`.
     """
+    if unseen:
+        data, ids = unseen[0]
+        held = data.batch(ids[:HELD])
+        shown = {name: x[: count(data.shape)] for name, x in held.items()}
+    else:
+        held, shown = None, first.batch(np.arange(min(len(first), count(first.shape))))
     steps, times = ((1,), (0.0,)) if one_step else ((1, 2, 4), TIMES)
     return Preview(shown["x0"], shown.get("label"), steps, shown["x1"], held, times, decode)
 

@@ -102,7 +102,10 @@ class State:
             for folder, decay in zip(NETS, decays or [usual], strict=False)
         }
         # sums of the losses and of the coupling's costs, and the number of updates
-        self.window = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        wide = (
+            torch.float32 if accelerator.device.type == "mps" else torch.float64
+        )  # it has no more
+        self.window = torch.zeros(3, dtype=wide, device=accelerator.device)
         self.bad_step = torch.zeros((), device=accelerator.device)  # the first that is not finite
         self.skipped = 0  # fp16 updates in a row
         if saved:

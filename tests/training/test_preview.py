@@ -134,6 +134,9 @@ def test_stage_three_shows_the_teachers_ends_and_measures_pairs_that_it_holds_ou
     tile = 7 * 8 + pictures.GAP
     assert sheet.size == (pictures.LABEL + 10 * tile, 4 * tile)
     data = PairData(tmp_path / "pairs")
+    alone = preview.of_pairs(data, [], one_step=True)
+    assert (alone.steps, alone.times, alone.held) == ((1,), (0.0,), None)
+    assert torch.equal(alone.ends, data.batch(np.arange(10))["x1"])
     held = data.batch(np.arange(20, 32))
     wanted = ((held["x1"][0, 0] / 2 + 0.5).clamp(0, 1) * 255).round().numpy()
     shown = np.asarray(sheet.convert("RGB"))[3 * tile + 3 :: 7, pictures.LABEL + 3 :: 7, 0]
@@ -184,7 +187,6 @@ def test_points_latents_and_other_shapes_are_drawn_or_told():
     assert preview.lines(made, 5) == [
         "every 5 updates: no pictures (none are drawn of [2, 16]); no held-out loss"
     ]
-    assert preview.of_pairs({"x0": 0, "x1": 0}, None, True).steps == (1,)
 
 
 def test_sharded_weights_are_on_no_process():
