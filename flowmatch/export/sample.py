@@ -44,7 +44,7 @@ def words(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
-def numbers(labels: list[str], names: dict[str, str], classes: int) -> list[int]:
+def numbers(labels: list[str], names: dict[Any, str], classes: int) -> list[int]:
     """Return the numbers of classes that are given by number or name. Raises UserError."""
     known = {name: int(k) for k, name in names.items()}
     found = [known.get(word, int(word) if word.isdecimal() else classes) for word in labels]
@@ -119,8 +119,8 @@ def sample(
     if not hasattr(pipe, "unet"):
         raise UserError(f"{export}: {type(pipe).__name__} is not the pipeline of an export")
     classes = classes_of(pipe.unet) or 0
-    named = (sealed["facts"].get("id2label") or {}) if sealed is not None else {}
-    chosen = numbers(labels or [], named, classes)
+    named = getattr(pipe, "id2label", {}) or (sealed or {"facts": {}})["facts"].get("id2label")
+    chosen = numbers(labels or [], named or {}, classes)
     pipe.set_progress_bar_config(disable=True)
     shape = sample_shape(pipe.unet)
     more: dict[str, Any] = {}

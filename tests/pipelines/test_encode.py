@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DModel, VQModel
+from PIL import Image
 
 from flowmatch.config import UserError, validate
 from flowmatch.data import dataset
@@ -14,7 +15,8 @@ from flowmatch.data.config import DataConfig
 from flowmatch.evaluation import figures
 from flowmatch.export import model_card, network_folder
 from flowmatch.export.fresh import Fresh
-from flowmatch.models import autoencoder
+from flowmatch.export.sample import sample
+from flowmatch.models import autoencoder, teachers
 from flowmatch.models.teachers import Teacher
 from flowmatch.runs import manifest
 from pipelines import encode, evaluate, export, generate_pairs, inspect_pairs, reflow, train_flow
@@ -154,10 +156,10 @@ def test_a_stock_class_returns_pictures(root, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     image = pipe(num_inference_steps=1).images[0]
     assert (image.size, image.mode) == ((16, 16), "RGB")
-    from flowmatch.export.sample import sample
-
     told = sample(str(root / "export"), 1, tmp_path / "out", 3, 0)
     assert told.startswith("wrote 3 images")
+    known = manifest.read(root / "encode", "run")["facts"]["latents"]
+    assert teachers.load(root / "export", "teacher").latents == known  # as a teacher again
 
 
 @pytest.mark.parametrize("kind", [VQModel, AutoencoderKL])
@@ -183,6 +185,10 @@ def test_ours_where_there_is_no_stock_class(tmp_path, kind):
         differences = network_folder.compare(tmp_path / "out", student, chosen, [1], 0, fresh, vae)
     assert differences[1]["latent"] <= network_folder.TOLERANCE
     assert "vae/config.json" in written
+    told = sample(str(tmp_path / "out"), 1, tmp_path / "pictures", 2, 0, ["dog"])
+    assert told.startswith("wrote 2 images")
+    assert Image.open(tmp_path / "pictures" / "00.png").size == (8, 16)
+    assert teachers.load(tmp_path / "out", "teacher").shape == (3, 8, 4)
 
 
 def test_latents_of_three_channels_are_no_pictures(tmp_path):
