@@ -15,6 +15,7 @@ from torch.nn import functional
 from flowmatch.config import UserError, require
 from flowmatch.evaluation.config import EvaluatePromptsConfig
 from flowmatch.models.digest import module_digest
+from flowmatch.models.pipeline import with_lost
 from flowmatch.models.watch import quiet
 
 FAILURES = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError)
@@ -71,7 +72,7 @@ class Dino:
         from transformers import AutoImageProcessor, AutoModel
 
         with quiet():
-            self.net = AutoModel.from_pretrained(path).eval().to(device)
+            self.net: Any = whole(AutoModel, path).to(device)
             self.process = AutoImageProcessor.from_pretrained(path)
         self.device, self.digest = device, module_digest(self.net)
 
@@ -102,7 +103,7 @@ class Clip:
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
         with quiet():
-            self.net: Any = CLIPModel.from_pretrained(path).eval().to(device)
+            self.net: Any = whole(CLIPModel, path).to(device)
             self.process = AutoImageProcessor.from_pretrained(path)
             self.tokenize = AutoTokenizer.from_pretrained(path)
         self.device, self.digest = device, module_digest(self.net)
@@ -130,6 +131,16 @@ class Clip:
             "clip_text": text,
             "clip_text_difference": text - self.own_text,
         }
+
+
+def whole(kind: Any, path: str) -> Any:
+    """Load a model of transformers, which draws at random what its files lack: that is refused."""
+    model, lost = with_lost(kind, path)
+    if lost := [
+        name for name in lost if not name.startswith("pooler.")
+    ]:  # which nothing here reads
+        raise ValueError(f"its files lack weights: {', '.join(lost[:3])}")
+    return model.eval()
 
 
 def as_bytes(pictures: Tensor) -> list[Any]:

@@ -68,7 +68,49 @@ def open_pipeline(
     }
     try:
         with quiet():
-            return diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, **empty)
+            models = text_models(path, {n: v for n, v in listed.items() if n not in empty}, dtype)
+            given = {name: model for name, (model, _) in models.items()} | empty
+            pipe = diffusers.DiffusionPipeline.from_pretrained(path, dtype=dtype, **given)
     except Exception as error:  # damaged files, and classes of diffusers, raise anything
         told = " ".join(str(error).split())
         raise UserError(f"{key}={path}: this pipeline cannot be loaded: {told[:300]}") from None
+    lost = [f"{name}: {weight}" for name, (_, told) in models.items() for weight in told]
+    parts = [item for item in pipe.components.items() if isinstance(item[1], torch.nn.Module)]
+    lost += [
+        f"{name}: {w}" for name, part in parts for w, p in part.named_parameters() if p.is_meta
+    ]
+    if lost:
+        more = f", and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise UserError(f"{key}={path}: its files lack weights: {', '.join(lost[:3])}{more}")
+    return pipe
+
+
+def text_models(
+    path: str | os.PathLike[str], listed: dict[str, Any], dtype: torch.dtype
+) -> dict[str, tuple[Any, list[str]]]:
+    """Load the models of transformers, which draws at random what their files lack.
+
+    Args:
+        path: Of the pipeline.
+        listed: Its components, as in model_index.json.
+        dtype: Of the weights.
+
+    Returns:
+        For each its name, the model, and the names of the weights that its files lack.
+    """
+    import transformers
+
+    found = {}
+    for name, (library, kind, *_) in listed.items():
+        known = getattr(transformers, str(kind), None) if library == "transformers" else None
+        if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
+            found[name] = with_lost(known, path, subfolder=name, dtype=dtype)
+    return found
+
+
+def with_lost(
+    kind: Any, path: str | os.PathLike[str], **where: Any
+) -> tuple[torch.nn.Module, list[str]]:
+    """Load a model of transformers; return it, and the names of the weights that its files lack."""
+    model, told = kind.from_pretrained(path, output_loading_info=True, **where)
+    return model, sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})

@@ -1,6 +1,7 @@
 """Evaluation on prompts: closed forms of its measures, and a tiny SD3 pipeline from end to end."""
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from flowmatch.config import UserError
 from flowmatch.evaluation import (
@@ -283,6 +285,17 @@ def test_the_perceptual_distance_is_that_of_torchmetrics(monkeypatch):
     assert (far > 0).all()
     theirs = lpip.LearnedPerceptualImagePatchSimilarity("alex", normalize=True)(x, y)
     assert far.mean() == pytest.approx(float(theirs))
+
+
+@pytest.mark.parametrize("kind", ["Clip", "Dino"])
+def test_a_network_whose_files_lack_weights_compares_nothing(judges_folder, tmp_path, kind):
+    place = tmp_path / kind
+    shutil.copytree(judges_folder / {"Clip": "clip", "Dino": "vit"}[kind], place)
+    weights = load_file(place / "model.safetensors")
+    lost = next(name for name in sorted(weights) if "layer" in name and "pooler" not in name)
+    save_file({n: w for n, w in weights.items() if n != lost}, place / "model.safetensors")
+    with pytest.raises(ValueError, match="its files lack weights: "):
+        getattr(comparisons, kind)(str(place), "cpu")
 
 
 def test_what_cannot_be_evaluated_is_refused(made):

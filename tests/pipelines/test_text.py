@@ -1,12 +1,14 @@
 """Pipelines that read prompts through stages two and three: pairs, their bytes, and reflow on them."""
 
 import json
+import shutil
 import subprocess
 import tarfile
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flowmatch.config import UserError
 from flowmatch.data.config import PromptsConfig
@@ -174,6 +176,19 @@ def test_what_does_not_fit_is_refused(made, tmp_path):
     longer.write_text("fox " * 400 + "\n")
     with pytest.raises(UserError, match="prompt 1 has .* tokens, of which .* are kept"):
         run(generate_pairs, *pair_words(name, folder, "wrong"), f"prompts={longer}")
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_a_pipeline_whose_files_lack_weights_is_refused(made, tmp_path, part):
+    """Their libraries draw them at random, or leave them out."""
+    _, folder = made
+    shutil.copytree(folder / "pipe", tmp_path / "pipe")
+    (file,) = (tmp_path / "pipe" / part).glob("*.safetensors")
+    weights = load_file(file)
+    lost = max(name for name in weights if name.endswith("weight"))
+    save_file({n: w for n, w in weights.items() if n != lost}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"its files lack weights: {part}: .*{lost[-20:]}$"):
+        open_pipeline(tmp_path / "pipe", "teacher")
 
 
 def test_a_list_that_grew_at_its_end_serves_the_pairs_of_before(made, tmp_path):
