@@ -136,7 +136,7 @@ def refuse_other(work: Conversion) -> None:
     """Raise UserError where the folder holds another thing than this conversion."""
     names = [name for name in work.store.names() if name != parts.META]
     sealed = manifest.find(work.store, "OUT", [STAGE])
-    if names and sealed is None and parts.META not in work.store.names():
+    if names and sealed is None and not parts.begun(work.store):
         raise UserError(f"OUT={work.out} holds other files, such as {names[0]}; use another folder")
     parts.missing(work.store, range(work.data.shards + 1), work.fingerprint)
 

@@ -78,6 +78,8 @@ def bring(call: argparse.Namespace) -> None:
     for line in work.lines():
         process.say(f"import: {one_line(line)}")
     sealed = manifest.find(work.store, "OUT", [STAGE])
+    if work.store.names() and sealed is None and shards.META not in work.store.names():
+        raise UserError(f"OUT={out} holds other files; use another folder")
     missing = shards.missing(work.store, range(work.shards), work.fingerprint)
     if sealed is not None and sealed["facts"]["fingerprint"] != work.fingerprint:
         raise UserError(f"OUT={out} holds another set; use another folder")

@@ -144,13 +144,16 @@ class Conversion:
         store, last = self.store, self.data.shards
         store.make(parts.META)
         parts.sweep(store)
-        joined = not parts.missing(store, [last], self.fingerprint)
-        left = partial(parts.missing, joined=joined)
-        self._claim(range(last), left, self._build)
+        self._claim(range(last), self._left, self._build)
         self._claim(range(last, last + 1), parts.missing, self._join)
-        parts.tidy(store)
+        parts.tidy(store, range(last))
         self.verify()
         self._seal()
+
+    def _left(self, store: Store, numbers: Sequence[int], fingerprint: str) -> list[int]:
+        """List the parts that are not made, of which another worker may have joined some by now."""
+        joined = not parts.missing(store, [self.data.shards], fingerprint)
+        return parts.missing(store, numbers, fingerprint, joined)
 
     def _claim(self, numbers: range, left: Any, build: Any) -> None:
         todo = leases.claim(
@@ -182,7 +185,9 @@ class Conversion:
     def samples(self, ids: range) -> Iterator[Sample]:
         """Yield pairs as samples, in their order."""
         if not self.to.pictures:
-            yield from map(self._sample, ids)
+            for i in ids:
+                stopping.leave_if_asked()
+                yield self._sample(i)
             return
         for begin in range(0, len(ids), DECODED):
             some = [self._sample(i) for i in ids[begin : begin + DECODED]]

@@ -249,6 +249,7 @@ class Import:
     def _blocks(self, k: int) -> Iterator[Any]:
         layout = self.layout
         for block in range(layout.blocks):
+            stopping.leave_if_asked()
             ids = layout.numbers(k, block)
             some = [self._checked(i) for i in ids.tolist()]
             x0, x1 = (np.stack([getattr(one, name) for one in some]) for name in ("x0", "x1"))

@@ -94,11 +94,18 @@ def make(store: Store, k: int, fingerprint: str, build: Callable[[Path], None]) 
     store.write(sidecar_name(k), json.dumps(facts, indent=1, sort_keys=True) + "\n")
 
 
-def tidy(store: Store) -> None:
+def tidy(store: Store, parts: Sequence[int]) -> None:
     """Remove the files of parts that are joined."""
-    for name in store.names():
-        if name.startswith(".") and name != META:
-            store.remove(name)
+    contents = store.read_all([sidecar_name(k) for k in parts])
+    for facts in (facts_of(content) for content in contents if content is not None):
+        for name in (facts or {"files": {}})["files"]:
+            if name.startswith("."):
+                store.remove(name)
+
+
+def begun(store: Store) -> bool:
+    """Return whether a folder holds a part, or one that is being built."""
+    return any(name.startswith(("part-", BUILT)) for name in store.names(META))
 
 
 def sweep(store: Store) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from flowmatch import cli
 from flowmatch.bridge import importing, parts
+from flowmatch.bridge.conversion import Conversion
 from flowmatch.bridge.formats import FORMATS
 from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import manifest
@@ -268,16 +270,17 @@ def test_workers_that_are_killed_at_any_moment_lose_their_part_alone(tmp_path, t
     made = sets.make(tmp_path / "pairs", LATENT, times=sets.TIMES, prompts=True, number=20)
     convert(made, to, tmp_path / "whole")
     words = ["pipelines.convert_pairs", made.folder, "--to", to, tmp_path / "out"]
-    rng, kills, ended = np.random.default_rng(0), 0, None
-    while ended != 0:
+    words += ["--lease-seconds", "5"]  # where the number of a dead worker is another's by now
+    rng, kills = np.random.default_rng(0), 0
+    for _ in range(6):
         worker = forked.Popen(words, stdout=forked.PIPE, stderr=forked.STDOUT)
         assert worker.stdout.readline()  # the plan: work begins
-        time.sleep(rng.uniform(0, 0.15) if kills < 6 else 30)
-        if worker.poll() is None:
-            worker.kill()
-            kills += 1
-        ended = worker.wait()
+        time.sleep(rng.uniform(0, 0.15))
+        kills += worker.poll() is None
+        worker.kill()
+        worker.wait()
     assert kills > 1
+    forked.run(words, timeout=60, check=True)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
@@ -293,6 +296,45 @@ def test_a_file_that_is_lost_is_made_again_and_no_other(latents, tmp_path, capsy
         capsys.readouterr()
         convert(latents, to, out)
         assert "is sealed: nothing to do" in capsys.readouterr().out
+
+
+def test_a_worker_that_comes_when_others_have_joined_makes_no_part_again(latents, tmp_path):
+    """Files of parts are gone then; who waited for the last of them must not make them again."""
+    convert(latents, "self-forcing", tmp_path / "out")
+    data = PairData(latents.folder)
+    work = Conversion(data, FORMATS["self-forcing"], tmp_path / "out")
+    assert parts.missing(work.store, range(3), work.fingerprint) == [0, 1, 2]
+    assert work._left(work.store, range(3), work.fingerprint) == []
+
+
+def test_other_hidden_files_stay(latents, tmp_path):
+    convert(latents, "self-forcing", tmp_path / "out")
+    (tmp_path / "out" / ".keep").touch()
+    (tmp_path / "out" / "manifest.json").unlink()
+    convert(latents, "self-forcing", tmp_path / "out")
+    assert (tmp_path / "out" / ".keep").exists()
+
+
+def test_the_command_finds_them_and_a_damaged_import_is_made_again(latents, tmp_path, capsys):
+    words = ["convert", latents.folder, "--to", "npy", tmp_path / "set"]
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(word) for word in words])
+    assert left.value.code == 0
+    again = ["import", tmp_path / "set", "--from", "npy", tmp_path / "back", "--shard-size", 6]
+    with pytest.raises(SystemExit) as left:
+        cli.main([str(word) for word in again])
+    assert left.value.code == 0
+    whole = tree(tmp_path / "back")
+    with open(tmp_path / "back/pairs-000002.tar", "r+b") as file:
+        file.seek(2000)
+        file.write(b"xx")
+    capsys.readouterr()
+    assert verify_pairs.main([str(tmp_path / "back"), "--full", "--repair"]) == 2
+    assert f"flowmatch import SOURCE --from npy {tmp_path}/back" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([str(word) for word in again])
+    (tmp_path / "back/pairs-000002.tar.bad").unlink()
+    assert tree(tmp_path / "back") == whole
 
 
 def test_an_import_is_killed_and_repeated(latents, tmp_path, monkeypatch):
@@ -437,6 +479,10 @@ def test_what_cannot_be_converted_is_refused_in_a_line(
     (tmp_path / "full").mkdir()
     write(tmp_path / "full" / "mine.txt", "")
     assert "holds other files, such as mine.txt" in said(points, "npy", place=tmp_path / "full")
+    shutil.copytree(points.folder, tmp_path / "unsealed")
+    (tmp_path / "unsealed" / "manifest.json").unlink()
+    assert "holds other files" in said(points, "npy", place=tmp_path / "unsealed")
+    assert "holds the result of generate_pairs" in said(points, "npy", place=points.folder)
     convert(points, "npy", tmp_path / "other")
     assert "another set, or with other options" in said(pictures, "npy", place=tmp_path / "other")
     import importlib.util
@@ -528,3 +574,19 @@ def test_latents_of_a_vae_become_pictures_and_latents_again(tmp_path):
     batch = bring(tmp_path / "set", "diffsynth", tmp_path / "back", *more).batch(range(6))
     assert torch.allclose(batch["x1"], vae.encode(x), atol=1e-5)
     assert np.array_equal(batch["x0"].numpy(), made.x0)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_worker_between_two_samples(tmp_path):
+    made = sets.make(tmp_path / "pairs", (16, 64, 64), number=2, size=400)
+    words = ["pipelines.convert_pairs", made.folder, "--to", "fastvideo", tmp_path / "out"]
+    worker = forked.Popen(words, stdout=forked.PIPE, stderr=forked.STDOUT)
+    meta = tmp_path / "out" / ".meta"
+    while not list(meta.glob("build-*/samples/*.pt")):
+        time.sleep(0.01)
+        assert worker.poll() is None
+    worker.terminate()
+    text, _ = worker.communicate(60)
+    assert worker.returncode == 75, text
+    assert "stopped by SIGTERM; repeat the command to go on" in text
+    assert not list(meta.iterdir())
