@@ -39,7 +39,7 @@ figure { margin: .6rem 0; } svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; } svg .axis { stroke: var(--line); }
 svg .curve { stroke: var(--mark); stroke-width: 2; fill: none; stroke-linejoin: round; }
 svg .dot { fill: var(--mark); }
-img { max-width: 100%; display: block; } .wide { overflow-x: auto; }
+img { max-width: max(100%, 30rem); display: block; } .wide { overflow-x: auto; }
 summary { cursor: pointer; color: var(--soft); margin: .6rem 0; }
 """
 DOCUMENT = """<!doctype html>

@@ -31,6 +31,7 @@ flow:  # stage one: train a flow
     epochs: 200  # passes over the pictures; or steps: 4000
     batch_size: 64
     lr: 1.0e-3
+    sample_every: 250  # updates between two pictures of samples: flowmatch monitor runs/{name}
   times: {{name: logit_normal}}
 
 pairs:  # stage two: noise and where the flow carries it
@@ -45,6 +46,7 @@ reflow:  # stage three: train on the pairs, to sample in one step
     epochs: 20  # passes over the pairs; or steps: 2500
     batch_size: 64
     lr: 1.0e-3
+    sample_every: 250
   times: {{name: noise_heavy, zero: 0.5}}
   loss: {{name: normalised, power: 1.0}}
 

@@ -74,6 +74,14 @@ def test_a_constant_run_that_grows_is_the_longer_run(tmp_path):
     assert "fit.steps: 60 -> 30" in said
 
 
+def test_a_run_grows_by_epochs(tmp_path):
+    words = ("fit.decay=constant", "data.samples=40")
+    train(tmp_path / "flow", *words, "fit.epochs=2")
+    said = train(tmp_path / "flow", *words, "fit.epochs=4")
+    assert "grows from 10 updates to 20, and goes on at 10" in said
+    assert facts(tmp_path / "flow")["earlier_steps"] == [10]
+
+
 def test_a_run_that_has_decayed_grows_by_its_decay(tmp_path):
     flow = tmp_path / "flow"
     train(flow, "fit.steps=40")
