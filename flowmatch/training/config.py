@@ -74,9 +74,10 @@ class FitConfig(Config):
         "with less memory and more time",
         run=True,
     )
-    shard: bool = option(
+    shard: bool | Literal["machine"] = option(
         False,
-        "split weights, optimizer and EMA over the processes (FSDP2), where one GPU is too small",
+        "split weights, optimizer and EMA over the processes (FSDP2), where one GPU is too small; "
+        "machine: over those of each machine, so that only gradients go over the network",
         run=True,
     )
     log_every: int = option(50, "updates between two readings of the loss", run=True, ge=1)

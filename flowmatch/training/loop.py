@@ -25,7 +25,7 @@ from flowmatch.models.velocity import Velocity
 from flowmatch.runs import checkpoints, group, stopping
 from flowmatch.runs.folder import RunFolder
 from flowmatch.runs.process import OTHERS, leads, pick_device, say, start_accelerator
-from flowmatch.training import compilation, ema, hardware, trackers
+from flowmatch.training import compilation, ema, hardware, sharding, trackers
 from flowmatch.training.bar import Bar
 from flowmatch.training.config import FitConfig
 from flowmatch.training.draw import Ahead, Drawn, Stream, draw, mask_seed
@@ -87,6 +87,7 @@ def check(config: FitConfig, device: str, processes: int) -> None:
             )
     if config.shard and processes == 1:
         raise UserError("fit.shard=true needs more than one process; leave it out")
+    sharding.processes_of(config.shard)
     if config.shard and config.precision == "fp16":
         raise UserError(
             "fit.shard=true cannot be combined with fit.precision='fp16', whose gradients are scaled; "

@@ -18,7 +18,7 @@ from flowmatch.models import adapters, flops
 from flowmatch.runs.config import StageConfig
 from flowmatch.runs.folder import RunFolder
 from flowmatch.runs.process import world_size
-from flowmatch.training import loop
+from flowmatch.training import loop, sharding
 from flowmatch.training.config import FitConfig
 
 UPDATES = 3
@@ -79,7 +79,7 @@ def check_room(net: Any, config: FitConfig, device: str) -> None:
     Raises:
         UserError: They do not; the message names the key that makes them fit.
     """
-    found, has, count = sizes(net, config), room(device), world_size() if config.shard else 1
+    found, has, count = sizes(net, config), room(device), sharding.processes_of(config.shard)
     need = found.state // count
     if need <= has:
         return
@@ -117,12 +117,15 @@ class Rehearsal:
     memory: float
 
 
-def rehearse(run: Callable[..., Any], config: FitConfig) -> Rehearsal:
+def rehearse(
+    run: Callable[..., Any], config: FitConfig, clock: Callable[[], float] = time.perf_counter
+) -> Rehearsal:
     """Make three updates of a run, and throw them away.
 
     Args:
         run: `run(folder, config, on_log)` trains by `loop.fit`, from the start.
         config: The training loop.
+        clock: Seconds, by which the updates are timed.
 
     Returns:
         What was measured.
@@ -135,7 +138,7 @@ def rehearse(run: Callable[..., Any], config: FitConfig) -> Rehearsal:
     logged: list[tuple[float, float]] = []
 
     def on_log(step: int, values: dict[str, float]) -> None:
-        logged.append((time.perf_counter(), values["memory_gb"] * 1e9))
+        logged.append((clock(), values["memory_gb"] * 1e9))
         if len(logged) == UPDATES:
             raise Enough
 
@@ -185,7 +188,7 @@ def lines(
     """
     check_room(net, config, device)
     found, world, batch = sizes(net, config), world_size(), config.batch_size
-    state = found.state // (world if config.shard else 1)
+    state = found.state // sharding.processes_of(config.shard)
     disk = (
         f"{state / 1e9:,.3g} GB of weights, gradients, optimizer and EMA a process; a checkpoint has "
         f"{found.checkpoint / 1e9:,.3g} GB, {config.keep + 1} of them at most"

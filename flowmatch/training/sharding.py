@@ -4,18 +4,37 @@ Other modules treat a sharded network like any network. A checkpoint holds the r
 (`behind`): a run can go on with another number of processes, sharded or not.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flowmatch.config import UserError
 from flowmatch.models.network import Network
 from flowmatch.runs import parts
 from flowmatch.runs.process import leads, world_size
 
 
-def shard(net: Network, device: torch.device) -> None:  # collective: every rank
+def processes_of(shard: bool | str) -> int:
+    """Return over how many processes `fit.shard` splits: those of the job, or of one machine.
+
+    Raises:
+        UserError: The machines have different numbers of processes, or one each.
+    """
+    if shard != "machine":
+        return world_size() if shard else 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    if local < 2 or world_size() % local:
+        raise UserError(
+            f"fit.shard=machine: {world_size()} processes, {local} of them on this machine; expected "
+            "the same number on each, two or more, or use fit.shard=true"
+        )
+    return local
+
+
+def shard(net: Network, device: torch.device, share: int) -> None:  # collective: every rank
     """Split a network's parameters over the processes, in place.
 
     Each of its `units` is gathered for its forward and backward pass and freed after them. The float32
@@ -25,11 +44,14 @@ def shard(net: Network, device: torch.device) -> None:  # collective: every rank
     Args:
         net: A diffusers model.
         device: The device of this process.
+        share: Number of consecutive processes that hold one copy together.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(device.type, (world_size(),))
+    shape = (world_size(),) if share == world_size() else (world_size() // share, share)
+    names = ("machine", "share")[-len(shape) :]
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     assert isinstance(net, nn.Module)
     for unit in [*units(net), net]:
         fully_shard(unit, mesh=mesh)
@@ -88,12 +110,19 @@ def pieces(tensors: Mapping[str, Tensor]) -> dict[str, parts.Piece]:
     for name, tensor in tensors.items():
         if is_split(tensor):
             first, end = rows_of(tensor)
-            if end > first or first == 0:
+            if holds_first_copy(tensor) and (end > first or first == 0):
                 local = tensor.to_local().detach()  # type: ignore[attr-defined]
                 found[name] = parts.Piece(copied(local), first, tensor.shape[0])
         elif leads():
             found[name] = parts.Piece(copied(tensor.detach()))
     return found
+
+
+def holds_first_copy(tensor: Any) -> bool:
+    """Return whether this process belongs to the first of the machines that hold a split tensor."""
+    mesh = tensor.device_mesh
+    copies = [i for i, place in enumerate(tensor.placements) if place.is_replicate()]
+    return all(mesh.get_local_rank(i) == 0 for i in copies)
 
 
 def copied(tensor: Tensor) -> Tensor:

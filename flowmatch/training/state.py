@@ -111,7 +111,7 @@ class State:
         if saved:
             self._restore(saved)
         # a sharded network needs no wrapper: only its autocast is prepared
-        self.model = accelerator.prepare_model(net, evaluation_mode=config.shard)
+        self.model = accelerator.prepare_model(net, evaluation_mode=bool(config.shard))
         # the optimizer's state is where AdamW reads it
         self.optimizer = accelerator.prepare_optimizer(self.adamw.optimizer, device_placement=False)
 
@@ -123,7 +123,7 @@ class State:
         if config.channels_last:
             net.to(memory_format=torch.channels_last)
         if config.shard:
-            sharding.shard(net, device)
+            sharding.shard(net, device, sharding.processes_of(config.shard))
         net.to(device).train()
         if config.compile:
             compilation.compile_forward(net, device)

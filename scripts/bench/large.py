@@ -233,14 +233,15 @@ def large(folder: Path, load: Load, device: str) -> dict[str, Figure]:
 
 def planned(folder: Path, size: Size, net: Any, device: str) -> dict[str, Figure]:
     """Compare what three updates say with the run that follows."""
-    run, stamps = train(folder, size, copy.deepcopy(net), device), [time.perf_counter()]
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    run, stamps = train(folder, size, copy.deepcopy(net), device), [clock()]
 
     def on_log(step: int, values: dict[str, float]) -> None:
-        stamps.append(time.perf_counter())
+        stamps.append(clock())
         if len(stamps) == size.rounds + 2:
             raise Stopped
 
-    told = rehearsal.rehearse(run, config_of(size, device)).seconds
+    told = rehearsal.rehearse(run, config_of(size, device), clock).seconds
     run(folder / "planned", config_of(size, device), on_log)
     real = [(b - a) / size.steps for a, b in itertools.pairwise(stamps[1:])]
     return {
@@ -303,13 +304,17 @@ def split(folder: Path, size: Size, device: str) -> None:
             averages = [one.adamw.state_of(p) for p in one.parameters]
             held += [[state[key] for state in averages] for key in ("exp_avg", "exp_avg_sq")]
             local = sum(t.to_local().nbytes for group in held for t in group)
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            began = time.perf_counter()
-            one.save()
-            told["wait"] = time.perf_counter() - began
-            one.behind.settle()
-            after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            told["share"], told["copy"] = local / whole, 1024 * (after - before) / whole
+            for number in range(2):  # the first makes what later ones find
+                held_before, began = resident(), time.perf_counter()
+                peaks = [held_before]
+                one.step += number
+                one.save()
+                told["wait"] = time.perf_counter() - began
+                while not one.behind.last.done():
+                    peaks.append(resident())
+                    time.sleep(0.01)
+                one.behind.settle()
+            told["share"], told["copy"] = local / whole, (max(peaks) - held_before) / whole
             raise
 
     inner = state.State.__init__
@@ -323,6 +328,11 @@ def split(folder: Path, size: Size, device: str) -> None:
     if process.leads():
         told["ratios"] = turns.ratios()
         (folder / "sharded.json").write_text(json.dumps(told))
+
+
+def resident() -> int:
+    """Return the memory that this process holds now, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def main(which: str, folder: Path, device: str, quick: bool) -> None:

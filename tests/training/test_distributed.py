@@ -382,3 +382,41 @@ def test_sharding_is_refused_where_it_means_nothing(tmp_path):
     with pytest.raises(UserError, match="cannot be combined with fit.precision='fp16'"):
         check(config.model_copy(update={"precision": "fp16"}), "cuda", 2)
     check(config, "cpu", 2)
+
+
+@pytest.mark.slow
+def test_each_machine_holds_the_weights_and_goes_on_without_the_other(plain, tmp_path):
+    """Two machines of two processes; the parts of the first alone are written; then two processes."""
+    words = [*DIGITS, *UNET, "fit.shard=machine"]
+    machine = {"LOCAL_WORLD_SIZE": "2"}
+    train(tmp_path / "cut", 4, *words, codes=[1, -9, 1, 1], FAULT="kill:1:12", **machine)
+    parts = sorted(path.name for path in (tmp_path / "cut/checkpoints/step_00000010").iterdir())
+    assert [name for name in parts if name.startswith("optimizer")] == [
+        f"optimizer.part-0000{rank}.safetensors" for rank in range(4)
+    ]
+    from safetensors import safe_open
+
+    sizes = [
+        len(list(safe_open(tmp_path / f"cut/checkpoints/step_00000010/{name}", "pt").keys()))
+        for name in parts
+        if name.startswith("optimizer")
+    ]
+    assert sizes[0] >= sizes[1] > 0 == sizes[2] == sizes[3]
+    train(tmp_path / "cut", 2, *DIGITS, *UNET, "fit.shard=true")
+    assert losses(tmp_path / "cut") == pytest.approx(losses(plain), rel=1e-6)
+    assert difference(tmp_path / "cut", plain) < 1e-6
+
+
+def test_machines_of_one_process_each_share_nothing(monkeypatch):
+    from flowmatch.config import UserError
+    from flowmatch.training import sharding
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for local, share in (("2", 2), ("4", 4)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        assert sharding.processes_of("machine") == share
+        assert sharding.processes_of(True) == 4
+    for local in ("1", "3"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        with pytest.raises(UserError, match="fit.shard=machine: 4 processes"):
+            sharding.processes_of("machine")
