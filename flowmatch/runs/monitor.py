@@ -65,8 +65,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--once", action="store_true", help="write the page once, and stop")
     call = parser.parse_args(argv)
     with exit_codes("monitor"):
-        if not call.every > 0:
-            raise UserError(f"--every {call.every:g}: expected seconds, more than 0")
+        if not 0 < call.every < 1e6:
+            raise UserError(f"--every {call.every:g}: expected seconds, more than 0, less than 1e6")
         follow(Path(expanded(call.run)), call.every, call.once)
 
 
@@ -205,14 +205,18 @@ def read_stage(folder: Path) -> Stage:
     except yaml.YAMLError:
         config = None
     config = config if isinstance(config, dict) else {}
-    fit = config.get("fit") or {}
+    fit = config["fit"] if isinstance(config.get("fit"), dict) else {}
+
+    def number(value: Any) -> int:
+        return value if isinstance(value, int) else 0  # damaged
+
     return Stage(
         folder,
         logged("metrics.jsonl", "loss"),
         logged("held_out.jsonl", "held_out_loss"),
         sorted(folder.glob("samples/step_*.png")),
-        fit.get("steps") or config.get("shards") or 0,
-        fit.get("batch_size") or 0,
+        number(fit.get("steps")) or number(config.get("shards")),
+        number(fit.get("batch_size")),
         len(list(folder.glob("pairs-*.tar"))),
         (folder / manifest.NAME).is_file(),
     )

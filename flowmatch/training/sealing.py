@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from flowmatch.config import UserError
+from flowmatch.config import UserError, expanded
 from flowmatch.runs import checkpoints, command, folder, manifest
 from flowmatch.runs.files import Scratch
 from flowmatch.runs.process import say
@@ -25,7 +25,7 @@ def main(words: list[str]) -> None:
             raise UserError(
                 f"{' '.join(words) or 'no folder'}: expected one run folder; {USAGE.splitlines()[0]}"
             )
-        seal(Path(words[0]))
+        seal(Path(expanded(words[0])))
 
 
 def seal(run: Path) -> None:

@@ -33,6 +33,8 @@ OTHERS = {
         ["runs/pictures/export", "--labels", "0,9"],
         ["runs/prompts/export", "--prompt", "a red bar", "--count", "2"],
     ],
+    "seal": [["runs/points/flow"], ["runs/points/pairs"], ["runs/points"], []],
+    "monitor": [["runs/points/flow", "--once"], ["runs/points/flow", "--every", "1"]],
     "completion": [["bash"], [], ["x"], ["bash", "zsh"]],
 }
 ODD_WORDS = [
@@ -164,7 +166,12 @@ def allowed(name: str, kind: str) -> bool:
     rest = name.removeprefix("configs/")
     if name.startswith("home/.") or rest == "bad.yaml":  # caches of libraries
         return True
-    own = {"new": r"[^/]*\.yaml", "sample": r"[^/]+(/.*)?", "inspect": r"(.*_inspect|[^/]+)(/.*)?"}
+    own = {
+        "monitor": r"(.*/)?monitor\.html",
+        "new": r"[^/]*\.yaml",
+        "sample": r"[^/]+(/.*)?",
+        "inspect": r"(.*_inspect|[^/]+)(/.*)?",
+    }
     return kind in own and re.fullmatch(own[kind], rest) is not None
 
 

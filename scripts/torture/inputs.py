@@ -104,6 +104,9 @@ def experiment(name: str) -> Iterator[Scenario]:
             again = (("verify", f"runs/{name}/pairs", "--full"),)
             scenario = replace(scenario, commands=(*scenario.commands, *again))
         yield scenario
+    run = f"runs/{name}/flow"
+    files = tuple(f"{run}/{file}" for file in ("metrics.jsonl", "config.yaml"))
+    yield Scenario("monitor", files, (), (("monitor", run, "--once"),), (run,))
     pairs, export, samples = (f"runs/{name}/pairs", f"runs/{name}/export", f"samples/{name}")
     files = (f"{pairs}/*.tar", f"{pairs}/.meta/*", f"{pairs}/manifest.json")
     yield Scenario("verify", files, (), (("verify", pairs, "--full"),), (pairs,))

@@ -71,6 +71,14 @@ def test_what_is_no_run_is_told(tmp_path):
     assert "expected seconds, more than 0" in done.stderr
 
 
+@pytest.mark.parametrize("text", ["fit: 3", "fit: {steps: x, batch_size: []}", "[1]", "{", "\0"])
+def test_a_damaged_config_is_no_fault(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    monitor.follow(tmp_path, once=True)
+    assert (tmp_path / monitor.PAGE).is_file()
+
+
 def test_it_follows_a_run_to_its_end(tmp_path):
     flow, words = tmp_path / "flow", ("fit.steps=40", "fit.sample_every=20")
     train = ["flowmatch", "flow", f"run_dir={flow}", *WORDS, *words]
