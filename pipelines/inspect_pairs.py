@@ -283,13 +283,12 @@ def tell(folder: Store, found: dict[str, Any]) -> Iterator[str]:
     )
     solver = config.get("solver")
     name = solver.get("name") if isinstance(solver, dict) else solver
-    if found["remark"]:
-        yield f"  {found['remark']}"
-    yield (
-        f"  {found['kind']} by {name}, {found['evaluations']} evaluations a pair, "
+    made = (
+        f"{found['kind']} by {name}, {found['evaluations']} evaluations a pair, "
         f"{config.get('precision', 'fp32')}, guidance {config.get('guidance')}, "
         f"seed {config.get('seed')}"
     )
+    yield f"  {found['remark'] or made}"
     for environment, count in found["environments"]:
         told = [f"{name} {value}" for name, value in environment.items() if value is not None]
         words = ", ".join(told)

@@ -1,4 +1,4 @@
-"""Self-Forcing's LMDB, which CausVid reads, too: the points of a path a row, from noise to data.
+"""Self-Forcing's LMDB: the points of a path a row, from noise to data.
 
 `utils/lmdb.py` and `utils/dataset.py` of guandeh17/Self-Forcing: `latents_N_data` holds float16
 [S, F, C, H, W], `prompts_N_data` UTF-8, and `latents_shape`, `prompts_shape` the shapes with the number

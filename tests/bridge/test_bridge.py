@@ -17,7 +17,7 @@ from flowmatch.bridge.conversion import Conversion
 from flowmatch.bridge.formats import FORMATS
 from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import manifest
-from pipelines import convert_pairs, import_pairs, verify_pairs
+from pipelines import convert_pairs, import_pairs, inspect_pairs, verify_pairs
 from tests import forked
 from tests.bridge import sets
 
@@ -320,6 +320,12 @@ def test_the_command_finds_them_and_a_damaged_import_is_made_again(latents, tmp_
     with pytest.raises(SystemExit) as left:
         cli.main([str(word) for word in words])
     assert left.value.code == 0
+    bring(tmp_path / "set", "npy", tmp_path / "look")
+    capsys.readouterr()
+    assert inspect_pairs.main([str(tmp_path / "look"), "--out", str(tmp_path / "drawn")]) == 0
+    said = capsys.readouterr().out
+    assert "is imported from npy; unknown: nothing" in said
+    assert "by None" not in said
     again = ["import", tmp_path / "set", "--from", "npy", tmp_path / "back", "--shard-size", 6]
     with pytest.raises(SystemExit) as left:
         cli.main([str(word) for word in again])
