@@ -7,15 +7,25 @@ import pytest
 import torch
 from PIL import Image
 
+from flowmatch.bridge.formats import FORMATS
 from flowmatch.models import latents, text
 from flowmatch.models.config import CallConfig
 from flowmatch.models.decoding import Decoder
 from flowmatch.models.rows import Stored
 from flowmatch.pairs.dataset import PairData
-from flowmatch.runs import manifest
-from pipelines import convert_pairs, encode_prompts, generate_pairs, import_pairs, reflow
+from flowmatch.runs import command, manifest
+from flowmatch.runs.experiment import find_config
+from flowmatch.runs.values import read_yaml
+from pipelines import (
+    convert_pairs,
+    encode_prompts,
+    generate_pairs,
+    import_pairs,
+    reflow,
+    tiny_pipeline,
+)
 from tests.bridge import sets
-from tests.stages import run
+from tests.stages import MODELS, run
 from tests.tiny import TINY
 
 NAME = "StableDiffusion3Pipeline"
@@ -126,3 +136,36 @@ def test_reflow_trains_on_an_imported_set_and_says_what_is_unknown(made, tmp_pat
         "is imported from diffsynth; unknown: teacher, solver, guidance" in capsys.readouterr().out
     )
     assert (tmp_path / "reflow" / "manifest.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_hundred_pairs_of_digits_text_pass_through_each_format(tmp_path):
+    """Its pipeline as it is made, not trained; four steps instead of twelve."""
+
+    def stage(module, *given):
+        config, _ = command.load(MODELS[module], ["digits_text", "device=cpu", *given])
+        command.execute(module.STAGE, config)
+
+    tiny, pairs, rows = (str(tmp_path / name) for name in ("tiny", "pairs", "rows"))
+    few = ["call.num_inference_steps=4", f"teacher={tiny}"]
+    stage(tiny_pipeline, f"run_dir={tiny}", "vae_steps=2")
+    sizes = ["pipeline=null", "shards=2", "shard_size=50", "block=16", "compute_batch=25"]
+    stage(generate_pairs, *few, f"run_dir={pairs}", *sizes, "states=[0.251,0.501,0.75]")
+    shared = read_yaml(find_config("digits_text"))
+    call = json.dumps(shared["call"] | {"num_inference_steps": 4})
+    listed = [f"prompts={json.dumps(shared['prompts'])}", f"call={call}"]
+    run(encode_prompts, f"run_dir={rows}", f"teacher={tiny}", *listed)
+    ours = PairData(pairs, states=True)
+    whole = ours.batch(range(100))
+    for to in FORMATS:
+        more = ["--conditions", rows] if to in ("fastgen", "fastvideo") else []
+        more = ["--pipeline", tiny, "--device", "cpu"] if to == "diffsynth" else more
+        main(convert_pairs, pairs, "--to", to, tmp_path / to, *more)
+        more = more if to == "diffsynth" else []
+        main(import_pairs, tmp_path / to, "--from", to, tmp_path / f"{to}-back", *more)
+        data = PairData(tmp_path / f"{to}-back", states=to != "diffsynth")
+        back = data.batch(range(100))
+        assert back["prompt"] == whole["prompt"]
+        for name in ("x0",) if to == "diffsynth" else ("x0", "x1", "xt"):
+            assert torch.equal(back[name], whole[name])
+        assert np.allclose(data.times, [] if to == "diffsynth" else ours.times)
