@@ -85,12 +85,14 @@ def run(plan: Plan) -> None:
         return
     from tqdm import tqdm
 
+    from flowmatch.data import dataset
     from flowmatch.evaluation import features
     from flowmatch.models.digest import module_digest
 
     config: ClassifierConfig = plan.config
     images = plan.sets["data"]
     with folder.RunFolder("train_classifier", config, plan.inputs) as opened:
+        dataset.write_skipped(images, opened.folder)
         with tqdm(total=config.steps, unit="step", **process.bar_options()) as bar:
             net, accuracy = features.train_classifier(
                 images,
