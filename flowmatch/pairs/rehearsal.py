@@ -54,7 +54,7 @@ def seconds_a_pair(
         given = args[0] if args else next(iter(kwargs.values()))
         rows.append(len(given))
         if device != "cpu":
-            torch.cuda.synchronize(device)
+            torch.accelerator.synchronize(device)
         stamps.append(time.perf_counter())
         if len(stamps) == EVALUATIONS + 3:  # the start, one that does not count, and the end
             raise Enough
@@ -109,7 +109,7 @@ def lines(
         rate = 1 / seconds_a_pair(velocity, solver, shape, batch, evaluations, device, precision)
         peak = flops.device_peak(torch.device(device), precision)
         used = f", {one * evaluations * rate / peak:.0%} of the peak" if one and peak else ""
-        memory = "" if device == "cpu" else _memory(device)
+        memory = _memory(device) if device.startswith("cuda") else ""
         told = f"{EVALUATIONS} evaluations of {batch} pairs were timed: {rate:,.3g} pairs a second"
         told += f"{', ' if cost else ''}{cost}{used}{memory};"
     hours = count / rate / 3600

@@ -65,8 +65,8 @@ def sizes(net: Any, config: FitConfig) -> Sizes:
 
 
 def room(device: str) -> int:
-    """Return the memory of a device in bytes: of a GPU, or what is free on this machine."""
-    if device != "cpu":
+    """Return the memory of a device in bytes: of a CUDA GPU, or what is free on this machine."""
+    if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
     text = Path("/proc/meminfo").read_text()
     free = next(line for line in text.splitlines() if line.startswith("MemAvailable"))
