@@ -304,9 +304,9 @@ def split(folder: Path, size: Size, device: str) -> None:
             averages = [one.adamw.state_of(p) for p in one.parameters]
             held += [[state[key] for state in averages] for key in ("exp_avg", "exp_avg_sq")]
             local = sum(t.to_local().nbytes for group in held for t in group)
-            for number in range(2):  # the first makes what later ones find
-                held_before, began = resident(), time.perf_counter()
-                peaks = [held_before]
+            peaks = [resident()]
+            for number in range(2):
+                began = time.perf_counter()
                 one.step += number
                 one.save()
                 told["wait"] = time.perf_counter() - began
@@ -314,7 +314,7 @@ def split(folder: Path, size: Size, device: str) -> None:
                     peaks.append(resident())
                     time.sleep(0.01)
                 one.behind.settle()
-            told["share"], told["copy"] = local / whole, (max(peaks) - held_before) / whole
+            told["share"], told["copy"] = local / whole, (max(peaks) - peaks[0]) / whole
             raise
 
     inner = state.State.__init__

@@ -16,7 +16,7 @@ from flowmatch.models.config import CallConfig, LoraConfig
 from flowmatch.models.pipeline import open_pipeline
 from flowmatch.models.watch import run as run_pipeline
 from flowmatch.runs import manifest
-from pipelines import encode_prompts, generate_pairs, reflow
+from pipelines import encode_prompts, export, generate_pairs, reflow
 from tests import pairset, ranks
 from tests.pipelines.test_text import PROMPTS, call_of, words
 from tests.stages import UNET, run
@@ -253,3 +253,17 @@ def test_a_sharded_adapter_is_killed_and_goes_on_sharded_or_not(sd3):
     train(1, [*alone, f"run_dir={sd3}/mixed"])
     one, two = (load_file(sd3 / run / "net" / adapters.DIFFUSERS) for run in ("sharded", "mixed"))
     assert one.keys() == two.keys()
+
+
+@pytest.mark.slow
+def test_an_export_has_the_adapter_in_its_weights(sd3):
+    """The pipeline's own weights with the update, checked in a fresh process by the stage itself."""
+    import diffusers
+
+    name = NAMES[0]
+    run(reflow, *reflow_words(name, sd3, "student", "fit.steps=4"))
+    base = words(name, sd3, f"student={sd3}/student", f"pipeline={sd3}/pipe")
+    run(export, *base, f"run_dir={sd3}/export", "steps=[1,2]")
+    exported = diffusers.DiffusionPipeline.from_pretrained(sd3 / "export").transformer
+    loaded = student(name, sd3, "student").net.state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in exported.state_dict().items())
