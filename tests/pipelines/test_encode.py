@@ -162,15 +162,23 @@ def test_a_stock_class_returns_pictures(root, tmp_path):
     assert teachers.load(root / "export", "teacher").latents == known  # as a teacher again
 
 
-@pytest.mark.parametrize("kind", [VQModel, AutoencoderKL])
-def test_ours_where_there_is_no_stock_class(tmp_path, kind):
-    """Classes by name, rectangles, and a scale and a shift for each channel."""
-    names = {"latent_channels": 3, "scaling_factor": 2.0}
-    if kind is AutoencoderKL:
-        names |= {"latents_mean": [0.5, 0.0, -1.0], "latents_std": [1.0, 2.0, 4.0]}
-    vae_of(tmp_path / "vae", kind, **names)
+def test_a_quantising_vae_is_taken_too(tmp_path):
+    net = vae_of(tmp_path / "vae", VQModel, latent_channels=3, scaling_factor=2.0)
     vae = autoencoder.load(tmp_path / "vae", "vae", (3, 16, 8))
-    assert vae.scale == ([2.0, 1.0, 0.5] if kind is AutoencoderKL else 2.0)
+    x = torch.rand(2, 3, 16, 8) * 2 - 1
+    with torch.no_grad():
+        z = net.encode(x).latents
+        assert (vae.encode(x) - 2 * z).abs().max() < 1e-5
+        assert (vae.decode(2 * z) - net.decode(z).sample.clamp(-1, 1)).abs().max() < 1e-5
+    assert vae.plain
+
+
+def test_ours_where_there_is_no_stock_class(tmp_path):
+    """Classes by name, rectangles, and a scale and a shift for each channel."""
+    more = {"latents_mean": [0.5, 0.0, -1.0], "latents_std": [1.0, 2.0, 4.0]}
+    vae_of(tmp_path / "vae", latent_channels=3, scaling_factor=2.0, **more)
+    vae = autoencoder.load(tmp_path / "vae", "vae", (3, 16, 8))
+    assert vae.scale == [2.0, 1.0, 0.5]
     x = vae.encode(torch.rand(2, 3, 16, 8) * 2 - 1)
     torch.manual_seed(1)
     unet = UNet2DModel(
