@@ -98,7 +98,7 @@ def test_a_resumed_run_draws_the_same_again(root, tmp_path):
         file.write('{"step": 6, "held_out_loss": 9.0}\n')
     run(train_flow, f"run_dir={flow}", *WORDS, *SEEN)
     assert contents(flow) == contents(root / "flow")
-    assert losses(flow) == losses(root / "flow")
+    assert (flow / "held_out.jsonl").read_bytes() == (root / "flow/held_out.jsonl").read_bytes()
     for file in sorted((root / "flow/samples").iterdir()):
         assert (flow / "samples" / file.name).read_bytes() == file.read_bytes()
 
