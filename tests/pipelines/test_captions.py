@@ -25,6 +25,7 @@ from flowmatch.runs import manifest
 from flowmatch.runs.command import execute, load
 from flowmatch.runs.experiment import Experiment, find_config
 from flowmatch.runs.values import read_yaml
+from flowmatch.training import pictures
 from flowmatch.training.draw import draw
 from pipelines import generate_pairs, reflow, tiny_pipeline, train_flow
 from tests.stages import MODELS, run
@@ -72,6 +73,15 @@ def test_the_tiny_pipeline_is_a_stock_one_and_made_again_the_same(made):
     assert picture.size == (16, 16)
     other = build(made, "other", "seed=1")
     assert manifest.digest(other) != manifest.digest(again)
+
+
+def test_samples_while_it_trains_are_pictures_of_the_pipeline(made, tmp_path):
+    start = [f"start={made}/tiny", "data.source=digits_text", "data.memory=0", *WORDS, *FIT]
+    more = ["fit.steps=2", "fit.label_drop=0.5", "fit.sample_every=1"]
+    run(train_flow, *start, f"run_dir={tmp_path}/flow", *more)
+    assert manifest.digest(tmp_path / "flow") == manifest.digest(made / "flow")
+    sheet = Image.open(tmp_path / "flow/samples/step_00000002.png")
+    assert sheet.size[1] == 2 * (4 * 16 + pictures.GAP)  # pictures of 16 x 16, four times as large
 
 
 def test_a_pipeline_of_sd3s_class_is_made_too(made):
