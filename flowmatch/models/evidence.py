@@ -43,17 +43,31 @@ def kind_of(scheduler: Any, flow: bool, key: str) -> str:
     return kind
 
 
-def fit(clock: list[float], times: list[float]) -> tuple[float, float, float]:
+ROUNDING = 6e-3  # of a number that was rounded to bfloat16 twice, relative to it
+
+
+def fit(clock: list[float], times: list[float], half: bool = False) -> tuple[float, float, float]:
     """Fit time = slope * clock + offset.
+
+    Args:
+        clock: The scheduler's times.
+        times: Those of the network.
+        half: Whether a pipeline in half precision may have rounded them; then the line of the fewest
+            digits that fits them is taken.
 
     Returns:
         Slope, offset, and the largest difference relative to the largest time.
     """
     a = np.stack([np.array(clock), np.ones(len(clock))], axis=1)
     (slope, offset), *_ = np.linalg.lstsq(a, np.array(times), rcond=None)
-    neat = _neat(float(slope)), _neat(float(offset))
-    rest = np.abs(a @ neat - times).max() / (max(abs(t) for t in times) + 1e-30)
-    return *neat, float(rest)
+    lines = [(_neat(float(slope)), _neat(float(offset)))]
+    if half:
+        few = [(float(f"{slope:.{n}g}"), float(f"{offset:.{n}g}")) for n in (1, 2, 3)]
+        lines = [*((s, o) for s, whole in few for o in (0.0, whole)), *lines]
+    size = max(abs(t) for t in times) + 1e-30
+    rests = [float(np.abs(a @ line - times).max() / size) for line in lines]
+    best = next((i for i, rest in enumerate(rests) if half and rest <= ROUNDING), -1)
+    return *lines[best], rests[best]
 
 
 def _neat(x: float) -> float:

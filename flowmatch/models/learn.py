@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowmatch.config import UserError
 from flowmatch.models.evidence import (
+    ROUNDING,
     falling,
     fit,
     is_flow,
@@ -25,7 +27,7 @@ from flowmatch.models.evidence import (
     same,
 )
 from flowmatch.models.script import Script, conditions, dtype_of, few_steps, unguided
-from flowmatch.models.watch import Watch, noise_like, quiet, ratio, run
+from flowmatch.models.watch import Call, Watch, noise_like, quiet, ratio, run, slope_of
 
 OURS = ("prompt", "latents", "generator", "output_type", "return_dict")
 WORDS = ("cat", "a red fox in deep snow at night")
@@ -40,8 +42,13 @@ STEPS, REPLAYED = 3, 4  # numbers of steps of the runs that are watched
 
 def tolerance(pipe: Any) -> float:
     """Return the relative difference that a replay may show in the precision of a pipeline."""
+    return 1e-2 if in_half(pipe) else 1e-5
+
+
+def in_half(pipe: Any) -> bool:
+    """Return whether a part of a pipeline is in half precision, which rounds what it is given."""
     kinds = {p.dtype for part in pipe.components.values() for p in _parameters(part)}
-    return 2e-2 if kinds & {torch.float16, torch.bfloat16} else 1e-5
+    return bool(kinds & {torch.float16, torch.bfloat16})
 
 
 def _parameters(part: Any) -> Any:
@@ -97,7 +104,7 @@ def learn(pipe: Any, call: dict[str, Any], key: str) -> Script:
                 f"{key}: {script.pipeline} was watched, but a run on other prompts differs from what "
                 f"was learnt by {error:.2g} of the model output, expected at most {tolerance(pipe):g}"
             )
-        return replace(script, rides=looks.neighbours(script))
+        return replace(script, rides=looks.neighbours(script), replayed=error)
 
 
 def replay(pipe: Any, script: Script, call: dict[str, Any], key: str) -> float:
@@ -282,10 +289,11 @@ class _Looks:
             clocks = [levels(seen)]
             if by_step[0] > by_step[-1]:  # not those of inverted sigmas, which rise
                 clocks.append(by_step)
-        found = [fit(clock, times) for clock in clocks]
+        half = in_half(self.pipe)
+        found = [fit(clock, times, half) for clock in clocks]
         best = min(range(len(found)), key=lambda i: found[i][2])
         slope, offset, rest = found[best]
-        if rest <= 2e-3:  # the rounding of half precision
+        if rest <= (ROUNDING if half else 2e-3):
             return replace(script, slope=slope, offset=offset, integer=best == 1)
         raise UserError(
             f"{key}: the times that the network of {name} sees, {times}, are no linear function of the "
@@ -295,9 +303,11 @@ class _Looks:
     def direction(self, seen: Watch) -> float:
         """Return the sign of a flow's model output as the derivative by the noise level."""
         step = seen.steps[0]
-        width = float(step.next_sigma or 0) - float(step.sigma or 0)
+        width, exact = float(step.next_sigma or 0) - float(step.sigma or 0), 1e-2
         f = ratio(step.after - step.sample, step.output)
-        if f is None or abs(abs(f) - abs(width)) > 1e-2 * abs(width):
+        if in_half(self.pipe):  # the state is rounded, and it is larger than its change
+            f, exact = slope_of(step.after - step.sample, step.output), 1e-1
+        if f is None or abs(abs(f) - abs(width)) > exact * abs(width):
             raise UserError(
                 f"{self.key}: the first step of {type(self.pipe.scheduler).__name__} is not state + "
                 "(difference of sigmas) * model output; expected a flow-matching scheduler"
@@ -336,12 +346,24 @@ class _Looks:
             whole = self.pipe.scheduler.config.num_train_timesteps
             clocks = [t / whole for t in clocks] if script.integer else levels(seen)
         for clock, step in zip(clocks, seen.steps, strict=True):
-            x = script.state(step.calls[-1]).reshape(step.sample.shape)
+            call = step.calls[-1]
+            x = script.state(call).reshape(step.sample.shape)
+            time = self.time(script, call, clock).to(x.device)
             with torch.no_grad():
-                ours = script.evaluate(net, x, torch.full((len(OTHERS),), clock).to(x.device), cond)
+                ours = script.call(net, x, time, cond)
             size = step.output.abs().max().clamp(min=1e-30)
             worst = max(worst, float((ours - step.output).abs().max() / size))
         return worst
+
+    def time(self, script: Script, call: Call, clock: float) -> Tensor:
+        """Return the times of a call, [B]: ours, or, in half precision, what they were rounded to."""
+        time = torch.full((len(OTHERS),), script.slope * clock + script.offset)
+        given = call.arguments[script.time]
+        if not in_half(self.pipe) or not isinstance(given, Tensor):
+            return time
+        rounded = float(number_of(given) or 0.0)
+        near = abs(rounded - float(time[0])) <= ROUNDING * max(abs(rounded), abs(float(time[0])))
+        return torch.full_like(time, rounded, dtype=given.dtype) if near else time
 
     def neighbours(self, script: Script) -> bool:
         """Return whether the answer for a short prompt changes beside a longer one."""

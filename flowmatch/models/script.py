@@ -44,6 +44,8 @@ class Script:
         rides: Whether a sample depends on the longest prompt of its batch.
         steps: Steps of the call as given.
         evaluations: Rows of the network's input a sample, in all steps of the call as given.
+        replayed: The difference of a replay to what was learnt, relative to the model output; no part of
+            the entries.
     """
 
     pipeline: str
@@ -66,10 +68,16 @@ class Script:
     rides: bool = False
     steps: int = 0
     evaluations: int = 0
+    replayed: float | None = field(default=None, compare=False)
 
     def entries(self) -> dict[str, Any]:
         """Return the fields as JSON values; `Script.of` reads them back."""
-        return asdict(self) | {"shape": list(self.shape), "entry": self.entry and list(self.entry)}
+        entries = asdict(self) | {
+            "shape": list(self.shape),
+            "entry": self.entry and list(self.entry),
+        }
+        entries.pop("replayed")
+        return entries
 
     @classmethod
     def of(cls, entries: dict[str, Any]) -> "Script":
@@ -92,12 +100,15 @@ class Script:
         Returns:
             The model output, [B, *shape].
         """
+        return self.call(net, x, self.slope * clock + self.offset, cond)
+
+    def call(self, net: Network, x: Tensor, time: Tensor, cond: dict[str, Any]) -> Tensor:
+        """Call a network with times of its own, [B]; the rest is as in `evaluate`."""
         rest = cond.get(REST)
         more = {name: value for name, value in cond.items() if name != REST}
         state: Any = x if rest is None else torch.cat([x, rest.to(x)], dim=1)
         if self.entry is not None:
             state = [row.reshape(self.entry) for row in x]
-        time = self.slope * clock + self.offset
         return self.output(answer_of(net(**{self.sample: state, self.time: time, **more})), x)
 
     def state(self, call: Call) -> Tensor:

@@ -87,6 +87,11 @@ class TextTeacher(Teacher):
             f"{script.kind}; without guidance: {off or 'as it is called'}",
             f"{len(self.prompts):,} prompts, {script.steps} steps a run",
         ]
+        if script.replayed is not None:
+            lines.append(
+                f"replayed on other prompts, noise and steps: the network's answers differ by "
+                f"{script.replayed:.1g} of the largest"
+            )
         if script.rides:
             lines.append("samples depend on the longest prompt of their batch, which rides along")
         return lines

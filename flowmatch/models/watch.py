@@ -305,11 +305,17 @@ def noise_like(shape: Sequence[int], seed: int, like: Tensor) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(like)
 
 
+def slope_of(x: Tensor, y: Tensor) -> float:
+    """Return the number f for which f y is nearest to x."""
+    a, b = x.detach().double().flatten(), y.detach().double().flatten()
+    return float(a @ b / (b @ b).clamp(min=1e-30))
+
+
 def ratio(x: Tensor, y: Tensor) -> float | None:
     """Return the number f for which x = f y but for rounding, or None; shapes may differ, not sizes."""
     if x.numel() != y.numel():
         return None
+    f = slope_of(x, y)
     a, b = x.detach().double().flatten(), y.detach().double().flatten()
-    f = float(a @ b / (b @ b).clamp(min=1e-30))
     wide = 1e-5 if x.dtype in (torch.float32, torch.float64) else 2e-2
     return f if float((a - f * b).abs().max()) <= wide * float(a.abs().max() + 1e-30) else None

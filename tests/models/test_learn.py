@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flowmatch.config import UserError
-from flowmatch.models import learn
+from flowmatch.models import evidence, learn
 from flowmatch.models.script import REST, Script, conditions
 from flowmatch.models.watch import answer_of, run
 from tests.tiny import TINY
@@ -251,3 +251,33 @@ def test_a_pipeline_of_no_library_is_learnt():
 def test_what_cannot_be_learnt_is_refused_with_its_reason(amiss, message):
     with pytest.raises(UserError, match=message):
         learn.learn(Toy(amiss), {}, "teacher=x")
+
+
+HALF = [
+    "FluxPipeline",
+    "QwenImagePipeline",
+    "AuraFlowPipeline",
+    "WanPipeline",
+    "HunyuanVideoPipeline",
+]
+HALF += ["MochiPipeline", "HunyuanDiTPipeline", "StableDiffusion3Pipeline", "ZImagePipeline"]
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_a_pipeline_in_bfloat16_is_learnt_as_in_float32(name):
+    """Their times and states are rounded on the way to the network."""
+    pipe, call = TINY[name].build().to(torch.bfloat16), TINY[name].call
+    script = learn.learn(pipe, call, "teacher=x")
+    kind, line, sign, half, off, _ = TABLE[name]
+    assert (script.kind, (script.slope, script.offset)) == (kind, line)
+    assert (script.sign, script.half, script.off) == (sign, half, off)
+    assert script.replayed <= 1e-2
+
+
+def test_a_line_of_rounded_times_has_few_digits():
+    clock = [1.0, 0.7673034667968, 0.4512]
+    rounded = torch.tensor(clock, dtype=torch.bfloat16)
+    for slope, offset in [(1.0, 0.0), (1000.0, 0.0), (-1.0, 1.0), (1.0, 0.25)]:
+        times = (slope * rounded + offset).tolist()
+        assert evidence.fit(clock, times, half=True)[:2] == (slope, offset)
+    assert evidence.fit(clock, [1.0, 0.8, 0.4], half=True)[2] > evidence.ROUNDING
