@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowmatch.config import UserError
 from flowmatch.models.watch import Call, Watch
@@ -41,6 +41,21 @@ def kind_of(scheduler: Any, flow: bool, key: str) -> str:
             "a diffusion are read"
         )
     return kind
+
+
+def tolerance(pipe: Any) -> float:
+    """Return the relative difference that a replay may show in the precision of a pipeline."""
+    return 1e-2 if in_half(pipe) else 1e-5
+
+
+def in_half(pipe: Any) -> bool:
+    """Return whether a part of a pipeline is in half precision, which rounds what it is given."""
+    kinds = {p.dtype for part in pipe.components.values() for p in _parameters(part)}
+    return bool(kinds & {torch.float16, torch.bfloat16})
+
+
+def _parameters(part: Any) -> Any:
+    return part.parameters() if isinstance(part, nn.Module) else ()
 
 
 ROUNDING = 6e-3  # of a number that was rounded to bfloat16 twice, relative to it

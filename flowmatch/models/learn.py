@@ -19,12 +19,14 @@ from flowmatch.models.evidence import (
     ROUNDING,
     falling,
     fit,
+    in_half,
     is_flow,
     kind_of,
     levels,
     number_of,
     rows_of,
     same,
+    tolerance,
 )
 from flowmatch.models.script import Script, conditions, dtype_of, few_steps, unguided
 from flowmatch.models.watch import Call, Watch, noise_like, quiet, ratio, run, slope_of
@@ -38,21 +40,6 @@ FAILURES = (
     *(NotImplementedError, ImportError, OSError, ArithmeticError, MemoryError),
 )
 STEPS, REPLAYED = 3, 4  # numbers of steps of the runs that are watched
-
-
-def tolerance(pipe: Any) -> float:
-    """Return the relative difference that a replay may show in the precision of a pipeline."""
-    return 1e-2 if in_half(pipe) else 1e-5
-
-
-def in_half(pipe: Any) -> bool:
-    """Return whether a part of a pipeline is in half precision, which rounds what it is given."""
-    kinds = {p.dtype for part in pipe.components.values() for p in _parameters(part)}
-    return bool(kinds & {torch.float16, torch.bfloat16})
-
-
-def _parameters(part: Any) -> Any:
-    return part.parameters() if isinstance(part, torch.nn.Module) else ()
 
 
 def allowed(pipe: Any) -> list[str]:

@@ -316,7 +316,8 @@ def test_any_number_of_ranks_draws_the_same_mixture(tmp_path, place, world):
 
 def test_where_tars_are_kept_is_no_content():
     entry = PairsEntry(path="s3://bucket/pairs", cache="/scratch", cache_gb=2)
-    assert configs.content(entry) == {"weight": 1.0, "group": 0, "truncate": 0.0}
+    content = {"weight": 1.0, "group": 0, "truncate": 0.0, "held_out": 0}
+    assert configs.content(entry) == content
 
 
 def test_the_reader_reaches_another_process(tmp_path, place):
