@@ -1,5 +1,6 @@
 """The velocity of a network that reads prompts, as a flow or as a diffusion's prediction."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from flowmatch.models.network import Network
 from flowmatch.models.schedule import Schedule
 from flowmatch.models.script import Script
 from flowmatch.models.velocity import Condition, Velocity
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class TextVelocity(Velocity):
@@ -59,6 +62,13 @@ class TextVelocity(Velocity):
 
     def _evaluate(self, x: Tensor, t: Tensor, arguments: dict[str, Any]) -> Tensor:
         self.evaluations += 1
+        own, device = next(self.net.parameters()).dtype, x.device.type
+        # Times stay float32, which some networks in half precision multiply only under autocast.
+        alone = own in HALVES and not torch.is_autocast_enabled(device)
+        with torch.autocast(device, own) if alone else nullcontext():
+            return self._velocity(x, t, in_dtype(arguments, own))
+
+    def _velocity(self, x: Tensor, t: Tensor, arguments: dict[str, Any]) -> Tensor:
         own = next(self.net.parameters()).dtype
         if self.schedule is None:
             out = self.script.evaluate(self.net, x.to(own), 1 - t, arguments)
@@ -68,3 +78,20 @@ class TextVelocity(Velocity):
             self.net, y.to(own), self.schedule.timestep(t).float(), arguments
         )
         return self.schedule.velocity(x, t, out.to(x.dtype))
+
+
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Round the embeddings in nested arguments to half precision, where a network is in it.
+
+    A pipeline in half precision passes them like that. What it leaves in float32 has at most two axes:
+    guidance, angles of positions.
+    """
+    if dtype not in HALVES:
+        return value
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.dtype == torch.float32 and value.dim() > 2 else value
+    if isinstance(value, dict):
+        return {key: in_dtype(part, dtype) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(in_dtype(part, dtype) for part in value)
+    return value
