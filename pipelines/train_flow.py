@@ -12,6 +12,7 @@ noise, data or v goes on to do so, at the timesteps of its scheduler.
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +29,7 @@ from flowmatch.training.config import FitConfig
 if TYPE_CHECKING:
     from flowmatch.data.dataset import Data
     from flowmatch.models.text import TextTeacher
+    from flowmatch.training.loop import OnLog
     from flowmatch.training.preview import Preview
 
 
@@ -97,6 +99,18 @@ class Plan(folder.Plan):
     facts: dict[str, Any]  # for the manifest
     preview: "Preview | None"
 
+    def measure(self) -> list[str]:
+        """Time three updates, where nothing is sealed yet."""
+        from flowmatch.models import flops
+        from flowmatch.training import rehearsal
+
+        config: FlowConfig = self.config
+        if manifest.sealed(config.run_dir):
+            return []
+        device = process.worker_device(process.device_of(config))
+        cost = flops.of_network(self.teacher or self.data, self.net, None, trained=True)
+        return rehearsal.lines(partial(train, self), config.fit, self.net, device, cost)
+
 
 def plan(config: FlowConfig) -> Plan:
     """Check the config, open the data and build the network."""
@@ -129,13 +143,13 @@ def plan(config: FlowConfig) -> Plan:
     device, _, opened = together(check_loop, lambda: check_pairless(config), open_data)
     data, net, teacher = opened.data, opened.net, opened.teacher
     config = config.model_copy(update={"fit": config.fit.over(len(data))})
-    seen = config.fit.steps * config.fit.batch_size
+    epochs = config.fit.steps * config.fit.batch_size / len(data)
     named = f": {shortened(data.names)}" if data.names else ""
     lines = [
         f"{len(data)} samples of {list(data.shape)}, {opened.labels}{named}",
         f"{type(net).__name__} of {net.num_parameters():,} parameters, on {device}",
         *process.untested(device),
-        f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / len(data):.1f} epochs",
+        f"{config.fit.steps} steps of {config.fit.batch_size}: {epochs:.1f} epochs",
         *data.notes,
         *(teacher.lines if teacher else []),
     ]
@@ -267,10 +281,6 @@ def view(config: FlowConfig, opened: Opened) -> "tuple[Preview, list[str]]":
 
     Raises UserError where the reference is of another shape than the data, or has other labels.
     """
-    import numpy as np
-    import torch
-
-    from flowmatch.data import dataset
     from flowmatch.models import autoencoder
     from flowmatch.training import preview
 
@@ -279,21 +289,9 @@ def view(config: FlowConfig, opened: Opened) -> "tuple[Preview, list[str]]":
     decode, why = preview.decoder(opened.teacher, vae)
     if config.reference is not None and opened.teacher is None:
         asked = config.reference.model_copy(update={"labels": config.data.labels})
-        real = dataset.load(asked, "reference")
-        coded = vae is not None and real.images  # pictures of a model of latents
-        wanted = vae.picture if vae is not None and coded else data.shape
-        if (real.shape, real.classes) != (wanted, data.classes):
-            raise UserError(
-                f"reference holds {list(real.shape)} with {real.classes or 'no'} classes; data holds "
-                f"{list(wanted)} with {data.classes or 'none'}"
-            )
-        most = min(len(real), preview.HELD)
-        held = real.batch(np.linspace(0, len(real) - 1, most).astype(np.int64))
-        if vae is not None and coded:
-            held["x1"] = torch.cat([vae.encode(x) for x in held["x1"].split(autoencoder.BATCH)])
+        held = preview.held_out(asked, data, vae)
     shown = preview.of_noise(data.shape, data.classes, config.seed, held, decode)
-    assert config.fit.sample_every is not None
-    return shown, preview.lines(shown, config.fit.sample_every, why)
+    return shown, preview.lines(shown, config.fit.sample_every or 0, why)
 
 
 def check_pairless(config: FlowConfig) -> None:
@@ -309,10 +307,24 @@ def check_pairless(config: FlowConfig) -> None:
 def run(plan: Plan) -> None:
     """Train, and seal the folder."""
     from flowmatch.data import dataset
-    from flowmatch.flow import coupling, objectives
-    from flowmatch.flow.noise import Order
     from flowmatch.models import networks
     from flowmatch.models.digest import network_digest
+
+    config: FlowConfig = plan.config
+    with folder.RunFolder("train_flow", config, plan.inputs, {"round": 0} | plan.facts) as opened:
+        if process.leads():
+            dataset.write_skipped(plan.data, opened.folder)
+        files = train(plan, opened, config.fit)
+        if process.leads():
+            opened.seal(files, net=network_digest(networks.load(opened.folder / "net", "net")))
+
+
+def train(
+    plan: Plan, opened: folder.RunFolder, how: FitConfig, on_log: "OnLog | None" = None
+) -> list[str]:
+    """Train the network of a plan; return its files."""
+    from flowmatch.flow import coupling, objectives
+    from flowmatch.flow.noise import Order
     from flowmatch.models.velocity import Velocity
     from flowmatch.training.loop import fit
 
@@ -322,30 +334,24 @@ def run(plan: Plan) -> None:
     own = teacher.own_schedule() if teacher else None  # of a network that predicts noise
     if teacher is not None:
         field = teacher.own_field(plan.net)
-        if process.world_size() > 1 and not config.fit.shard:
+        if process.world_size() > 1 and not how.shard:
             from flowmatch.models import text
 
             text.freeze_unused(plan.net, field, teacher.shape)
-    facts = {"round": 0} | plan.facts
-    with folder.RunFolder("train_flow", config, plan.inputs, facts) as opened:
-        if process.leads():
-            dataset.write_skipped(plan.data, opened.folder)
-        files = fit(
-            plan.net,
-            lambda counters: plan.data.batch(order(counters), counters, config.seed),
-            coupling.build(config.coupling),
-            opened,
-            config.fit,
-            config.times,
-            objectives.build(ObjectiveConfig(), config.loss) if own is None else own.objective(),
-            seed=config.seed,
-            device=config.device,
-            field=field,
-            preview=plan.preview,
-        )
-        if process.leads():
-            net = networks.load(opened.folder / "net", "net")
-            opened.seal(files, net=network_digest(net))
+    return fit(
+        plan.net,
+        lambda counters: plan.data.batch(order(counters), counters, config.seed),
+        coupling.build(config.coupling),
+        opened,
+        how,
+        config.times,
+        objectives.build(ObjectiveConfig(), config.loss) if own is None else own.objective(),
+        seed=config.seed,
+        device=config.device,
+        field=field,
+        preview=plan.preview,
+        on_log=on_log,
+    )
 
 
 STAGE = command.Stage("train_flow", FlowConfig, plan, run, __doc__, grouped=True)

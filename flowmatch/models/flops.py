@@ -85,7 +85,7 @@ def of_network(start: Any, net: Any, lora: LoraConfig | None, *, trained: bool) 
     """Count the FLOPs of a network for one sample, without weights and without computing anything.
 
     Args:
-        start: A `Teacher` or `TextTeacher`, which says what the network is called with.
+        start: A `Teacher`, `TextTeacher` or `Data`, which says what the network is called with.
         net: The network, of whose config a twin without weights is made.
         lora: The adapter of a student, or None.
         trained: Whether the backward pass counts, too.

@@ -14,8 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowmatch.config import UserError
+from flowmatch.data import dataset
+from flowmatch.data.config import DataConfig
+from flowmatch.data.dataset import Data
 from flowmatch.flow import noise, path
 from flowmatch.flow.config import SamplerConfig
+from flowmatch.models import autoencoder
+from flowmatch.models.autoencoder import Autoencoder
 from flowmatch.models.velocity import Velocity
 from flowmatch.runs.folder import RunFolder
 from flowmatch.runs.process import leads
@@ -59,6 +65,34 @@ class Preview:
 def count(shape: tuple[int, ...]) -> int:
     """Return how many samples of a shape a row of the picture has."""
     return POINTS if len(shape) == 1 else IMAGES
+
+
+def held_out(reference: DataConfig, data: Data, vae: Autoencoder | None) -> dict[str, Tensor]:
+    """Read samples that training does not see, for `of_noise`.
+
+    Args:
+        reference: Names them.
+        data: The training data.
+        vae: Of a model of latents; it encodes pictures.
+
+    Returns:
+        x1 [M, *shape], and label [M] where there are classes.
+
+    Raises:
+        UserError: They have another shape than the data, or other labels.
+    """
+    real = dataset.load(reference, "reference")
+    coded = vae is not None and real.images  # pictures of a model of latents
+    wanted = vae.picture if vae is not None and coded else data.shape
+    if (real.shape, real.classes) != (wanted, data.classes):
+        raise UserError(
+            f"reference holds {list(real.shape)} with {real.classes or 'no'} classes; data holds "
+            f"{list(wanted)} with {data.classes or 'none'}"
+        )
+    held = real.batch(np.linspace(0, len(real) - 1, min(len(real), HELD)).astype(np.int64))
+    if vae is not None and coded:
+        held["x1"] = torch.cat([vae.encode(x) for x in held["x1"].split(autoencoder.BATCH)])
+    return held
 
 
 def of_noise(

@@ -9,9 +9,10 @@ from flowmatch.config import UserError
 from flowmatch.models import flops
 from flowmatch.runs.command import execute, load
 from flowmatch.training import meter, rehearsal
-from pipelines import generate_pairs, reflow
+from pipelines import generate_pairs, reflow, train_flow
 from tests.pipelines.test_adapters import LORA, make
 from tests.pipelines.test_text import words
+from tests.stages import UNET
 
 NAMES = ["StableDiffusion3Pipeline", "FluxPipeline", "StableDiffusionPipeline"]
 
@@ -45,6 +46,27 @@ def test_reflow_is_timed_and_leaves_nothing(made, capsys):
     assert hours == pytest.approx(100 * seconds / 3600, abs=0.006)
     assert re.search(r"EMA a process; a checkpoint has \S+ GB, 3 of them at most", out)
     assert not (folder / "dry").exists()
+
+
+def test_stage_one_is_timed_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    net = [f"net.{key}={value}" for key, value in UNET.items()]
+    given = ["data.source=digits", "net.name=UNet2DModel", *net, "fit.steps=100", "fit.warmup=0"]
+    given += ["fit.batch_size=8", f"run_dir={tmp_path}/flow", "device=cpu"]
+    out = dry(train_flow, train_flow.FlowConfig, given, capsys)
+    found = re.search(
+        r"three updates were timed on 1 process: (\S+) s an update, (\S+) samples", out
+    )
+    seconds, rate = (float(word.replace(",", "")) for word in found.groups())
+    assert seconds * rate == pytest.approx(8, rel=0.1)
+    assert re.search(r"100 updates take \S+ hours", out)
+    assert not (tmp_path / "flow").exists()
+    config, _ = load(train_flow.FlowConfig, given)
+    plan = train_flow.plan(config)
+    monkeypatch.setattr(flops, "PATIENCE", 0.0)
+    assert "TFLOP an update, counted; there is no GPU here" in plan.measure()[0]
+    monkeypatch.setattr(rehearsal, "room", lambda device: 1)
+    with pytest.raises(UserError, match="weights, gradients, optimizer and EMA take"):
+        plan.measure()
 
 
 def test_the_flops_of_a_network_without_weights_are_those_of_the_real_one(made, monkeypatch):
