@@ -19,7 +19,7 @@ from flowmatch.config import Config, UserError
 from flowmatch.runs import parts
 from flowmatch.runs.files import Scratch, write_atomic
 from flowmatch.runs.manifest import fingerprint, sha256_file
-from flowmatch.runs.process import leads, say
+from flowmatch.runs.process import leads, rank, say, world_size
 
 INDEX = "checkpoint.json"
 BAD = ".bad"  # ending of a checkpoint that was set aside
@@ -79,6 +79,24 @@ def verify(folder: Path, index: Mapping[str, Any], names: Iterable[str]) -> None
             raise Unsound(f"{name} is missing") from None
         if actual != index["files"][name]:
             raise Unsound(f"{name} is damaged (sha256 differs)")
+
+
+def verify_together(folder: Path, index: Mapping[str, Any]) -> None:  # collective with parts
+    """Hash a checkpoint again, each process its own share of the parts. Raises Unsound on all."""
+    world = world_size()
+    numbers = {name: parts.number_of(name) for name in index["files"]}
+    if world == 1 or set(numbers.values()) == {None}:
+        return verify(folder, index, numbers)
+    import torch.distributed
+
+    faults, fault = [""] * world, ""
+    try:
+        verify(folder, index, (n for n, k in numbers.items() if k is None or k % world == rank()))
+    except Unsound as error:
+        fault = str(error)
+    torch.distributed.all_gather_object(faults, fault)
+    for fault in filter(None, faults):
+        raise Unsound(fault)
 
 
 def check(run: Path, config: Config, inputs: Mapping[str, str]) -> list[str]:
@@ -236,7 +254,7 @@ class Checkpoints:
             raise Unsound(f"it is beyond the last step, {last}")
         if changed := differences(index, self.config, self.inputs):
             raise Unsound(f"it was made with other settings ({'; '.join(changed)})")
-        verify(folder, index, index["files"])
+        verify_together(folder, index)
         self.earlier = list(index["earlier"])
         if grows(index, self.config):
             self.earlier.append(index["config"]["fit"]["steps"])

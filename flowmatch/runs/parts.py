@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIX = ".safetensors"
-PART = re.compile(r"(.*)\.part-\d{5}")
+PART = re.compile(r"(.*)\.part-(\d{5})")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,12 @@ def write(folder: Path, stem: str, number: int, pieces: Mapping[str, Piece]) -> 
     tensors = {n: piece.rows for n, piece in pieces.items()}
     save_file(tensors, folder / name, metadata={"rows": json.dumps(rows, sort_keys=True)})
     return name
+
+
+def number_of(name: str) -> int | None:
+    """Return the number of the process that has written a file, or None for a whole one."""
+    part = PART.fullmatch(name.removesuffix(SUFFIX))
+    return None if part is None else int(part[2])
 
 
 def read(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

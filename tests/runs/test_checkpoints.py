@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from flowmatch.config import UserError
+from flowmatch.runs import checkpoints, parts
 from flowmatch.runs.checkpoints import INDEX
 from flowmatch.runs.folder import RunFolder
-from flowmatch.runs.manifest import fingerprint
+from flowmatch.runs.manifest import fingerprint, sha256_file
 from pipelines import train_flow
 from tests.runs.test_folder import config
 from tests.stages import run
@@ -20,16 +23,67 @@ NEWEST, BEFORE = "step_00000040", "step_00000020"
 
 def test_checkpoints_appear_whole_newest_first_and_are_pruned(tmp_path):
     with RunFolder("toy", config(tmp_path), {}) as folder:
-        checkpoints = folder.checkpoints
-        assert checkpoints.restore(50) == (0, {})
+        saved = folder.checkpoints
+        assert saved.restore(50) == (0, {})
         for step in (10, 20, 30):
-            checkpoints.save(step, {"net": {"w": torch.full((2,), float(step))}}, keep=2)
+            saved.save(step, {"net": {"w": torch.full((2,), float(step))}}, keep=2)
         folder.scratch.build("step_00000040")  # what a kill leaves
-        step, tensors = checkpoints.restore(50)
+        step, tensors = saved.restore(50)
         assert step == 30
         assert tensors["net"]["w"].tolist() == [30, 30]
         names = {path.name for path in (folder.folder / "checkpoints").iterdir()}
         assert names == {"step_00000020", "step_00000030"}
+
+
+@pytest.mark.parametrize("damaged", [None, 0, 1, 2])
+def test_each_process_hashes_its_own_parts_and_all_learn_what_is_damaged(
+    tmp_path, monkeypatch, damaged
+):
+    files = {}
+    for k in range(3):
+        piece = parts.Piece(torch.full((1,), float(k)), k, 3)
+        name = parts.write(tmp_path, "net", k, {"w": piece})
+        files[name] = sha256_file(tmp_path / name)
+    if damaged is not None:
+        flip(tmp_path / f"net.part-{damaged:05d}.safetensors")
+    hashed, place, told = [set(), set()], threading.local(), Meet(2)
+
+    def sha256(path):
+        hashed[place.rank].add(path.name)
+        return sha256_file(path)
+
+    monkeypatch.setattr(checkpoints, "world_size", lambda: 2)
+    monkeypatch.setattr(checkpoints, "rank", lambda: place.rank)
+    monkeypatch.setattr(checkpoints, "sha256_file", sha256)
+    monkeypatch.setattr("torch.distributed.all_gather_object", told.gather)
+
+    def verify(rank):
+        place.rank = rank
+        try:
+            checkpoints.verify_together(tmp_path, {"files": files})
+        except checkpoints.Unsound as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(verify, range(2)))
+    name = "net.part-{:05d}.safetensors".format
+    assert hashed[0] <= {name(0), name(2)}
+    assert damaged == 0 or len(hashed[0]) == 2  # it stops at the first
+    assert hashed[1] == {name(1)}
+    bad = None if damaged is None else f"{name(damaged)} is damaged (sha256 differs)"
+    assert said == [bad, bad]
+
+
+class Meet:
+    """Processes that tell each other something, as threads."""
+
+    def __init__(self, world):
+        self.told, self.barrier = [], threading.Barrier(world)
+
+    def gather(self, found, mine):
+        self.told.append(mine)
+        self.barrier.wait(10)
+        found[:] = self.told
 
 
 def tiny(folder, *words):
