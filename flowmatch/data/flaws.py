@@ -39,6 +39,12 @@ KINDS = {  # kind -> what several of them are; the key that skips them; the ways
     "shape": ("have another shape than the first", "", "set {key}.size"),
 }
 
+CHANGES = {  # what is done to a picture that is taken, and how the plan says it of several
+    "frames": "hold several frames, of which the first is read",
+    "transparent": "have transparent pixels, laid on {config.background}",
+    "small": "are enlarged to size={config.size}",
+}
+
 
 class Flaw(UserError):
     """Something is wrong with one picture.
@@ -93,10 +99,13 @@ def left_out(flaws: Sequence[Flaw], key: str, count: int) -> list[str]:
     ]
 
 
-def told(frames: Sequence[str], seen: int, count: int) -> list[str]:
-    """Say how many pictures have several frames: one line, or none."""
-    if not frames:
-        return []
-    some = f"{count} images" if seen == count else f"{seen} images looked at, of {count},"
-    number = f"{len(frames)} of the {some} hold several frames, of which the first is read"
-    return [f"{number}; first {frames[0]}"]
+def told(changes: dict[str, tuple[int, str]], config: Any, seen: int, count: int) -> list[str]:
+    """Say how many pictures are changed, and how, for the plan: a line for each key of CHANGES."""
+    some = f"{count:,} images" if seen == count else f"{seen:,} images looked at, of {count:,},"
+    order = list(CHANGES)
+    return [
+        f"{number:,} of the {some} {CHANGES[change].format(config=config)}; first {first}"
+        for change, (number, first) in sorted(
+            changes.items(), key=lambda item: order.index(item[0])
+        )
+    ]

@@ -35,7 +35,13 @@ GROUNDS = {"white": 255, "grey": 128, "black": 0}
 _OPENED: "dict[tuple[str, ...], Rows]" = {}  # of this process, for the stages of a chain: at most two
 
 
-def pixels(image: Any, config: "DataConfig", name: str, key: str = "data") -> np.ndarray:
+def pixels(
+    image: Any,
+    config: "DataConfig",
+    name: str,
+    key: str = "data",
+    changed: list[str] | None = None,
+) -> np.ndarray:
     """Convert a PIL image to an array.
 
     Args:
@@ -44,6 +50,7 @@ def pixels(image: Any, config: "DataConfig", name: str, key: str = "data") -> np
             brought to `size` (bicubic, antialiased).
         name: of the image, for errors.
         key: the key of the data, for errors.
+        changed: gets `transparent` for an image laid on the background, `small` for an enlarged one.
 
     Returns:
         uint8 [C, H, W]. With `crop=random` it covers `size`, and `cropped` cuts it.
@@ -55,10 +62,16 @@ def pixels(image: Any, config: "DataConfig", name: str, key: str = "data") -> np
         raise Flaw("mode", name, f"has mode {image.mode}", key)
     channels = config.channels or CHANNELS[image.mode]
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = _on_ground(image, config, name, key)
+        laid = _on_ground(image, config, name, key)
+        if changed is not None and laid is not image:
+            changed.append("transparent")
+        image = laid
     image = image.convert("L" if channels == 1 else "RGB")
     if (sides := config.sides) is not None and image.size != sides[::-1]:
+        own = image.size
         image = _fitted(image, sides, config, name, key)
+        if changed is not None and _enlarged(own, sides, config.fit):
+            changed.append("small")
     array = np.asarray(image)
     array = np.ascontiguousarray(array[None] if array.ndim == 2 else array.transpose(2, 0, 1))
     return array if sides is None or config.crop == "random" else cropped(array, sides)
@@ -99,6 +112,12 @@ def _on_ground(image: Any, config: "DataConfig", name: str, key: str) -> Any:
     ground = Image.new("RGBA", image.size, (level, level, level, 255))
     ground.alpha_composite(clear)
     return ground.convert("RGB")
+
+
+def _enlarged(own: tuple[int, int], sides: tuple[int, int], fit: str) -> bool:
+    """Tell whether an image of [width, height] has to grow until it covers `sides`, or fills them."""
+    scales = [side / there for side, there in zip(sides[::-1], own, strict=True)]
+    return (max if fit == "crop" else min)(scales) > 1
 
 
 def _fitted(image: Any, sides: tuple[int, int], config: "DataConfig", name: str, key: str) -> Any:
@@ -181,7 +200,7 @@ class Rows:
 
         count, config = len(self.rows), self.config
         found: list[Flaw] = []
-        frames: list[str] = []
+        changes: dict[str, tuple[int, str]] = {}  # how many, and the first
         bad: set[int] = set()
         ids = np.arange(count)
         with tqdm(
@@ -191,8 +210,10 @@ class Rows:
             while done < len(ids):
                 part = ids[done : done + CHUNK]
                 for i, made in zip(part.tolist(), self._map(self._tried, part), strict=True):
-                    array, flaw, several = made
-                    frames += [several] if several else []
+                    array, flaw, changed, name = made
+                    for change in changed:
+                        number, first = changes.get(change, (0, name))
+                        changes[change] = (number + 1, first)
                     if flaw is not None:
                         found.append(flaw)
                         bad.add(i)
@@ -209,7 +230,7 @@ class Rows:
         skipping = {"bad": config.bad == "skip", "small": config.small == "skip"}
         refused = [flaw for flaw in found if not skipping.get(flaw.way, False)]
         seen = min(done, len(ids))
-        self.notes = flaws.told(frames, seen, count)
+        self.notes = flaws.told(changes, config, seen, count)
         if refused:
             raise UserError(flaws.lines(refused, self.key, seen, count))
         if not self.shape:
@@ -302,25 +323,28 @@ class Rows:
                 raise flaw
         return made
 
-    def _tried(self, i: int, row: Any) -> tuple[np.ndarray | None, Flaw | None, str]:
-        """Decode an image: what it is, or what is wrong with it; its name if it has several frames."""
+    def _tried(self, i: int, row: Any) -> tuple[np.ndarray | None, Flaw | None, list[str], str]:
+        """Decode an image: what it is, or what is wrong with it, what was changed, and its name."""
+        name = self._name(i, row).removeprefix(f"{self.key}: ")
         try:
-            array, several = self._one(i, row, frames=True)
+            array, changed = self._one(i, row, look=True)
         except Flaw as flaw:
-            return None, flaw, ""
-        return array, None, self._name(i, row).removeprefix(f"{self.key}: ") if several else ""
+            return None, flaw, [], name
+        return array, None, changed, name
 
-    def _one(self, i: int, row: Any, frames: bool = False) -> tuple[np.ndarray, bool]:
-        """Decode an image; with `frames` tell whether it has several, of which this is the first."""
+    def _one(self, i: int, row: Any, look: bool = False) -> tuple[np.ndarray, list[str]]:
+        """Decode an image; with `look` tell what is lost or changed, a key of `flaws.CHANGES` each."""
         from PIL import ExifTags, ImageOps
 
         with self._opened(i, row) as image:
             # an MPO is a photo with its preview
-            several = frames and image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+            several = look and image.format != "MPO" and getattr(image, "n_frames", 1) > 1
             image.load()
             turned = ExifTags.Base.Orientation in image.getexif()
             upright = ImageOps.exif_transpose(image) if turned else image
-            return pixels(upright, self.config, self._name(i, row), self.key), several
+            changed = ["frames"] if several else []
+            array = pixels(upright, self.config, self._name(i, row), self.key, changed)
+            return array, changed
 
     def _unlike(self, array: np.ndarray, i: int) -> Flaw | None:
         """Compare an image with the first one."""

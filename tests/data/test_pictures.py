@@ -50,6 +50,8 @@ def test_keys_take_them_or_leave_them_out_and_say_so(tmp_path):
     found = load(path=str(path), size=16, **WAYS)
     assert (found.count, found.shape) == (9, (3, 16, 16))
     assert found.notes == (
+        f"3 of the 12 images have transparent pixels, laid on white; first image 1 ({path}/001.png)",
+        f"3 of the 12 images are enlarged to size=16; first image 2 ({path}/002.png)",
         "3 of 12 images left out (data.bad=skip): they cannot be read; first image 3 "
         f"({path}/003.png)",
     )
