@@ -152,11 +152,12 @@ def plan(config: EvaluateConfig) -> Plan:
         )
         for name, model in models.items()
     )
+    straight = len(models) * min(sampling.STRAIGHT, samples) * sampling.STRAIGHT_STEPS
     lines = [
         f"{samples} samples a row, {kind} distance to {samples} of {real.count} real ones",
         f"{evaluations:,} network evaluations"
         f"{'' if converged.evaluations else ', and those of dopri5,'} for "
-        f"{len(config.steps) + 1} rows of 2 models, on {device}",
+        f"{len(config.steps) + 1} rows of 2 models, on {device}, and {straight:,} for the straightness",
     ]
     lines += [f"{key}: {note}" for key, opened in sets.items() for note in opened.notes]
     if again:

@@ -26,7 +26,7 @@ from flowmatch.models.precision import arithmetic
 from flowmatch.runs.process import bar_options
 
 Span = tuple[float, float]  # the times of noise and data
-STRAIGHT, STRAIGHT_STEPS = 256, 64  # samples and Euler steps that estimate the straightness
+STRAIGHT, STRAIGHT_STEPS = 256, 64  # samples, at most, and Euler steps for the straightness
 PATHS = 64  # of these samples, whose paths the report draws
 
 
@@ -237,14 +237,14 @@ class Sampler:
         return x0.to(device), cond
 
     def straightness(self) -> dict[str, float]:
-        """Estimate the straightness on the first 256 samples, as `metrics.straightness` does."""
+        """Estimate the straightness on the first 256 samples, or all, as `metrics.straightness` does."""
         return self._euler_paths[0]
 
     def paths(self) -> tuple[Tensor, Tensor]:
         """Return paths of the first samples, those that the straightness is estimated on.
 
         Returns:
-            Times [T], from noise to data, and states [T, PATHS, ...] on the CPU.
+            Times [T], from noise to data, and states [T, N, ...] on the CPU, N at most PATHS.
         """
         return self._euler_paths[1:]
 
@@ -252,7 +252,7 @@ class Sampler:
     @torch.inference_mode()
     def _euler_paths(self) -> tuple[dict[str, float], Tensor, Tensor]:
         """Integrate some samples by Euler, and return their straightness, times and states."""
-        x0, cond = self.noise(np.arange(STRAIGHT))
+        x0, cond = self.noise(np.arange(min(STRAIGHT, self.samples)))
         start, end = self.velocity.span
         times = torch.linspace(start, end, STRAIGHT_STEPS + 1, dtype=torch.float64)
         states, last = [], x0[:0]

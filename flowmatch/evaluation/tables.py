@@ -154,12 +154,15 @@ def steps_name(steps: int | None) -> str:
 def finding(result: Mapping[str, Any]) -> str:
     """Write a headline: how many evaluations of the teacher the student beats with its fewest.
 
+    Distances that are equal as the table prints them are not beaten.
+
     Args:
         result: The content of metrics.json.
     """
     first, beaten = result["student"]["rows"][0], 0
+    least = float(f"{first['distance']:.3g}")
     for row in result["teacher"]["rows"]:
-        if row["steps"] is None or row["distance"] <= first["distance"]:
+        if row["steps"] is None or float(f"{row['distance']:.3g}") <= least:
             break
         beaten = row["evaluations"]
     few, plural = first["evaluations"], "s" if first["evaluations"] > 1 else ""

@@ -280,3 +280,18 @@ def test_a_white_sample_of_a_pair_has_a_border(tmp_path):
     shown = np.asarray(Image.open(tmp_path / "x.png").convert("L"))
     lower = shown[shown.shape[0] // 2 + 20 :, 100:]  # beside the words
     assert (lower < 230).any()
+
+
+def test_the_headline_claims_no_victory_that_the_table_does_not_show():
+    def told(student, *teacher):
+        rows = [
+            {"steps": steps, "evaluations": steps, "distance": distance}
+            for steps, distance in zip((1, 2, 4), teacher, strict=False)
+        ]
+        return tables.finding(
+            {"student": {"rows": [rows[0] | {"distance": student}]}, "teacher": {"rows": rows}}
+        )
+
+    assert told(0.5, 0.9, 0.6, 0.4) == "1 evaluation of the student beats 2 of the teacher"
+    equal = "Distance to real data against network evaluations"
+    assert told(0.52501, 0.52512, 0.52508, 0.52503) == equal

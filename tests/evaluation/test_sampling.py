@@ -52,8 +52,9 @@ def test_the_bar_counts_the_network_evaluations_of_all_samples(monkeypatch):
 def test_the_paths_are_those_of_euler_from_the_noise_of_the_samples():
     found = sampler(10)
     times, states = found.paths()
-    assert states.shape == (sampling.STRAIGHT_STEPS + 1, sampling.PATHS, 2)
-    x0, _ = found.noise(np.arange(sampling.PATHS))
+    assert states.shape == (sampling.STRAIGHT_STEPS + 1, 10, 2)  # of few samples all, and no more
+    assert found.velocity.evaluations == sampling.STRAIGHT_STEPS
+    x0, _ = found.noise(np.arange(10))
     assert torch.equal(states[0], x0)
     with torch.no_grad():
         end = solvers.integrate(lambda x, t: found.velocity(x, t), x0, times)
