@@ -38,7 +38,7 @@ from flowmatch.runs import (
 from flowmatch.runs.config import PREEMPTED, USER_ERROR, StageConfig
 from flowmatch.runs.experiment import Experiment, find_config
 from flowmatch.runs.process import leads, rank, say
-from flowmatch.runs.values import assign, merge, parse_word, read_yaml
+from flowmatch.runs.values import assign, leave_derived, merge, parse_word, read_yaml
 
 C = TypeVar("C", bound=Config)
 
@@ -135,6 +135,7 @@ def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
     given: list[tuple[str, Any]] = read[len(files) :]
     if experiment is None:
         together(*(partial(assign, values, key, value) for key, value in given))
+        leave_derived(values, model, [key for key, _ in given])
         return validate(model, values), call
     asked = [value for key, value in given if key == "section"]
     if None in asked:
@@ -146,6 +147,7 @@ def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
         own = experiment.sections.setdefault(section, {})
         experiment.sections[section] = own = merge(own, values)
         together(*(partial(assign, own, *pair) for pair in given if pair[0] != "section"))
+        experiment.typed[section] = [key for key, _ in given]
     return validate(model, experiment.values(section, model)), call
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import flowmatch
 from flowmatch.config import Config, UserError, closest, expanded, shared_fields
-from flowmatch.runs.values import assign, merge
+from flowmatch.runs.values import assign, leave_derived, merge
 
 CHAIN = {  # section -> its stage, in the order of the chain
     "tiny": "tiny_pipeline",
@@ -96,6 +96,7 @@ class Experiment:
     def __init__(self, values: dict[str, Any], file: str):
         self.file = file
         self.name, self.shared, self.sections = "", {}, {}  # type: str, dict[str, Any], dict[str, Any]
+        self.typed: dict[str, list[str]] = {}  # section -> its keys that the command line sets
         faults = []
         for key, value in deepcopy(values).items():
             if key == "name":
@@ -194,6 +195,7 @@ class Experiment:
             self._check_name()
         elif rest and self.has(first):
             assign(self.sections.setdefault(first, {}), rest, value)
+            self.typed.setdefault(first, []).append(rest)
         elif re.split(r"[.\[]", key)[0] in SHARED:
             assign(self.shared, key, value)
         else:
@@ -224,6 +226,8 @@ class Experiment:
             if stage == "generate_pairs":
                 values["seed"] = values.get("seed", 0) + k - 1
         values = merge(values, deepcopy(self.sections.get(section, {})))
+        typed = [key for name in dict.fromkeys((base, section)) for key in self.typed.get(name, [])]
+        leave_derived(values, model, typed)
         values.pop("stage", None)
         values.setdefault("run_dir", self.folder(section))
         for key, value in self._inputs(stage, section, values).items():

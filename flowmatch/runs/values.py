@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,26 @@ def _fetched(url: str) -> Any:
             f"{url}: the store refuses ({type(error).__name__}: {told}); check that its client is "
             "installed, reaches it and has credentials"
         ) from error
+
+
+def leave_derived(values: dict[str, Any], model: Any, typed: Sequence[str]) -> None:
+    """Let `fit.steps`, typed on a command line, take the place of the `fit.epochs` of a file.
+
+    So for each key that a stage can derive from another. Of two that are typed the later counts.
+
+    Args:
+        values: Of the stage; changed in place.
+        model: Config class of the stage.
+        typed: Keys of the command line, in its order.
+    """
+    for key, source in getattr(model, "DERIVED", {}).items():
+        named = [word for word in typed if word in (key, source)]
+        if named[-1:] == [key]:
+            assign(values, source, None)
+        elif named:
+            *way, last = key.split(".")
+            here: Any = values
+            for part in way:
+                here = here.get(part) if isinstance(here, dict) else None
+            if isinstance(here, dict):
+                here.pop(last, None)

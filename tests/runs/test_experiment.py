@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 
 from flowmatch.config import UserError, validate
+from flowmatch.evaluation.config import EvaluateConfig
+from flowmatch.pairs.config import PairsConfig
+from flowmatch.runs import new
 from flowmatch.runs.command import load
 from flowmatch.runs.experiment import (
     CHAIN,
@@ -186,6 +189,35 @@ def test_a_stage_reads_its_own_section(tmp_path, monkeypatch):
     assert (read.fit.trackers, read.run_dir) == (["tensorboard"], f"{tmp_path}/b")
     read, _ = load(train_classifier.ClassifierConfig, ["digits"])
     assert read.run_dir == "runs/digits/features"
+
+
+def test_a_typed_number_takes_the_place_of_the_one_that_the_file_derives(tmp_path, monkeypatch):
+    """`fit.steps` of `fit.epochs`, `shards` and `samples` of `per_image`; the later of two counts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    new.main(["mine", "--data", "pictures", "--size", "8"])
+
+    def numbers(*words):
+        fit = load(reflow.ReflowConfig, ["mine.yaml", *words])[0].fit
+        return fit.epochs, fit.steps
+
+    assert numbers() == (20, 0)
+    assert numbers("fit.steps=5") == (None, 5)
+    assert numbers("fit.epochs=3") == (3, 0)
+    assert numbers("fit.steps=5", "fit.epochs=3") == (3, 0)
+    assert numbers("fit.epochs=3", "fit.steps=5") == (None, 5)
+    chain = ["--chain", "reflow.fit.steps=5", "flow.fit.steps=4"]
+    assert numbers(*chain) == (None, 5)
+    assert numbers("section=reflow_2", *chain) == (None, 5)
+    assert numbers("section=reflow_2", *chain, "reflow_2.fit.epochs=3") == (3, 0)
+    read, _ = load(PairsConfig, ["mine.yaml", "shards=2"])
+    assert (read.per_image, read.shards) == (None, 2)
+    read, _ = load(EvaluateConfig, ["mine.yaml", "samples=9"])
+    assert (read.per_image, read.samples) == (None, 9)
+    flat = "run_dir: a\nstart: b\npairs: [c]\nfit: {steps: 1, batch_size: 2}\n"
+    (tmp_path / "flat.yaml").write_text(flat)
+    read, _ = load(reflow.ReflowConfig, ["flat.yaml", "fit.epochs=3"])
+    assert (read.fit.epochs, read.fit.steps) == (3, 0)
 
 
 @pytest.mark.parametrize(
