@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,7 +20,6 @@ from flowmatch.config import (
     NotReady,
     UserError,
     closest,
-    dump,
     expanded,
     one_line,
     together,
@@ -184,7 +183,9 @@ class Chain:
                 with suppress(storage.Unread):
                     folder.compare(link.stage.name, plan)
                 if self.call.dry_run:
-                    for line in [*plan.lines, *plan.measure()]:
+                    with _counted_as(1):  # which start no group of processes
+                        measured = plan.measure()
+                    for line in [*plan.lines, *measured]:
                         say(f"{name}: {one_line(line)}")
             except NotReady as error:
                 unread = set(filter(storage.is_url, error.places)) if self.call.dry_run else set()
@@ -198,13 +199,14 @@ class Chain:
 
         calls = []
         for link in todo:
-            if self.call.dry_run:
-                calls.append(partial(_print_config, link))
             calls.append(partial(plan, link, set(made)))
             place = link.config.run_dir
             made.add(place.rstrip("/") if storage.is_url(place) else str(storage.at(place)))
         with _counted_as(self.processes):
-            together(*calls)
+            try:
+                together(*calls)
+            except UserError as error:
+                raise UserError(_gathered(error.faults)) from None
 
     def _launch(self, link: Link) -> int:
         """Start a stage in a process group of its own; return its number."""
@@ -246,8 +248,17 @@ class Chain:
             say(f"seconds: {took}")
 
 
-def _print_config(link: Link) -> None:
-    say(f"{link.section}:\n{dump(link.config)}")
+def _gathered(faults: Sequence[str]) -> list[str]:
+    """Write a fault that several sections have once, behind all their names."""
+    sections: dict[str, list[str]] = {}
+    for line in faults:
+        section, _, fault = line.partition(": ")
+        detail = fault.startswith(" ")  # of the line above it
+        sections.setdefault(line if detail else fault, []).append("" if detail else section)
+    return [
+        f"{', '.join(dict.fromkeys(names))}: {fault}" if names[0] else fault
+        for fault, names in sections.items()
+    ]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from PIL import Image
 import flowmatch
 from flowmatch import cli
 from flowmatch.pairs.dataset import PairData
-from flowmatch.runs import children, manifest, stopping
+from flowmatch.runs import chain, children, manifest, stopping
 from tests import forked, toy
 
 ROOT = Path(__file__).parents[2]
@@ -125,6 +125,7 @@ def test_a_new_experiment_of_images_is_planned_from_one_file(tmp_path):
     done = call(tmp_path, *words, *loss, "reflow.fit.precision=fp32", **cache)
     assert done.returncode == 0, done.stderr
     assert "flow: 40 samples of [3, 16, 16], no labels" in done.stdout
+    assert "run_dir:" not in done.stdout  # the plan alone: a stage's own dry run prints its config
     assert "pairs: later: teacher=runs/mine/flow does not exist" in done.stdout
     assert not (tmp_path / "runs").exists()
 
@@ -178,6 +179,15 @@ def test_what_the_command_does_not_know_is_named(words, message, tmp_path, monke
         cli.main(words)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_fault_of_several_sections_is_told_once():
+    detail = "  (input) student: 'a' -> 'b'"
+    faults = ["pairs: no", "evaluate: x was made", f"evaluate: {detail}", "reflow: no"]
+    assert chain._gathered([*faults, "export: y was made", f"export: {detail}"]) == [
+        *("pairs, reflow: no", "evaluate: x was made", f"evaluate: {detail}"),
+        *("export: y was made", f"export: {detail}"),
+    ]
 
 
 def test_all_faults_of_a_chain_are_listed_with_their_sections(tmp_path, monkeypatch, capsys):
