@@ -276,6 +276,7 @@ def write_pipeline(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, A
 
 def write_network(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, Any]]:
     """Write and check the pipeline of one network; return as `write_pipeline` does."""
+    from flowmatch.evaluation import tables
     from flowmatch.export import model_card, network_folder, provenance
 
     config: ExportConfig = plan.config
@@ -290,8 +291,12 @@ def write_network(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, An
         card = model_card.text(student, kind, plan.table, differences, *more)
         write_atomic(built / CARD, card)
         for steps, found in differences.items():
-            told = ", ".join(f"{name} {value:.2g}" for name, value in found.items())
-            process.say(f"export: {steps} steps: {told}")
+            where = {"exact": f"scheduler_{steps}/", "folder": "scheduler/"}
+            told = ", ".join(
+                f"{value:.2g} with {where.get(name, name)}" for name, value in found.items()
+            )
+            count = tables.steps_name(steps)
+            process.say(f"export: {count}: difference to flowmatch's own samples {told}")
         if max(found.get("folder", 0) for found in differences.values()) > WARNING:
             process.say(
                 f"export: warning: with the folder's own scheduler pixels differ by more than "

@@ -107,11 +107,13 @@ def told(choice: Choice) -> list[str]:
     lines = []
     for n, found in choice.steps.items():
         if found.way is None:
-            lines.append(f"{n} steps: the pipeline cannot: {found.failure}")
+            lines.append(f"{n} steps: the pipeline cannot take them: {found.failure}")
             continue
-        lines.append(f"{n} steps: {found.way.name} in {found.way.place}/ {found.difference:.2g}")
-        if found.way.place != "scheduler":
-            lines[-1] += f", {choice.folder.name} in scheduler/ {found.folder:.2g}"
+        way = found.way
+        line = f"{n} steps: {way.name} in {way.place}/, difference to flowmatch's own samples "
+        lines.append(f"{line}{found.difference:.2g}")
+        if way.place != "scheduler":
+            lines[-1] += f"; with {choice.folder.name} in scheduler/ {found.folder:.2g}"
     return lines
 
 

@@ -140,7 +140,7 @@ class _Looks:
             told = " ".join(str(error).split())
             raise UserError(
                 f"{self.key}: {type(self.pipe).__name__} fails on a prompt and the arguments of `call`: "
-                f"{type(error).__name__}: {told[:300]}"
+                f"{type(error).__name__}: {told[:300]}; set `call` to what you pass beside the prompt"
             ) from None
 
     def first(self) -> Script:

@@ -294,9 +294,12 @@ def _refuse(folder: Store, changed: list[str]) -> None:
                 "fit.steps may grow at any time with fit.decay=constant, and else from the last "
                 "checkpoint of a run that has reached its end; set it back, or use another run_dir"
             )
+        what = "with other settings"
+        if all(line.startswith("(input)") for line in changed):
+            what = "from other inputs, which were made again or have changed since"
+            way_out = "to make it again, delete this folder; to keep it, use another run_dir"
         raise UserError(
-            [f"run_dir={folder} was made with other settings; {way_out}:"]
-            + [f"  {line}" for line in changed]
+            [f"run_dir={folder} was made {what}; {way_out}:"] + [f"  {line}" for line in changed]
         )
 
 

@@ -9,6 +9,7 @@ import base64
 import html
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ class Stage:
         batch: Samples in an update; 0 for other stages than training.
         shards: Finished shards of a set of pairs.
         sealed: Whether it is done.
+        ended: Updates of a sealed training run; metrics.jsonl has no line for the last ones.
     """
 
     folder: Path
@@ -126,6 +128,7 @@ class Stage:
     batch: int
     shards: int
     sealed: bool
+    ended: int
 
     @property
     def name(self) -> str:
@@ -135,6 +138,8 @@ class Stage:
     @property
     def done(self) -> int:
         """Updates, or shards, that are done."""
+        if self.ended:
+            return self.ended
         return int(self.metrics[-1]["step"]) if self.metrics else self.shards
 
     @property
@@ -210,15 +215,21 @@ def read_stage(folder: Path) -> Stage:
     def number(value: Any) -> int:
         return value if isinstance(value, int) else 0  # damaged
 
+    sealed, steps = (folder / manifest.NAME).is_file(), number(fit.get("steps"))
+    ended = 0
+    if sealed and steps:
+        with suppress(UserError):
+            ended = number(manifest.read(folder, "monitor")["facts"].get("step", steps))
     return Stage(
         folder,
         logged("metrics.jsonl", "loss"),
         logged("held_out.jsonl", "held_out_loss"),
         sorted(folder.glob("samples/step_*.png")),
-        number(fit.get("steps")) or number(config.get("shards")),
+        steps or number(config.get("shards")),
         number(fit.get("batch_size")),
         len(list(folder.glob("pairs-*.tar"))),
-        (folder / manifest.NAME).is_file(),
+        sealed,
+        ended,
     )
 
 

@@ -65,7 +65,8 @@ def test_another_config_is_refused_with_its_keys(tmp_path, seal):
     with pytest.raises(UserError) as error:
         work(config(tmp_path, lr=0.2, seed=3))
     assert [line.strip() for line in error.value.faults[1:]] == ["lr: 0.1 -> 0.2", "seed: 0 -> 3"]
-    with pytest.raises(UserError, match=r"\(input\) data: 'abc' -> 'xyz'"):
+    told = r"from other inputs, .* delete this folder;(.|\n)*\(input\) data: 'abc' -> 'xyz'"
+    with pytest.raises(UserError, match=told):
         work(config(tmp_path), {"data": "xyz"})
 
 

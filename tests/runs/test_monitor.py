@@ -94,6 +94,8 @@ def test_it_follows_a_run_to_its_end(tmp_path):
         assert process.stdout.readline().rstrip().endswith("sealed")
         assert process.wait(20) == 0
     assert "sealed" in (flow / "monitor.html").read_text()
+    (flow / "metrics.jsonl").write_text('{"step": 30, "loss": 2.0}\n')  # none for the last ten
+    assert monitor.read_stage(flow).line.startswith("update 40 of 40, loss 2, ")
     (flow / "manifest.json").unlink()
     with forked.Popen(["flowmatch", "monitor", str(flow)], stdout=forked.PIPE) as process:
         process.stdout.readline()
