@@ -55,6 +55,11 @@ class ExportConfig(StageConfig):
     call: CallConfig = option(
         CallConfig(), "with prompts: arguments of the pipeline's call (default: the student's)"
     )
+    adapter: bool = option(
+        False,
+        "with prompts, for a student trained with lora: write its adapter alone, for load_lora_weights "
+        "of the teacher's pipeline; default: the whole pipeline with the adapter in its weights",
+    )
     license: str | None = option(
         None,
         "licence of the weights as the hub writes it, such as apache-2.0, for the card (default: with "
@@ -110,9 +115,9 @@ def plan(config: ExportConfig) -> Plan:
             faults.append(
                 f"device={config.device}: an export is checked on the CPU; leave device out"
             )
-        for key in ("pipeline", "call"):
-            given = config.call.model_dump() if key == "call" else config.pipeline
-            if given and config.prompts is None:
+        given = {"pipeline": config.pipeline, "call": config.call.model_dump()}
+        for key, value in (given | {"adapter": config.adapter}).items():
+            if value and config.prompts is None:
                 faults.append(f"{key}: for a student that reads prompts; set prompts, too")
         if faults:
             raise UserError(faults)
@@ -122,9 +127,8 @@ def plan(config: ExportConfig) -> Plan:
             from flowmatch.export import text_folder
 
             device = process.worker_device(process.device_of(config))
-            read = text_folder.open_student(
-                config.student, config.prompts, config.call, config.pipeline, device
-            )
+            words = (config.student, config.prompts, config.call, config.pipeline, device)
+            read = text_folder.open_student(*words, config.adapter)
             check_steps(read)
             return read, read.digest
         try:
@@ -185,7 +189,8 @@ def plan(config: ExportConfig) -> Plan:
     kind = None if config.prompts else model_card.kind_of(student, vae)
     name = student.facts["script"]["pipeline"] if kind is None else kind.name
     lines = [
-        f"{type(student.net).__name__} of {student.net.num_parameters():,} parameters, as {name}",
+        f"{type(student.net).__name__} of {student.net.num_parameters():,} parameters, as {name}"
+        + ", the adapter alone" * config.adapter,
         f"checked in a fresh process without flowmatch at {config.steps} steps",
     ]
     return Plan(config, inputs, lines, student, kind, table, vae)
@@ -252,14 +257,18 @@ def write_pipeline(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, A
 
     config: ExportConfig = plan.config
     student: Any = plan.student
-    trial = text_export.Trial(student, config.seed)
+    trial = text_export.Trial(student, config.seed, str(config.pipeline) if config.adapter else "")
     with Fresh(cpu=trial.noise.device.type == "cpu") as fresh:
         choice = text_export.choose(trial, config.steps)
-        written = text_folder.save(student, choice, built)
+        if config.adapter:
+            written = text_folder.save_adapter(config.student, choice, built)
+        else:
+            written = text_folder.save(student, choice, built)
         ways = text_folder.expected(trial, choice)
         task = text_folder.task(trial, ways, built, Path(fresh.scratch.name))
         student.pipe.to("cpu")  # the fresh process needs the room
-        output = text_folder.check(built, ways, fresh.sample(task))
+        most = text_folder.UNMERGED if config.adapter else text_folder.EXACT
+        output = text_folder.check(built, ways, fresh.sample(task), most)
     source = str(config.pipeline)
     grid = Path(config.evaluation or "") / "grid.png"
     picture = PICTURE if config.evaluation is not None and grid.is_file() else ""

@@ -92,6 +92,10 @@ def sample(
     storage.check_folder(out, "--out")
     folder = Path(export)
     if folder.exists() and not (folder / "model_index.json").is_file():
+        if (folder / "pytorch_lora_weights.safetensors").is_file():
+            raise UserError(
+                f"{export} is an adapter alone: sample it with the code of its README.md"
+            )
         raise UserError(f"{export}: not an export: it has no model_index.json")
     if (sealed := manifest.find(folder, "export")) is not None:
         manifest.verify(folder, "export", sealed)

@@ -8,17 +8,17 @@ from typing import Any
 from flowmatch.export import provenance
 from flowmatch.export.provenance import Origin
 from flowmatch.export.text_export import EXACT, Choice, Found, Trial, Way
+from flowmatch.models.adapters import COMFYUI, DIFFUSERS
 from flowmatch.models.text import TextTeacher
 
 CARD = """---
 library_name: diffusers
-{front}tags: [flow-matching, rectified-flow, reflow]
+{front}tags: [{tags}flow-matching, rectified-flow, reflow]
 ---
 
 # {pipeline} in {few} step{s}
 
-The `{network}` of {source}, trained with flowmatch after {rounds} of reflow. All other parts are the
-teacher's.
+{intro}
 {picture}
 ```python
 {snippet}
@@ -34,12 +34,20 @@ teacher's.
 Largest difference between the last state of the pipeline and that of N Euler steps of flowmatch,
 relative to the largest value, measured when the folder was made; the times that the network sees were
 compared, too. A new process then loaded the folder with the code above{without} and gave the same
-samples.
+samples{rounding}.
 
 {differences}
 
 Weights: sha256 {digest}. Provenance: `manifest.json`.
 """
+WHOLE = """\
+The `{network}` of {source}, trained with flowmatch after {rounds} of reflow. All other parts are the
+teacher's."""
+ADAPTER = f"""\
+An adapter (LoRA) of the `{{network}}` of {{source}}, trained with flowmatch after {{rounds}} of reflow.
+`{DIFFUSERS}` is for diffusers, `{COMFYUI}` the same for ComfyUI."""
+ROUNDING = ", but for rounding: the table is of the adapter in the network's weights"
+BASE = "path/to/the/pipeline"  # in a card, where the teacher is a folder
 LEFT = "Leave the guidance as you call the teacher{given}: it is an input of the network."
 BAKED = (
     "Pass {off}. The guidance of the teacher's run ({given}) is inside the student; with another value "
@@ -49,28 +57,41 @@ TAGS = {"images": "text-to-image", "frames": "text-to-video", "audios": "text-to
 STATED = ("num_inference_steps", "sigmas", "timesteps")  # by the number of steps
 
 
-def load_code(pipe: Any) -> str:
-    """Write the code that loads the pipeline; FOLDER stands for the path of the export."""
+def load_code(pipe: Any, base: str = "") -> str:
+    """Write the code that loads the pipeline; FOLDER stands for the path of the export.
+
+    Args:
+        pipe: The pipeline.
+        base: The teacher's, where the folder holds an adapter of it alone.
+    """
     # Of parts that are None diffusers wants to be told, unless their class may lack them.
     optional = type(pipe)._optional_components
     empty = [name for name, part in pipe.components.items() if part is None]
     told = "".join(f", {name}=None" for name in empty if name not in optional)
-    return f'pipe = DiffusionPipeline.from_pretrained("FOLDER"{told})'
+    code = f'pipe = DiffusionPipeline.from_pretrained("{base or "FOLDER"}"{told})'
+    named = f'weight_name="{DIFFUSERS}"'  # which diffusers cannot guess offline
+    return code + (f'\npipe.load_lora_weights("FOLDER", {named})' if base else "")
 
 
-def way_code(way: Way, guider: bool) -> str:
-    """Write the code that chooses a scheduler and disables the guider, where these are needed."""
+def way_code(way: Way, guider: bool, adapter: bool = False) -> str:
+    """Write the code that chooses a scheduler and disables the guider, where these are needed.
+
+    Args:
+        way: How to sample.
+        guider: Whether the pipeline's guider is disabled.
+        adapter: Whether all but the schedulers is loaded from elsewhere.
+    """
     lines = []
-    if way.place != "scheduler":
+    if adapter or way.place != "scheduler":
         named = f'{way.name}.from_pretrained("FOLDER", subfolder="{way.place}")'
         lines.append(f"pipe.scheduler = {named}")
     return "\n".join([*lines, *(["pipe.guider.disable()"] if guider else [])])
 
 
-def imports(way: Way) -> str:
+def imports(way: Way, adapter: bool = False) -> str:
     """Write the imports that `load_code` and `way_code` need."""
     ours = not type(way.scheduler).__module__.startswith("diffusers")
-    stock = way.place != "scheduler" and not ours
+    stock = (adapter or way.place != "scheduler") and not ours
     names = ", ".join(["DiffusionPipeline", *([way.name] if stock else [])])
     more = f"\nfrom flowmatch import {way.name}" if ours and way.place != "scheduler" else ""
     return f"from diffusers import {names}{more}"
@@ -82,21 +103,23 @@ def call_code(prompt: str, arguments: dict[str, Any], output: str) -> str:
     return f"sample = pipe({words}){f'.{output}' if output else '[0]'}[0]"
 
 
-def first_snippet(trial: Trial, choice: Choice, output: str) -> str:
+def first_snippet(trial: Trial, choice: Choice, output: str, base: str | None = None) -> str:
     """Write the code that loads the folder and samples a prompt in the fewest steps.
 
     Args:
         trial: Of the choice.
         choice: What the folder holds.
         output: Name of the samples in the pipeline's output; "" where it is a tuple.
+        base: Name of the teacher's pipeline of an adapter; default: as it was given.
     """
+    adapter = bool(trial.base)
     steps, found = min(_possible(choice).items())
     way = found.way
     assert way is not None, "the pipeline takes so many steps"
     parts = [
-        imports(way) + "\n",
-        load_code(trial.pipe),
-        way_code(way, trial.script.guider),
+        imports(way, adapter) + "\n",
+        load_code(trial.pipe, base or trial.base),
+        way_code(way, trial.script.guider, adapter),
         call_code(trial.prompts[0], trial.arguments(steps, way), output),
     ]
     return "\n".join(part for part in parts if part)
@@ -242,10 +265,16 @@ def text(
     entries = own | {k: v for k, v in {"pipeline_tag": TAGS.get(output)}.items() if v}
     if not Path(source).is_dir():
         entries |= {"base_model": source}
+        entries |= {"base_model_relation": "adapter"} if trial.base else {}
     if origin.datasets:
         entries |= {"datasets": origin.datasets}
     shown, training = provenance.sections(origin, own.get("license"), picture)
     ours = any("flowmatch" in imports(found.way) for found in steps.values() if found.way)
+    intro = (ADAPTER if trial.base else WHOLE).format(
+        network=student.script.network,
+        source=f"`{source}`" if "base_model" in entries else f"a {student.script.pipeline}",
+        rounds="1 round" if student.round == 1 else f"{student.round} rounds",
+    )
     few = str(max(steps)) if len(steps) == 1 else f"{first} to {max(steps)}"
     card = CARD.format(
         front=provenance.written(entries),
@@ -255,13 +284,13 @@ def text(
         pipeline=student.script.pipeline,
         few=few,
         s="" if few == "1" else "s",
-        network=student.script.network,
-        source=f"`{source}`" if "base_model" in entries else f"a {student.script.pipeline}",
-        rounds="1 round" if student.round == 1 else f"{student.round} rounds",
-        snippet=first_snippet(trial, choice, output),
+        intro=intro,
+        tags="lora, " if trial.base else "",
+        snippet=first_snippet(trial, choice, output, BASE if Path(source).is_dir() else source),
         notes=notes(trial, choice) + _terms(taught),
         table=table,
         without="" if ours else ", without flowmatch,",
+        rounding=ROUNDING if trial.base else "",
         differences=describe(choice),
         digest=student.digest,
     )

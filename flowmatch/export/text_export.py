@@ -98,9 +98,11 @@ class Trial:
     Args:
         student: The student, in the place of its teacher's network.
         seed: Of the noise.
+        base: The teacher's pipeline, where an adapter of it alone is exported.
     """
 
-    def __init__(self, student: TextTeacher, seed: int):
+    def __init__(self, student: TextTeacher, seed: int, base: str = ""):
+        self.base = base
         self.student, self.pipe, self.script = student, student.pipe, student.script
         listed = student.prompts
         self.prompts = [*listed.held_out, *listed.texts, *listed.texts][:PROMPTS]

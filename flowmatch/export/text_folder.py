@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,26 @@ from flowmatch.data.config import PromptsConfig
 from flowmatch.export import text_card
 from flowmatch.export.text_export import EXACT, Choice, Trial, Way
 from flowmatch.models import students, text
+from flowmatch.models.adapters import COMFYUI, DIFFUSERS
 from flowmatch.models.config import CallConfig
 from flowmatch.models.diffusion import read_index
-from flowmatch.models.teachers import read_made
+from flowmatch.models.teachers import read_made, run_of
 from flowmatch.models.text import TextTeacher
 from flowmatch.models.watch import quiet
 from flowmatch.runs.files import allow_readers, write_atomic
 
+UNMERGED = (
+    1e-4  # the same as EXACT, of an adapter beside the weights: W x + B (A x) is not (W + B A) x
+)
+
 
 def open_student(
-    path: str, prompts: PromptsConfig, call: CallConfig, pipeline: str | None, device: str
+    path: str,
+    prompts: PromptsConfig,
+    call: CallConfig,
+    pipeline: str | None,
+    device: str,
+    adapter: bool = False,
 ) -> TextTeacher:
     """Load a student into its teacher's pipeline.
 
@@ -32,6 +43,7 @@ def open_student(
         call: Arguments of the pipeline's call; those of the reflow where none are given.
         pipeline: The teacher's pipeline.
         device: Where to put it.
+        adapter: Whether it has to be an adapter.
 
     Raises:
         UserError: It is no such student, or prompts, call and pipeline are not those of its training.
@@ -44,6 +56,11 @@ def open_student(
     if pipeline is None:
         raise UserError(
             f"{where} is one network; set pipeline= to its teacher's {facts['script']['pipeline']}"
+        )
+    if adapter and facts.get("base") is None:
+        raise UserError(
+            f"adapter=true: {where} has the whole network, as it was trained without lora or with "
+            "lora.merge=true; leave adapter out"
         )
     if read_index(pipeline, "pipeline").get("_class_name") != facts["script"]["pipeline"]:
         raise UserError(
@@ -80,10 +97,29 @@ def save(student: TextTeacher, choice: Choice, folder: Path) -> list[str]:
             pipe.save_pretrained(folder, safe_serialization=True)
     finally:
         pipe.scheduler = before
+    parts = [p.name for p in folder.iterdir() if p.is_dir() and p.name in pipe.components]
+    return finish(folder, choice, ["model_index.json"], parts)
+
+
+def save_adapter(path: str, choice: Choice, folder: Path) -> list[str]:
+    """Write an adapter alone, and the schedulers; return as `save` does.
+
+    Args:
+        path: The run folder of the student.
+        choice: What the folder holds.
+        folder: Where to write.
+    """
+    run, name = run_of(path)
+    for file in (DIFFUSERS, COMFYUI):
+        shutil.copyfile(run / name / file, folder / file)
+    return finish(folder, choice, [DIFFUSERS, COMFYUI], [])
+
+
+def finish(folder: Path, choice: Choice, names: list[str], parts: list[str]) -> list[str]:
+    """Write the schedulers beside some files and the folders of some parts; list all files."""
     for place, scheduler in choice.schedulers.items():
         scheduler.save_pretrained(folder / place)
-    parts = [p.name for p in folder.iterdir() if p.is_dir() and p.name in pipe.components]
-    names = ["model_index.json"]
+    names = [*names]
     for part in {*parts, *choice.schedulers}:
         names += [str(p.relative_to(folder)) for p in (folder / part).rglob("*") if p.is_file()]
     for name in names:  # where the parts were before is no one's business
@@ -147,15 +183,18 @@ def task(
     torch.save(trial.noise.cpu(), place / "noise.pt")
     known = inspect.signature(trial.pipe.__call__).parameters
     latent = {"output_type": "latent"} if "output_type" in known else {}
-    codes = [text_card.imports(way) for _, way, _ in ways]
-    load = "\n".join([*dict.fromkeys(codes), text_card.load_code(trial.pipe)])
+    adapter, base = bool(trial.base), trial.base
+    if base and Path(base).is_dir():
+        base = str(Path(base).resolve())
+    codes = [text_card.imports(way, adapter) for _, way, _ in ways]
+    load = "\n".join([*dict.fromkeys(codes), text_card.load_code(trial.pipe, base)])
     return {
         "folder": str(folder),
         "load": load.replace("FOLDER", str(folder.resolve())),
         "flowmatch": any("flowmatch" in code for code in codes),
         "ways": [
             {
-                "code": text_card.way_code(way, trial.script.guider).replace(
+                "code": text_card.way_code(way, trial.script.guider, adapter).replace(
                     "FOLDER", str(folder.resolve())
                 ),
                 "call": trial.arguments(n, way) | latent,
@@ -170,8 +209,10 @@ def task(
     }
 
 
-def check(folder: Path, ways: list[tuple[int, Way, Tensor]], samples: dict[str, Any]) -> str:
-    """Compare the samples of a fresh process with those of this one.
+def check(
+    folder: Path, ways: list[tuple[int, Way, Tensor]], samples: dict[str, Any], most: float = EXACT
+) -> str:
+    """Compare the samples of a fresh process with those of this one, to a relative difference.
 
     Returns:
         The name of the samples in the pipeline's output.
@@ -182,10 +223,10 @@ def check(folder: Path, ways: list[tuple[int, Way, Tensor]], samples: dict[str, 
     for number, (n, way, state) in enumerate(ways):
         mine, theirs = state.cpu().float(), samples[str(number)].float()
         apart = float((theirs - mine).abs().max() / mine.abs().max().clamp(min=1e-30))
-        if not apart <= EXACT:
+        if not apart <= most:
             raise UserError(
                 f"run_dir={folder}: loaded again, the export differs by {apart:.2g} at {n} steps with "
-                f"{way.place}/, expected at most {EXACT:g}; check that this diffusers release is a "
+                f"{way.place}/, expected at most {most:g}; check that this diffusers release is a "
                 "supported one"
             )
     return str(samples["output"])

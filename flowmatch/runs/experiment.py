@@ -35,7 +35,7 @@ _FIELDS = (
     "student_solver converged_solver converged_steps converged_tolerance distance training_samples "
     "inception_weights held_out batch_size lr evaluation device seed prompts call pipeline x0 "
     "per_prompt classes judge fresh width vae_channels vae_steps vae_batch vae_lr "
-    "lpips dino clip samples_to push_to_hub license lora per_image states vae scale predicts"
+    "lpips dino clip samples_to push_to_hub license lora adapter per_image states vae scale predicts"
 )
 SHARED = set(_FIELDS.split())  # the fields of all stages that may stand at the top of an experiment
 FOLDERS = (

@@ -1,6 +1,7 @@
 """Adapters through stage three: what is trained, saved and loaded again, killed and resumed."""
 
 import json
+import re
 from pathlib import Path
 
 import accelerate
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from flowmatch.config import UserError
 from flowmatch.data.config import PromptsConfig
+from flowmatch.export.sample import sample
 from flowmatch.models import adapters, networks, text
 from flowmatch.models.config import CallConfig, LoraConfig
 from flowmatch.models.pipeline import open_pipeline
@@ -267,3 +269,44 @@ def test_an_export_has_the_adapter_in_its_weights(sd3):
     exported = diffusers.DiffusionPipeline.from_pretrained(sd3 / "export").transformer
     loaded = student(name, sd3, "student").net.state_dict()
     assert all(torch.equal(value, loaded[key]) for key, value in exported.state_dict().items())
+
+
+@pytest.mark.slow
+def test_an_export_of_the_adapter_alone_is_sampled_by_the_code_of_its_card(sd3, tmp_path):
+    name, place = NAMES[0], sd3 / "adapter"
+    run(reflow, *reflow_words(name, sd3, "small", "fit.steps=4"))
+    base = words(name, sd3, f"pipeline={sd3}/pipe", "steps=[1,2]", "adapter=true")
+    run(export, *base, f"student={sd3}/small", f"run_dir={place}")
+    kept = {"config.yaml", "manifest.json", "README.md", adapters.COMFYUI, adapters.DIFFUSERS}
+    found = {p.name for p in place.iterdir() if not p.name.startswith(".")}
+    assert found == {*kept, "scheduler", "scheduler_1", "scheduler_2"}
+    for file in (adapters.COMFYUI, adapters.DIFFUSERS):
+        assert (place / file).read_bytes() == (sd3 / "small/net" / file).read_bytes()
+    assert set(manifest.read(place, "export")["outputs"]) >= {adapters.DIFFUSERS, adapters.COMFYUI}
+
+    card = (place / "README.md").read_text()
+    front, code = re.search(r"^---\n(.*?)---.*?```python\n(.*?)```", card, re.S).groups()
+    assert "tags: [lora, flow-matching" in front
+    assert str(sd3) not in card
+    assert "{" not in card
+    code = code.replace("path/to/this/folder", str(place))
+    space = {}
+    exec(code.replace("path/to/the/pipeline", str(sd3 / "pipe")), space)
+    assert space["sample"].size == (16, 16)
+    loaded = student(name, sd3, "small")
+    loaded.pipe.scheduler = space["pipe"].scheduler
+    one, two = (sampled(pipe, name) for pipe in (space["pipe"], loaded.pipe))
+    assert torch.allclose(one, two, atol=2e-5 * float(two.abs().max()))
+    plain = open_pipeline(sd3 / "pipe", "teacher")
+    plain.scheduler = space["pipe"].scheduler
+    assert float((sampled(plain, name) - two).abs().max()) > 1e-3, "the adapter changes nothing"
+
+    with pytest.raises(
+        UserError, match="is an adapter alone: sample it with the code of its README"
+    ):
+        sample(str(place), 1, tmp_path, 1, 0)
+    run(reflow, *reflow_words(name, sd3, "merged", "fit.steps=1", "lora.merge=true"))
+    with pytest.raises(UserError, match="adapter=true: student=.*merged has the whole network"):
+        run(export, *base, f"student={sd3}/merged", f"run_dir={tmp_path}/no")
+    with pytest.raises(UserError, match="adapter: for a student that reads prompts; set prompts"):
+        run(export, f"student={sd3}/small", "adapter=true", f"run_dir={tmp_path}/no")
