@@ -260,10 +260,8 @@ def write_pipeline(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, A
     trial = text_export.Trial(student, config.seed, str(config.pipeline) if config.adapter else "")
     with Fresh(cpu=trial.noise.device.type == "cpu") as fresh:
         choice = text_export.choose(trial, config.steps)
-        if config.adapter:
-            written = text_folder.save_adapter(config.student, choice, built)
-        else:
-            written = text_folder.save(student, choice, built)
+        adapter = text_folder.save_adapter(config.student, choice, built) if config.adapter else []
+        written = adapter or text_folder.save(student, choice, built)
         ways = text_folder.expected(trial, choice)
         task = text_folder.task(trial, ways, built, Path(fresh.scratch.name))
         student.pipe.to("cpu")  # the fresh process needs the room

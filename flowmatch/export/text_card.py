@@ -118,7 +118,7 @@ def first_snippet(trial: Trial, choice: Choice, output: str, base: str | None = 
     assert way is not None, "the pipeline takes so many steps"
     parts = [
         imports(way, adapter) + "\n",
-        load_code(trial.pipe, base or trial.base),
+        load_code(trial.pipe, trial.base and (base or trial.base)),
         way_code(way, trial.script.guider, adapter),
         call_code(trial.prompts[0], trial.arguments(steps, way), output),
     ]
