@@ -144,11 +144,23 @@ def load(model: type[C], argv: list[str]) -> tuple[C | None, Call]:
     if call.chain:
         together(*(partial(experiment.apply, *pair) for pair in given if pair[0] != "section"))
     else:
+        _check_bare(given, section, model)
         own = experiment.sections.setdefault(section, {})
         experiment.sections[section] = own = merge(own, values)
         together(*(partial(assign, own, *pair) for pair in given if pair[0] != "section"))
         experiment.typed[section] = [key for key, _ in given]
     return validate(model, experiment.values(section, model)), call
+
+
+def _check_bare(given: Sequence[tuple[str, Any]], section: str, model: type[Config]) -> None:
+    """Refuse SECTION.key=value for a stage's own command, which takes key=value."""
+    faults = [
+        f"{key}={value}: keys of one stage have no section here: write {key.partition('.')[2]}={value}"
+        for key, value in given
+        if key.startswith(f"{section}.") and section not in model.model_fields
+    ]
+    if faults:
+        raise UserError(faults)
 
 
 @contextmanager

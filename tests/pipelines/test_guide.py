@@ -71,6 +71,8 @@ def test_from_a_folder_to_one_step_samples(place, more):
     for words in commands():
         words = [word.replace("mine", name) for word in words]
         assert words[0] == "flowmatch"
+        if more and "name=small" in words:  # once is enough
+            continue
         words = [*words, *more] if words[1] == "new" else words
         words = [*words, *SMALL] if words[1] == "run" else words
         done = call(place, *[word if word != "32" else "16" for word in words[1:]])

@@ -229,6 +229,7 @@ def test_a_typed_number_takes_the_place_of_the_one_that_the_file_derives(tmp_pat
         (["digits", "ring"], "digits and ring are two experiments; name one"),
         (["digits", "fit.lr"], "no such config file; if it is a key, write fit.lr=value"),
         (["digits", "fit.lr:3"], "if it is a key, write fit.lr=value"),
+        (["digits", "reflow.fit.lr=3"], "keys of one stage have no section here: write fit.lr=3"),
         (["digits", "--fit.lr", "3"], "keys have no dashes: fit.lr=value"),
         (["digits", "--dryrun"], "unknown flag; did you mean --dry-run? known: --dry-run, --help"),
         (["digits", "--dry-run=1"], "--dry-run takes no value"),
