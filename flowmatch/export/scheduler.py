@@ -11,6 +11,7 @@ This file imports torch and diffusers only: users may copy it next to weights. I
 call the network.
 """
 
+import inspect
 import numbers
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -43,6 +44,7 @@ USUAL |= {"final_sigmas_type": "zero", "prediction_type": "flow_prediction"}
 # In every config, for from_config of other classes: multistep solvers then take the same flow, and those
 # that know no flow raise an error, where they would otherwise sample as if the network predicted noise.
 OTHERS: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+FLOW = {"shift", "flow_shift", "prediction_type", "use_flow_sigmas"}  # one is in each flow's config
 
 
 def runge_kutta(x: Tensor, h: Number, slopes: list[Tensor], stage: Stage) -> Tensor:
@@ -185,11 +187,18 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
             kwargs: Values that override the config.
 
         Raises:
-            ValueError: For two different shifts, and for values that change the grid or the prediction
-                in ways that this class does not have. shift_terminal is one: 1/N is uniform for N
-                steps only, and the number of steps is unknown here.
+            ValueError: For two different shifts, for a class that knows no flow, and for values that
+                change the grid or the prediction in ways that this class does not have. shift_terminal
+                is one: 1/N is uniform for N steps only, and the number of steps is unknown here.
         """
         config = {**config, **{k: kwargs.pop(k) for k in USUAL if k in kwargs}}
+        known = inspect.signature(cls).parameters.keys() | FLOW
+        strange = [key for key in config if key not in known and not key.startswith("_")]
+        if strange and not FLOW & config.keys():
+            raise ValueError(
+                f"a config of {', '.join(strange[:3])} ... does not say that the network predicts noise "
+                "- data; if it does, pass prediction_type='flow_prediction' as well"
+            )
         lost = {k: config[k] for k, usual in USUAL.items() if (config.get(k) or usual) != usual}
         if lost:
             given, plain = (", ".join(f"{k}={d[k]!r}" for k in lost) for d in (lost, USUAL))
@@ -207,6 +216,8 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):
                 )
             if "shift" not in config and moved != 1:
                 kwargs = {"shift": moved, **kwargs}
+        if config.get("shift", 1) != 1:  # diffusers drops it where it is the other class's default
+            kwargs = {"shift": config["shift"], **kwargs}
         own = {key: value for key, value in config.items() if key not in OTHERS}
         return super().from_config(own, *others, **kwargs)
 

@@ -10,10 +10,16 @@ import sys
 import pytest
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    IPNDMScheduler,
+    KarrasVeScheduler,
+    MiniMaxH3Scheduler,
+    PiflowScheduler,
     PNDMScheduler,
+    RePaintScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -124,6 +130,30 @@ def test_a_class_that_knows_no_flow_raises_an_error(other):
     switched = other.from_config(RectifiedFlowScheduler(reflow_round=1).config)
     with pytest.raises(ValueError, match="prediction_type given as flow_prediction must be one of"):
         follow(switched, noise(4, 3), 4)
+
+
+@pytest.mark.parametrize(
+    ("other", "key"),
+    [
+        (IPNDMScheduler, "trained_betas"),
+        (RePaintScheduler, "beta_start"),
+        (CMStochasticIterativeScheduler, "sigma_min"),
+        (KarrasVeScheduler, "sigma_min"),
+    ],
+)
+def test_the_config_of_a_class_that_knows_no_flow_is_refused(other, key):
+    """These have no prediction type that would say it."""
+    with pytest.raises(ValueError, match=f"a config of .*{key}.* does not say that the network"):
+        RectifiedFlowScheduler.from_config(other().config)
+    told = {"prediction_type": "flow_prediction"}
+    assert RectifiedFlowScheduler.from_config(other().config, **told).config.shift == 1
+
+
+@pytest.mark.parametrize(("other", "shift"), [(PiflowScheduler, 5), (MiniMaxH3Scheduler, 12)])
+def test_a_shift_that_is_the_default_of_another_class_is_kept(other, shift):
+    """diffusers leaves values out that are the defaults of the class that they come from."""
+    assert RectifiedFlowScheduler.from_config(other().config).config.shift == shift
+    assert RectifiedFlowScheduler.from_config(other().config, shift=2.0).config.shift == 2
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
