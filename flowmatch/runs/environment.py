@@ -5,14 +5,17 @@ Accelerate would read and a stage does not want is taken away, and named in a li
 """
 
 import os
+import re
 from collections.abc import Iterator
 
 from flowmatch.config import Config, UserError
 
 OFF = ("", "0", "false", "no", "off", "n", "f")
 ON = ("1", "true", "yes", "on", "y", "t")
+SEEN = ("1", "ON", "YES", "TRUE", "AUTO")  # values by which diffusers takes torch
 SHARD = "fit.shard=true shards a network"
 PRECISION = "the keys of precision decide (fit.precision, precision)"
+PROCESSOR = "the processor decides which instructions it uses"
 # variable -> the values that change nothing, and what to use
 REFUSED = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("", "1"), "fit.micro_batch accumulates"),
@@ -27,8 +30,16 @@ REFUSED = {
     "ONEDNN_DEFAULT_FPMATH_MODE": (("", "strict"), PRECISION),
     "DNNL_DEFAULT_FPMATH_MODE": (("", "strict"), PRECISION),
     "DIFFUSERS_ATTN_BACKEND": (("", "native"), "attention is torch's own"),
+    "ATEN_CPU_CAPABILITY": (("",), PROCESSOR),
+    "MKL_CBWR": (("",), PROCESSOR),
+    "MKL_ENABLE_INSTRUCTIONS": (("",), PROCESSOR),
 }
-UNCOMPILED = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
+# of a compiled network, and of adamw_8bit, which torchao compiles
+COMPILER = ("TORCH_COMPILE_", "TORCHDYNAMO_", "TORCH_DYNAMO_", "TORCHINDUCTOR_")
+COMPILER_OFF = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE", "TORCHDYNAMO_SUPPRESS_ERRORS")
+BESIDE = re.compile(  # where it compiles and what it prints, not what it computes
+    "ASSERT|BUNDLE|CACHE|DEBUG|LOG|PGO|PROF|REPLAY|REPORT|REPRO|SAVE|THREADS$|TIMEOUT|TRACE|VERBOSE|WORKER"
+)
 WAYS = {"MIXED_PRECISION": "fit.precision", "USE_CPU": "device", "TORCH_DEVICE": "device"}
 PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FORK_LAUNCHED")
 USUAL = ("ACCELERATE_DYNAMO_",)  # the launcher always writes these; they belong to the backend
@@ -53,14 +64,23 @@ def _wrong(config: Config | None) -> Iterator[tuple[str, str, str]]:
         value = os.environ.get(name, "")
         if value.strip().lower() not in harmless:
             yield name, value, way
+    # diffusers' rule, which leaves its classes without torch
+    if os.environ.get("USE_TORCH", "auto").upper() not in SEEN:
+        yield "USE_TORCH", os.environ["USE_TORCH"], "diffusers leaves torch out"
+    if os.environ.get("USE_TF", "").upper() in SEEN[:-1]:
+        yield "USE_TF", os.environ["USE_TF"], "diffusers leaves torch out"
     parts = [getattr(config, "fit", None), config]
     tf32 = any(getattr(part, "precision", None) == "tf32" for part in parts)
     if tf32 and os.environ.get("NVIDIA_TF32_OVERRIDE") == "0":
         yield "NVIDIA_TF32_OVERRIDE", "0", PRECISION
-    if any(getattr(part, "compile", False) for part in parts):
-        for name in UNCOMPILED:
-            if os.environ.get(name, "").lower() not in OFF:
-                yield name, os.environ[name], "or leave compile=true out"
+    compiled = ["compile=true" for part in parts if getattr(part, "compile", False)]
+    if getattr(parts[0], "optimizer", None) == "adamw_8bit":
+        compiled.append("fit.optimizer=adamw_8bit")
+    for name in sorted(name for name in os.environ if compiled and name.startswith(COMPILER)):
+        value = os.environ[name]
+        usual = OFF if name in COMPILER_OFF else ("",)
+        if BESIDE.search(name) is None and value.lower() not in usual:
+            yield name, value, f"or leave {compiled[0]} out"
 
 
 def settle(config: Config | None = None) -> str | None:

@@ -43,6 +43,12 @@ def bare():
         ("ONEDNN_DEFAULT_FPMATH_MODE", "BF16", "STRICT", "fit.precision"),
         ("DNNL_DEFAULT_FPMATH_MODE", "BF16", "STRICT", "fit.precision"),
         ("DIFFUSERS_ATTN_BACKEND", "sage", "native", "torch's own"),
+        ("USE_TORCH", "0", "auto", "leaves torch out"),
+        ("USE_TORCH", "", "1", "leaves torch out"),
+        ("USE_TF", "1", "0", "leaves torch out"),
+        ("ATEN_CPU_CAPABILITY", "default", "", "the processor"),
+        ("MKL_CBWR", "COMPATIBLE", "", "the processor"),
+        ("MKL_ENABLE_INSTRUCTIONS", "SSE4_2", "", "the processor"),
     ],
 )
 def test_what_would_change_the_result_is_refused_by_name(name, wrong, harmless, way):
@@ -61,6 +67,26 @@ def test_a_variable_is_refused_where_the_config_asks_for_what_it_takes_away():
         environment.check(TF32)
     with pytest.raises(UserError, match="TORCHDYNAMO_DISABLE=1"):
         environment.check(COMPILED)
+
+
+@pytest.mark.parametrize("config", [{"compile": True}, {"optimizer": "adamw_8bit"}])
+def test_variables_of_the_compiler_are_refused_where_something_is_compiled(config):
+    """torchao compiles the updates of adamw_8bit, whatever fit.compile says."""
+    beside = {"TORCHINDUCTOR_CACHE_DIR": "/x", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    beside |= {"TORCHDYNAMO_VERBOSE": "1", "TORCHDYNAMO_DISABLE": "0"}
+    changes = {"TORCHDYNAMO_DISABLE": "1", "TORCHINDUCTOR_USE_FAST_MATH": "1"}
+    changes |= {"TORCHINDUCTOR_ONLINE_SOFTMAX": "0", "TORCHDYNAMO_SUPPRESS_ERRORS": "1"}
+    changes |= {"TORCH_COMPILE_OVERRIDE_BACKENDS": "0:eager", "TORCHINDUCTOR_MAX_AUTOTUNE": "1"}
+    fit = SimpleNamespace(**config)
+    os.environ |= beside
+    environment.check(SimpleNamespace(fit=fit))
+    for name, value in changes.items():
+        os.environ |= beside | {name: value}
+        environment.check(SimpleNamespace(fit=SimpleNamespace()))
+        with pytest.raises(UserError, match=f"{name}={value} would change the result") as error:
+            environment.check(SimpleNamespace(fit=fit))
+        assert str(next(iter(config.values()))).lower() in error.value.faults[0]
+        del os.environ[name]
 
 
 def test_what_is_ignored_is_taken_from_accelerate_and_named_in_a_line():
