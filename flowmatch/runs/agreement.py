@@ -7,11 +7,15 @@ from typing import Any
 
 import flowmatch
 from flowmatch import config as configs
-from flowmatch.runs import group, process
+from flowmatch.runs import group, process, trusted
 from flowmatch.runs.experiment import root
 from flowmatch.runs.folder import Plan
 
-LIBRARIES = ("torch", "diffusers", "accelerate", "numpy", "scipy")  # on which numbers depend
+# on which numbers depend, where they are installed
+LIBRARIES = (
+    *("torch", "diffusers", "accelerate", "numpy", "scipy", "pillow", "transformers", "peft"),
+    *("torchao", "datasets", "webdataset", "triton"),
+)
 
 
 def facts(plan: Plan, work: bool) -> dict[str, Any]:
@@ -26,13 +30,22 @@ def facts(plan: Plan, work: bool) -> dict[str, Any]:
     if hasattr(config, "fit"):  # run fields too: who saves when decides who waits for whom
         found |= configs.flatten(config.fit.model_dump(mode="json"), "fit")
     found |= {f"(input) {name}": digest for name, digest in plan.inputs.items()}
-    found |= {f"(version) {name}": metadata.version(name) for name in LIBRARIES}
+    found |= {f"(version) {name}": version_of(name) for name in LIBRARIES}
     found["(version) flowmatch"] = flowmatch.__version__
     found["(code) flowmatch"] = code_digest()
+    found |= {f"(code) {name}": digest for name, digest in trusted.digests().items()}
     found["(device)"] = process.device_of(config)
     found["(processes)"] = process.world_size()
     found["(run_dir) unfinished"] = work
     return found
+
+
+def version_of(name: str) -> str:
+    """Return the version of a library, or that it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def code_digest() -> str:

@@ -1,10 +1,12 @@
 """Modules whose code a person trusts: `trust=package.module` on the command line, never in a file."""
 
+import hashlib
 import importlib
 import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from flowmatch.config import UserError
@@ -61,6 +63,24 @@ def find(module: str, where: str) -> Any:
         raise UserError(
             f"{where}: trust={module} cannot be imported: {type(error).__name__}: {told}"
         ) from None
+
+
+def digests() -> dict[str, str]:
+    """Hash the files of the trusted modules that are in use, and of what lies in their packages."""
+    found = {}
+    for name in _modules:
+        if (file := getattr(sys.modules.get(name), "__file__", None)) is None:
+            continue
+        files = (
+            sorted(Path(file).parent.rglob("*.py"))
+            if Path(file).stem == "__init__"
+            else [Path(file)]
+        )
+        digest = hashlib.sha256()
+        for one in files:
+            digest.update(f"{one.relative_to(Path(file).parent)}\0".encode() + one.read_bytes())
+        found[name] = digest.hexdigest()
+    return found
 
 
 def holding(name: str, where: str) -> Any:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from flowmatch.data import dataset
 from flowmatch.data.config import DataConfig
 from flowmatch.models import networks, teachers
 from flowmatch.models.config import NetConfig
-from flowmatch.runs import manifest, trusted
+from flowmatch.runs import agreement, manifest, trusted
 from flowmatch.runs.command import load
 from pipelines import evaluate, export, generate_pairs, inspect_pairs, reflow, train_flow
 from tests import forked, stages
@@ -164,6 +165,22 @@ def test_video_by_an_own_network_through_every_stage(home):
     from flowmatch.export.sample import sample
 
     assert sample("export", 1, Path("out"), 2, 0) == "wrote out/samples.npy: [2, 3, 4, 6, 4]"
+
+
+def test_ranks_agree_on_the_code_that_is_trusted(home):
+    """Two machines with two versions of a network would train neither."""
+    words = ["run_dir=x", "device=cpu", "data.source=ring", "net.name=VelocityMLP"]
+    config, _ = load(train_flow.FlowConfig, [*words, *FIT])
+    plan = SimpleNamespace(config=config, inputs={})
+    assert not [key for key in agreement.facts(plan, True) if "mine" in key]
+    trusted.trust("mine.nets")
+    assert "(code) mine.nets" not in agreement.facts(plan, True)  # not in use
+    trusted.find("mine.nets", "net.name")
+    before = agreement.facts(plan, True)
+    (home / "mine" / "nets.py").write_text(CODE.replace("torch.relu", "torch.tanh"))
+    after = agreement.facts(plan, True)
+    assert [key for key in after if after[key] != before[key]] == ["(code) mine.nets"]
+    assert {"(version) peft", "(version) torchao", "(version) pillow"} <= after.keys()
 
 
 def test_the_chain_passes_trust_to_its_processes(home):
