@@ -24,7 +24,7 @@ from flowmatch.flow import noise
 from flowmatch.pairs import audit, shards
 from flowmatch.pairs.dataset import PairData, transport_cost
 from flowmatch.pairs.layout import PROMPT, STATES
-from flowmatch.runs import manifest, storage
+from flowmatch.runs import manifest, stopping, storage
 from flowmatch.runs.command import refusal
 from flowmatch.runs.config import USER_ERROR
 from flowmatch.runs.storage import Store
@@ -58,6 +58,12 @@ def main(argv: list[str] | None = None) -> int:
         help="pairs for the statistics, chosen at random (default: 10000)",
     )
     call = parser.parse_args(argv)
+    with stopping.heard("inspect"):
+        return answer(call)
+
+
+def answer(call: argparse.Namespace) -> int:
+    """Do what a command line asks for; return the exit status."""
     try:
         require("matplotlib", "eval", "inspect")
         folder = storage.at(expanded(call.folder))
@@ -67,6 +73,10 @@ def main(argv: list[str] | None = None) -> int:
             or (f"{folder.name}_inspect" if storage.is_url(folder) else local)
         )
         storage.check_folder(out, "--out")
+        if out.resolve() == Path(str(folder)).resolve():
+            raise UserError(
+                f"--out={out} is the set itself; name another folder (default: {local})"
+            )
         data = PairData(folder, "DIR")
         data.reads_states = bool(data.times)
         found = summary(data, call.samples, call.teacher)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from flowmatch.config import UserError, expanded, one_line
 from flowmatch.pairs import audit, leases
 from flowmatch.pairs.audit import BAD, Findings
-from flowmatch.runs import process, storage
+from flowmatch.runs import process, stopping, storage
 from flowmatch.runs.command import refusal
 from flowmatch.runs.config import USER_ERROR
 from flowmatch.runs.storage import Store
@@ -45,6 +45,12 @@ def main(argv: list[str] | None = None) -> int:
         "then makes the bad shards again, and no others",
     )
     call = parser.parse_args(argv)
+    with stopping.heard("verify"):
+        return answer(call)
+
+
+def answer(call: argparse.Namespace) -> int:
+    """Do what a command line asks for; return the exit status."""
     try:
         return report(storage.at(expanded(call.folder)), call.full, call.repair)
     except (UserError, OSError) as error:

@@ -1,7 +1,9 @@
 """Inspection of a set of pairs: the figures are right, the chain is followed, the pictures are drawn."""
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from flowmatch.evaluation import figures
 from flowmatch.pairs.dataset import PairData
 from flowmatch.pairs.layout import Layout
 from flowmatch.runs import manifest
-from pipelines import inspect_pairs
+from pipelines import inspect_pairs, verify_pairs
 from tests import pairset, store
 from tests.pairset import copy, generate
 
@@ -131,11 +133,28 @@ def test_a_mixture_of_environments_is_warned_of(whole, tmp_path, capsys):
     assert "WARNING: 1 shards without sidecar" in out
 
 
+@pytest.mark.parametrize(("module", "name"), [(inspect_pairs, "inspect"), (verify_pairs, "verify")])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_ends_it_in_a_line(whole, tmp_path, capsys, monkeypatch, module, name, number):
+    """As a module, too, without the command around it."""
+    monkeypatch.setattr(module.storage, "at", lambda place: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as left:
+        module.main([str(whole / "pairs")])
+    assert left.value.code == 75
+    told = f"{name}: stopped by {number.name}; repeat the command to go on"
+    assert told in capsys.readouterr().out
+
+
 def test_what_is_no_sealed_set_is_refused(whole, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert inspect_pairs.main([str(whole), "--out", str(tmp_path / "file")]) == 2
     assert f"--out={tmp_path}/file is a file; expected a folder" in capsys.readouterr().err
     folder = copy(whole, tmp_path)
+    before = sorted(path.name for path in folder.rglob("*"))
+    for same in (folder, tmp_path / "x" / ".." / folder.name):
+        status, _, err = inspect(capsys, folder, "--out", str(same))
+        assert (status, before) == (2, sorted(path.name for path in folder.rglob("*")))
+        assert f"--out={same} is the set itself; name another folder" in err
     for argv in (["--pairs", "0"], ["--samples", "x"], ["--nonsense"]):
         with pytest.raises(SystemExit) as left:
             inspect_pairs.main([str(folder), *argv])
