@@ -167,12 +167,15 @@ def kind_of(found: Files, where: str) -> str:
     counts = {kind: number for kind, number in counts.items() if number}
     if len(counts) == 1:
         return next(iter(counts))
-    names = {"image": "image files", "parquet": ".parquet files", "webdataset": ".tar files"}
+    names = {"image": "image", "parquet": ".parquet", "webdataset": ".tar"}
     if counts:
-        held = " and ".join(f"{number} {names[kind]}" for kind, number in counts.items())
+        held = " and ".join(
+            f"{number} {names[kind]} {_files(number)}" for kind, number in counts.items()
+        )
         way = "choose one kind with a glob such as 'FOLDER/*.parquet'"
     else:
-        held = f"{len(found.files)} files: {_suffixes(found.files)}"
+        number = len(found.files)
+        held = f"{number} {_files(number)}: {_suffixes(found.files)}"
         way = f"images are {' '.join(SUFFIXES['image'])}; convert or unpack the files"
     raise UserError(f"{where} has {held}; expected image, .parquet or .tar files; {way}")
 
@@ -235,6 +238,10 @@ def left_out(files: list[Path], hidden: int = 0) -> list[str]:
     parts += [f"{hidden} hidden"] if hidden else []
     number = len(files) + hidden
     return [f"{number} file{'s' * (number > 1)} left out: {', '.join(parts)}"] if parts else []
+
+
+def _files(number: int) -> str:
+    return "file" if number == 1 else "files"
 
 
 def _suffixes(files: list[Path]) -> str:

@@ -45,12 +45,12 @@ image = pipe(class_labels=0, guidance_scale=1.0, num_inference_steps=1).images[0
 LABELS_ANY = {"steps": "any number of steps", "exact": EXACT_N}
 LABELS_ONE = {"steps": "one step", "exact": "`scheduler_1/` is exact"}
 HALF_NOTES = f"""
-With `torch_dtype=torch.bfloat16` this pipeline fails at pictures and arrays (TypeError in diffusers:
-numpy has no bfloat16). Use `output_type="pt"`, or `torch_dtype=torch.float16`, or the pipeline file of
+With `dtype=torch.bfloat16` this pipeline fails at pictures and arrays (TypeError in diffusers:
+numpy has no bfloat16). Use `output_type="pt"`, or `dtype=torch.float16`, or the pipeline file of
 this folder, which keeps its state in float32:
 
 ```python
-DiffusionPipeline.from_pretrained("FOLDER", torch_dtype=torch.bfloat16, {REMOTE})
+DiffusionPipeline.from_pretrained("FOLDER", dtype=torch.bfloat16, {REMOTE})
 ```
 """
 LATENT_NOTES = """

@@ -326,10 +326,12 @@ def test_folders_that_are_no_data(tmp_path):
     (tmp_path / "set" / "b").symlink_to(tmp_path / "b")
     assert "b is a link to a folder" in refusal(path=str(tmp_path / "set"))
     tar_of(tmp_path / "b" / "a.tar", pictures(2))
-    assert "has 2 image files and 1 .tar files" in refusal(path=str(tmp_path / "b"))
+    assert "has 2 image files and 1 .tar file; " in refusal(path=str(tmp_path / "b"))
     (tmp_path / "empty").mkdir()
     assert "empty folder" in refusal(path=str(tmp_path / "empty"))
-    for name in ("a.jfif", "b.jfif", "c.pgm"):
+    (tmp_path / "empty" / "a.jfif").touch()
+    assert "has 1 file: .jfif; expected image" in refusal(path=str(tmp_path / "empty"))
+    for name in ("b.jfif", "c.pgm"):
         (tmp_path / "empty" / name).touch()
     message = refusal(path=str(tmp_path / "empty"))
     assert "has 3 files: 2 .jfif, 1 .pgm; expected image, .parquet or .tar files" in message

@@ -163,12 +163,13 @@ def test_the_card_says_how_to_sample_in_bfloat16(tmp_path, classes):
     trained(tmp_path / "reflow", "UNet2DModel", UNET, (3, 8, 8), classes)
     run(export, f"run_dir={tmp_path}/export", f"student={tmp_path}/reflow", "steps=[1]")
     card = (tmp_path / "export/README.md").read_text()
-    assert "torch_dtype=torch.bfloat16" in card
+    assert "`dtype=torch.bfloat16`" in card
+    assert "torch_dtype" not in card
     ours = {"custom_pipeline": "pipeline", "trust_remote_code": True}
     assert model_card.REMOTE in card
 
     def sample(kind, output, **more):
-        pipe = DiffusionPipeline.from_pretrained(tmp_path / "export", torch_dtype=kind, **more)
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / "export", dtype=kind, **more)
         pipe.set_progress_bar_config(disable=True)
         seed = torch.Generator().manual_seed(0)
         return pipe(num_inference_steps=1, output_type=output, generator=seed).images[0]
