@@ -191,14 +191,32 @@ class Line(torch.nn.Module):
         return (self.weight * x + t[:, None] + words.sum(1, keepdim=True),)
 
 
+def amiss_scheduler(amiss):
+    """A flow-matching scheduler with one thing amiss."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    class Amiss(FlowMatchEulerDiscreteScheduler):
+        def set_timesteps(self, *args, **more):
+            super().set_timesteps(*args, **more)
+            if amiss == "no sigmas":
+                self.hidden, self.sigmas = self.sigmas, None
+
+        def step(self, model_output, timestep, sample, return_dict=True):
+            if amiss == "no sigmas":
+                i = (self.timesteps == timestep).nonzero()[0]
+                return (sample + (self.hidden[i + 1] - self.hidden[i]) * model_output,)
+            after = super().step(model_output, timestep, sample, return_dict=False)[0]
+            return (2 * after - sample if amiss == "a longer step" else after,)
+
+    return Amiss()
+
+
 class Toy:
     """What watching needs of a pipeline: components, a scheduler, a call; and one thing amiss."""
 
     def __init__(self, amiss=""):
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
         self.net, self.other, self.amiss = Line(), Line(), amiss
-        self.scheduler = FlowMatchEulerDiscreteScheduler()
+        self.scheduler = amiss_scheduler(amiss)
         self.components = {"net": self.net, "other": self.other, "scheduler": self.scheduler}
         self._execution_device = torch.device("cpu")
 
@@ -217,9 +235,10 @@ class Toy:
             net = self.other if self.amiss == "two networks" and i == 1 else self.net
             given = x + 0.1 * torch.ones_like(x) if self.amiss == "another input" else x
             extra = torch.tensor(float(i)) if self.amiss == "an argument" else None
-            out = net(given, t.expand(B), words, extra)[0]
+            time = (t.square() / 1000 if self.amiss == "squared times" else t).expand(B)
+            out = net(given, time, words, extra)[0]
             if guidance_scale != 1 or self.amiss == "guided":
-                out = out + guidance_scale * (out - net(given, t.expand(B), 0 * words, extra)[0])
+                out = out + guidance_scale * (out - net(given, time, 0 * words, extra)[0])
             if self.amiss == "preparing":
                 out = (x - out) / self.scheduler.sigmas[i]
             if self.amiss == "squared":
@@ -246,6 +265,15 @@ def test_a_pipeline_of_no_library_is_learnt():
         ("preparing", "prepares its network's answer .its model output is up to"),
         ("squared", "is neither its network's answer nor the first half"),
         ("no step", "Toy never calls scheduler.step"),
+        ("no sigmas", "Amiss has no list of sigmas"),
+        (
+            "squared times",
+            "the times that the network of Toy sees, .* are no linear function of the",
+        ),
+        (
+            "a longer step",
+            r"the first step of Amiss is not state \+ .difference of sigmas. \* model",
+        ),
     ],
 )
 def test_what_cannot_be_learnt_is_refused_with_its_reason(amiss, message):
