@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from scripts.bench.large import large
+from scripts.bench.own_run import own_run
 from scripts.bench.pairs import generation, reading
 from scripts.bench.start import start_up
 from scripts.bench.training import memory, processes, training
@@ -30,6 +31,7 @@ FIGURES = {
     "start": start_up,
     "memory": memory,
     "large": large,
+    "own_run": own_run,
 }
 
 

@@ -21,13 +21,14 @@ EXPECTED = {
         *("adapter, memory", "split over 2 processes", "split, memory of a process"),
         *("split, checkpoint in memory", "split, checkpoint"),
     ],
+    "own_run": ["pairs through a pipeline"],
 }
 
 
 @pytest.mark.parametrize(
     "names",
     [
-        ["train", "pairs", "read"],
+        ["train", "pairs", "read", "own_run"],
         pytest.param(["processes", "start", "memory", "large"], marks=pytest.mark.slow),
     ],
     ids=["here", "processes"],
