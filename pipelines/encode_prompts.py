@@ -85,7 +85,7 @@ def encode(plan: Plan) -> None:
     """Encode the missing files, and seal the folder."""
     from contextlib import closing
 
-    from flowmatch.models import rows
+    from flowmatch.models import digest, rows
     from flowmatch.pairs import leases
     from flowmatch.runs import files, storage
 
@@ -127,6 +127,7 @@ def encode(plan: Plan) -> None:
         inputs=plan.inputs,
         outputs=[rows.FORM, rows.SHARED, *(rows.file_name(k) for k in every)],
         shard_size=config.shard_size,
+        parts=digest.parts_of(teacher.pipe, teacher.script),
         **teacher.facts,
     )
     process.say(f"encode_prompts: sealed {place}")

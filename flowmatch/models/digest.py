@@ -83,8 +83,19 @@ def files_of(module: Any) -> list[Path]:
     return sorted(Path(place).glob("*.safetensors")) if place and Path(place).is_dir() else []
 
 
-def pipeline_digest(pipe: Any, script: Script) -> str:
-    """Hash what a pipeline's samples depend on: networks but for decoders, tokenizers, scheduler."""
+def pipeline_digest(pipe: Any, script: Script, absent: Mapping[str, str] | None = None) -> str:
+    """Hash what a pipeline's samples depend on: networks but for decoders, tokenizers, scheduler.
+
+    Args:
+        pipe: The pipeline.
+        script: What was learnt of it.
+        absent: `parts_of` the pipeline with its text encoders, where it was loaded without.
+    """
+    return fingerprint({**(absent or {}), **parts_of(pipe, script)})
+
+
+def parts_of(pipe: Any, script: Script) -> dict[str, str]:
+    """Return the digest of each part of a pipeline that its samples depend on, by name."""
     parts: dict[str, str] = {"script": fingerprint(script.entries())}
     for name, part in sorted(pipe.components.items()):
         if part is None or name in DECODERS:
@@ -100,4 +111,4 @@ def pipeline_digest(pipe: Any, script: Script) -> str:
             config = {k: v for k, v in dict(part.config).items() if not k.startswith("_")}
             text = json.dumps(config, sort_keys=True, default=str)
             parts[name] = hashlib.sha256(text.encode()).hexdigest()
-    return fingerprint(parts)
+    return parts

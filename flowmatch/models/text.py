@@ -226,11 +226,12 @@ def load(
     else:
         script = Script.of(table.sealed["facts"]["script"])
         check_rows(table, pipe, prompts, given)
+    absent = None if table is None else table.sealed["facts"].get("parts")
     if table is None and truncate:
         check_lengths(pipe, prompts, given, truncate)
     teacher = TextTeacher(
         getattr(pipe, script.network).eval(),
-        pipeline_digest(pipe, script),
+        pipeline_digest(pipe, script, absent),
         0,
         pipe=pipe,
         script=script,
@@ -242,7 +243,7 @@ def load(
         return teacher
     student = with_network(teacher, path, key, trained)
     setattr(pipe, script.network, student.net)
-    return replace(student, digest=pipeline_digest(pipe, script))
+    return replace(student, digest=pipeline_digest(pipe, script, absent))
 
 
 def with_network(

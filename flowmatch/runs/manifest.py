@@ -42,7 +42,7 @@ FACTS: dict[str, tuple[type, ...]] = {  # kinds of the facts that later stages r
     **{"lora": (dict,), "base": (str,)},
     **dict.fromkeys(("script", "call", "prompts", "id2label"), (dict, type(None))),
     "samples": (int,),
-    "latents": (dict,),
+    **{"latents": (dict,), "parts": (dict,)},
 }
 PAIR_STAGES = ("generate_pairs", "import")  # whose results are sets of pairs
 NEEDED = {  # stage -> facts that all of its manifests have

@@ -17,7 +17,7 @@ from tests.tiny import TINY
 
 CLASS = "StableDiffusion3Pipeline"
 PROMPTS = ["a cat", "a red fox in snow", "two houses", "rain at night"]
-STEPS, GUIDANCE, BATCH, BATCHES = 2, 5.0, 4, 2  # a batch of the compute, and batches in a shard
+STEPS, GUIDANCE, BATCH, BATCHES = 2, 5.0, 4, 4  # a batch of the compute, and batches in a shard
 
 
 def build(size: Size) -> Any:

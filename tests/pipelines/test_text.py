@@ -225,6 +225,15 @@ def test_stored_conditions_are_the_encoded_ones(made):
         for place in ("live", "stored")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    seals = [manifest.read(folder / place, "start")["inputs"] for place in ("live", "stored")]
+    assert seals[0] == seals[1]  # conditions is a key of how it runs: it may change on the way
+    run(reflow, *base, f"run_dir={folder}/live", f"conditions={folder}/rows")
+    other = open_pipeline(folder / "pipe", "start")
+    with torch.no_grad():
+        next(getattr(other, start.script.network).parameters()).add_(1)
+    other.save_pretrained(folder / "other")
+    more = text.load(folder / "other", "start", listed, call, rows=f"{folder}/rows")
+    assert more.digest != start.digest
 
 
 def assert_close(ours, theirs):
