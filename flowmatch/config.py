@@ -251,6 +251,11 @@ def restrict(values: Any, like: Any) -> Any:
 C = TypeVar("C", bound=Config)
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number of things: `1 shard`, `4 shards`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def closest(word: str, known: Iterable[str]) -> str:
     """Suggest the known word that is closest to one: `did you mean WORD?`, or nothing."""
     near = difflib.get_close_matches(word, list(known), 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from flowmatch.config import LocalPath, UserError, content, option, required, together
+from flowmatch.config import LocalPath, UserError, content, counted, option, required, together
 from flowmatch.data.config import DataConfig
 from flowmatch.models.config import Precision
 from flowmatch.runs import command, folder, manifest, process, stopping
@@ -92,9 +92,8 @@ def plan(config: EncodeConfig) -> Plan:
         *data.notes,
     ]
     made = Plan(config, inputs, lines, data, vae, shape)
-    lines.append(
-        f"{made.files} files, {len(data) * size * (2 if config.dtype == 'float16' else 4) / 1e6:,.1f} MB"
-    )
+    megabytes = len(data) * size * (2 if config.dtype == "float16" else 4) / 1e6
+    lines.append(f"{counted(made.files, 'file')}, {megabytes:,.1f} MB")
     return made
 
 

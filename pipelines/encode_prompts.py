@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flowmatch.config import LocalPath, content, option, required
+from flowmatch.config import LocalPath, content, counted, option, required
 from flowmatch.data.config import PromptsConfig
 from flowmatch.models.config import CallConfig
 from flowmatch.runs import command, folder, manifest, process, stopping
@@ -68,7 +68,7 @@ def plan(config: EncodeConfig) -> Plan:
     inputs = {"teacher": teacher.digest, "prompts": teacher.prompts.digest}
     made = Plan(config, inputs, [], teacher, table.axes, form, shared)
     made.lines += [
-        f"{made.rows:,} rows (the last is the null prompt) in {made.shards} files, "
+        f"{made.rows:,} rows (the last is the null prompt) in {counted(made.shards, 'file')}, "
         f"{size / 1e3:,.1f} kB a row, {made.rows * size / 1e6:,.1f} MB on disk",
         *teacher.lines,
     ]

@@ -177,7 +177,8 @@ def plan(config: ExportConfig) -> Plan:
     if config.evaluation is not None:
         if evaluation["inputs"].get("student") != digest:
             raise UserError(
-                f"evaluation={config.evaluation} scored another student than {config.student}"
+                f"evaluation={config.evaluation} scored another student than {config.student}: delete "
+                f"{config.evaluation} and {config.run_dir} to make both again"
             )
         inputs["evaluation"] = manifest.digest(config.evaluation)
         prompts = evaluation["stage"] == "evaluate_prompts"

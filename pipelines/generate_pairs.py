@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flowmatch.config import UserError, content, require, together
+from flowmatch.config import UserError, content, counted, require, together
 from flowmatch.pairs.config import PairsConfig
 from flowmatch.runs import command, folder, manifest, process, stopping, storage
 
@@ -148,7 +148,7 @@ def plan(config: PairsConfig) -> Plan:
             f"its own run, {evaluations} evaluations a pair, {count * (evaluations or 0):,} in all"
         )
     lines = [
-        f"{count:,} pairs of {list(teacher.shape)} in {config.shards} shards, "
+        f"{count:,} pairs of {list(teacher.shape)} in {counted(config.shards, 'shard')}, "
         f"{config.shards * layout.tar_bytes / 1e6:,.1f} MB on disk",
         f"{type(teacher.net).__name__} of {teacher.net.num_parameters():,} parameters, on {device}: "
         f"{cost}",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
 
-from flowmatch.config import LocalPath, UserError, option, require, required, together
+from flowmatch.config import LocalPath, UserError, counted, option, require, required, together
 from flowmatch.data.config import PromptsConfig
 from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
 from flowmatch.models.config import CallConfig, LoraConfig
@@ -209,7 +209,7 @@ def plan(config: ReflowConfig) -> Plan:
     seen = config.fit.steps * config.fit.batch_size
     only = ", for one step only: all times are 0" if config.times.zero == 1 else ""
     lines = [
-        f"{count:,} pairs of {list(start.shape)} in {len(sets)} set(s), "
+        f"{count:,} pairs of {list(start.shape)} in {counted(len(sets), 'set')}, "
         f"{'with prompts' if config.prompts else 'with labels' if start.classes else 'no labels'}",
         *cuts,
         f"{type(net).__name__} of {net.num_parameters():,} parameters, on {device}",

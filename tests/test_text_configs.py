@@ -78,7 +78,7 @@ def test_new_writes_a_file_that_runs(tmp_path, monkeypatch, capsys):
     plan(experiment, "pairs")
     said = capsys.readouterr().out
     assert "wrote mine.yaml: set call in it" in said
-    assert "512 pairs of [4, 8, 8] in 1 shards" in said
+    assert "512 pairs of [4, 8, 8] in 1 shard" in said
     for words, message in [
         (["mine", "--teacher", "pipe", "--prompts", "prompts.txt"], "mine.yaml: exists already"),
         (["other", "--teacher", "pipe"], "--teacher PIPELINE and --prompts LIST belong together"),

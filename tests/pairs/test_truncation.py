@@ -65,7 +65,7 @@ def test_reflow_says_what_it_keeps_and_takes_another_share_for_other_content(tmp
 
     run(", truncate: 0.1")
     out = capsys.readouterr().out
-    assert "reflow: 27 pairs of [2] in 1 set(s)" in out
+    assert "reflow: 27 pairs of [2] in 1 set" in out
     assert "reflow: 27 of 30 pairs of" in out
     assert "2 steps of 9: 0.7 epochs" in out
     with pytest.raises(UserError, match=r"pairs"):
