@@ -26,16 +26,29 @@ SHARD, FEW = 4096, 64  # pairs of a shard by default; a set without a divisor be
 LARGEST = 10**6  # pairs of a shard
 MEMBER = 2**20  # bytes of an array of a block
 KEPT = ("script", "call", "latents", "id2label")  # facts of a converted set that stay true
+GIVEN = ("times", "encode")  # on the command line
 FACTS = ("teacher", "solver", "guidance", "round")  # of the pairs, unknown where nothing tells
 
 
 def told_of(folder: Path) -> dict[str, Any]:
-    """Return the facts that `convert` has written beside a set; {} for a set of others."""
-    try:
-        sealed = manifest.read(folder, "FOLDER", [conversion.STAGE])
-    except UserError:
+    """Return the facts that `convert` has written beside a set; {} for a set of others.
+
+    Raises:
+        UserError: They are damaged.
+    """
+    file = folder / manifest.NAME
+    if not file.is_file():
         return {}
-    return dict(sealed["facts"])
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        raise UserError(
+            f"{file} is damaged, and tells no more what the set is; convert the pairs again, or remove "
+            "the file to import a set of unknown origin"
+        ) from None
+    if not isinstance(found, dict) or found.get("stage") != conversion.STAGE:
+        return {}
+    return dict(manifest.read(folder, "FOLDER", [conversion.STAGE])["facts"])
 
 
 def digest_of(folder: Path, reader: Reader) -> str:
@@ -166,8 +179,10 @@ class Import:
 
     @cached_property
     def inputs(self) -> dict[str, str]:
-        """The digest of the set."""
-        return {"source": digest_of(self.folder, self.reader)}
+        """The digest of the set, and of what is known of it."""
+        known = {name: fact for name, fact in self.told.items() if name not in GIVEN}
+        facts = {"facts": manifest.fingerprint(known)} if known else {}
+        return {"source": digest_of(self.folder, self.reader)} | facts
 
     @property
     def config(self) -> dict[str, Any]:

@@ -433,6 +433,29 @@ def test_rectifiedflow_is_its_arrays_in_folders_of_seeds(tmp_path):
     assert np.array_equal(batch["x1"].numpy(), whole[1, :8])
 
 
+def test_what_convert_tells_of_a_set_is_an_input_of_its_import(pictures, tmp_path, capsys):
+    """Else a changed value gives another manifest of the same inputs, and a damaged one is no one's."""
+    convert(pictures, "npy", tmp_path / "npy")
+    file, inputs = tmp_path / "npy" / "manifest.json", []
+    whole = file.read_text()
+    for name, text in (("a", whole), ("b", whole.replace('"guidance": 2.0', '"guidance": 3.0'))):
+        file.write_text(text)
+        bring(tmp_path / "npy", "npy", tmp_path / name)
+        sealed = json.loads((tmp_path / name / "manifest.json").read_text())
+        inputs.append((sealed["facts"]["origin"]["guidance"], sealed["inputs"]))
+    assert [fact for fact, _ in inputs] == [2.0, 3.0]
+    assert inputs[0][1]["source"] == inputs[1][1]["source"]
+    assert inputs[0][1]["facts"] != inputs[1][1]["facts"]
+    file.write_text(whole[:-9])
+    words = [str(tmp_path / "npy"), "--from", "npy", str(tmp_path / "c")]
+    with pytest.raises(SystemExit) as left:
+        import_pairs.main(words)
+    assert left.value.code == 2
+    assert f"{file} is damaged, and tells no more what the set is" in capsys.readouterr().err
+    file.write_text('{"tool": "another"}')
+    bring(tmp_path / "npy", "npy", tmp_path / "c")
+
+
 def test_a_seed_of_diffsynth_is_drawn_as_its_pipelines_draw_it(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
