@@ -19,7 +19,7 @@ from flowmatch.runs.experiment import CHAIN, STAGES, Experiment
 from scripts.torture import damage
 from scripts.torture.damage import Random, pick
 from scripts.torture.report import Outcome
-from scripts.torture.world import EXPERIMENTS, SECTIONS, Ended, World
+from scripts.torture.world import EXPERIMENTS, FORMATS, SECTIONS, Ended, World
 
 STREAM = 1
 FINE = {0, 2, 75}
@@ -35,6 +35,14 @@ OTHERS = {
     ],
     "seal": [["runs/points/flow"], ["runs/points/pairs"], ["runs/points"], []],
     "monitor": [["runs/points/flow", "--once"], ["runs/points/flow", "--every", "1"]],
+    "convert": [
+        ["runs/pictures/pairs", "converted", "--to", kind, "--dry-run"]
+        for kind in (*FORMATS, "npy", "x")
+    ],
+    "import": [
+        [f"runs/pictures/to_{kind}", "imported", "--from", kind, "--dry-run"]
+        for kind in (*FORMATS, "rfpp", "rectifiedflow")
+    ],
     "completion": [["bash"], [], ["x"], ["bash", "zsh"]],
 }
 ODD_WORDS = [
@@ -171,6 +179,8 @@ def allowed(name: str, kind: str) -> bool:
         "new": r"[^/]*\.yaml",
         "sample": r"[^/]+(/.*)?",
         "inspect": r"(.*_inspect|[^/]+)(/.*)?",
+        "convert": r"[^/]+(/.*)?",
+        "import": r"[^/]+(/.*)?",
     }
     return kind in own and re.fullmatch(own[kind], rest) is not None
 

@@ -19,7 +19,16 @@ from scripts.torture.configs import judge
 from scripts.torture.damage import Random, pick
 from scripts.torture.data import DATA
 from scripts.torture.report import Outcome
-from scripts.torture.world import EXPERIMENTS, SAMPLE, SECTIONS, World, result
+from scripts.torture.world import (
+    EXPERIMENTS,
+    FORMATS,
+    SAMPLE,
+    SECTIONS,
+    SHARDED,
+    World,
+    bridge,
+    result,
+)
 
 STREAM = 2
 WEIGHTS = {
@@ -125,9 +134,32 @@ def scenarios() -> Iterator[Scenario]:
         unsealed = (f"{run}/manifest.json", f"{run}/net")
         yield Scenario(f"data: {name}", files, unsealed, commands, (run,))
     yield from prompts()
+    yield from bridges()
+    made, last = "runs/sharded/flow", EXPERIMENTS["pictures"]["flow"]["fit"]["steps"]
+    cut = tuple(
+        f"{made}/{name}" for name in ("manifest.json", "net", f"checkpoints/step_{last:08d}")
+    )
+    run = ((SHARDED, "sharded.yaml"),)
+    yield Scenario("sharded checkpoints", (f"{made}/checkpoints/*/*",), cut, run, (made,))
     files, made = ("ddpm/*.json", "ddpm/*/*.json", "ddpm/*/*.safetensors"), "runs/foreign/pairs"
     commands = (("pairs", "foreign.yaml"),)
     yield Scenario("foreign teacher", files, (made,), commands, (made,), open=True)
+
+
+def bridges() -> Iterator[Scenario]:
+    """Yield those of pairs in the formats of other trainers."""
+    for kind in FORMATS:
+        to, back = bridge(kind)
+        there, here = to[2], back[2]
+        every = tuple(f"{there}/{stars}" for stars in ("*", ".meta/*", "*/*", "*/*/*"))
+        pairs = ("runs/pictures/pairs/*.tar", "runs/pictures/pairs/manifest.json")
+        yield Scenario("convert", pairs, (there,), (to,), (there,))
+        cut = (f"{there}/manifest.json", f"{there}/.meta/part-000001.json")
+        yield Scenario("unfinished convert", every, cut, (to,), (there,))
+        yield Scenario("import", every, (here,), (back,), (here,), open=True)
+        tars = (f"{here}/*.tar", f"{here}/.meta/*")
+        again = (back, ("verify", here, "--full"))  # as with pairs: what reads the set hashes it
+        yield Scenario("unfinished import", tars, (f"{here}/manifest.json",), again, (here,))
 
 
 def prompts() -> Iterator[Scenario]:
@@ -248,7 +280,7 @@ def differences(whole: Path, made: Path, beside: bool) -> list[str]:
 
 def samples(out: str) -> str:
     """What a plan says about its data."""
-    found = re.search(r"[\d,]+ samples of \[[^]]*\]", out)
+    found = re.search(r"[\d,]+ (samples|pairs) of \[[^]]*\]", out)
     return found[0] if found else ""
 
 

@@ -107,6 +107,8 @@ SECTIONS = {  # in the order of the chain
 }
 BESIDE = ("table.md", "README.md")  # not hashed, but made from what is
 SAMPLE = ("sample", "--count", "4")
+FORMATS = ("diffsynth", "fastgen", "fastvideo", "npy", "self-forcing")
+SHARDED = "run"  # the command that starts two processes
 SECONDS = 300  # after which a command hangs
 
 
@@ -173,6 +175,10 @@ class World:
         pairs = EXPERIMENTS["pictures"]["pairs"]
         runs["foreign"] = {"name": "foreign", "teacher": "ddpm", "pairs": pairs}, ["pairs"]
         text = {key: EXPERIMENTS["prompts"][key] for key in ("prompts", "call", "pairs")}
+        flow = EXPERIMENTS["pictures"]["flow"]
+        sharded = {**flow, "fit": flow["fit"] | {"shard": True}}
+        data_of = EXPERIMENTS["pictures"]["data"]
+        runs["sharded"] = {"name": "sharded", "data": data_of, "flow": sharded}, ["flow"]
         runs["words"] = {"name": "words", "teacher": "sd", **text}, ["pairs"]
         for name, (values, sections) in runs.items():
             text = yaml.safe_dump({"device": "cpu", **values}, sort_keys=False)
@@ -187,14 +193,17 @@ class World:
                         made = shutil.ignore_patterns("manifest.json", "config.yaml")
                         shutil.copytree(whole / "runs/prompts/tiny", whole / "sd", ignore=made)
                     self.stage(name, section)
+        for kind in FORMATS:
+            if (whole / "runs/pictures/pairs").is_dir() and (not only or f"bridge/{kind}" in only):
+                for words in bridge(kind):
+                    self.outs[words[2]] = self.must(whole, *words)
 
     def stage(self, name: str, section: str) -> None:
         """Run a stage, and keep what it costs and prints."""
         made, count, whole = f"runs/{name}/{section}", self.root / "count", self.root / "whole"
         began = time.monotonic()
-        self.outs[made] = self.must(
-            self.root / "whole", section, f"{name}.yaml", counted=str(count)
-        )
+        command = SHARDED if name == "sharded" else section
+        self.outs[made] = self.must(whole, command, f"{name}.yaml", counted=str(count))
         self.costs[made] = time.monotonic() - began, int(count.read_text())
         count.unlink()
         if section == "export":
@@ -222,6 +231,13 @@ class World:
             elif (whole / word).is_file():
                 shutil.copy2(whole / word, target / word)
         return target
+
+
+def bridge(kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The commands that convert the pairs of the pictures to a format, and import them again."""
+    there, back = f"runs/pictures/to_{kind}", f"runs/pictures/from_{kind}"
+    to = ("convert", "runs/pictures/pairs", there, "--to", kind)
+    return to, ("import", there, back, "--from", kind)
 
 
 def result(folder: Path, beside: bool = True) -> dict[str, str]:
