@@ -143,6 +143,11 @@ def make(plan: Plan) -> None:
         vae = plan.vae if config.scale == "vae" else measured(plan)
         every = range(plan.files)
         own = list(every)[process.rank() :: process.world_size()]
+        found = {k for k in every if committed(place / encoded.file_name(k))}
+        if found:
+            process.say(
+                f"encode: resumes: {len(found)} of {counted(plan.files, 'file')} made before"
+            )
         with tqdm(total=len(data), unit="picture", **process.bar_options()) as bar:
             for k in [
                 *own,
@@ -150,7 +155,7 @@ def make(plan: Plan) -> None:
             ]:  # others: of workers that are gone
                 begin = k * config.shard_size
                 end = min(begin + config.shard_size, len(data))
-                if not committed(place / encoded.file_name(k)):
+                if k not in found and not committed(place / encoded.file_name(k)):
                     parts = []
                     for at in range(begin, end, config.batch_size):
                         stopping.leave_if_asked()

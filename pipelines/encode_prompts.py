@@ -105,6 +105,10 @@ def encode(plan: Plan) -> None:
         whole.update(k for k in left if files.committed(place / rows.file_name(k)))
         return [k for k in left if k not in whole]
 
+    if there := plan.shards - len(missing(place, every, "")):
+        process.say(
+            f"encode_prompts: resumes: {there} of {counted(plan.shards, 'file')} made before"
+        )
     with closing(leases.claim(place, own, every, "", missing=missing)) as todo:
         for k in todo:
             begin = k * config.shard_size

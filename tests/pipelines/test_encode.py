@@ -104,9 +104,13 @@ def test_a_killed_encoding_goes_on_to_the_same_bytes(root, tmp_path, capsys):
     with open(tmp_path / "e" / "latents-000000.npy", "r+b") as file:  # damaged since
         file.seek(200)
         file.write(bytes(8))
+    assert "resumes" not in capsys.readouterr().out
     stages.run(encode, *words)
     assert manifest.read(tmp_path / "e", "run")["outputs"] == whole
-    assert "standard deviation" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "standard deviation" in out
+    files = sum(name.endswith(".npy") for name in whole)
+    assert f"encode: resumes: {files - 2} of {files} files made before" in out
 
 
 def test_scores_and_pictures_are_of_decoded_samples(root):

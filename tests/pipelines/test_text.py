@@ -263,17 +263,21 @@ def test_two_workers_encode_the_same_bytes(made):
         assert (folder / "one" / file).read_bytes() == (folder / "both" / file).read_bytes()
 
 
-def test_a_file_of_rows_that_is_not_what_was_written_is_made_again(made):
+def test_a_file_of_rows_that_is_not_what_was_written_is_made_again(made, capsys):
     """Where a run was stopped: its files are hashed when they are written."""
     name, folder = made
     run(encode_prompts, *encode_words(name, folder, "again"))
     place = folder / "again"
     whole = {path.name: path.read_bytes() for path in place.glob("[!.]*")}
-    first, second = sorted(place.glob("rows-*"))[:2]
+    first, second = (rows := sorted(place.glob("rows-*.safetensors")))[:2]
     for harm in (lambda: first.write_bytes(second.read_bytes()), second.unlink):
         (place / "manifest.json").unlink()
         harm()
+        capsys.readouterr()
         run(encode_prompts, *encode_words(name, folder, "again"))
+        assert (
+            f"resumes: {len(rows) - 1} of {len(rows)} files made before" in capsys.readouterr().out
+        )
         assert {path.name: path.read_bytes() for path in place.glob("[!.]*")} == whole
 
 
