@@ -36,7 +36,7 @@ h2 small { font-weight: 400; color: var(--soft); margin-left: .5rem; }
 p { margin: .3rem 0; } .soft, figcaption { color: var(--soft); font-size: .9rem; }
 progress { width: 100%; height: .5rem; accent-color: var(--mark); }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem; } .charts figure { flex: 1 1 20rem; }
-figure { margin: .6rem 0; } svg { width: 100%; height: auto; display: block; }
+figure { margin: .6rem 0; } svg { width: 100%; max-width: 40rem; height: auto; display: block; }
 svg text { fill: var(--soft); font: 12px system-ui, sans-serif; } svg .axis { stroke: var(--line); }
 svg .curve { stroke: var(--mark); stroke-width: 2; fill: none; stroke-linejoin: round; }
 svg .dot { fill: var(--mark); }
