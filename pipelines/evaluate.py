@@ -315,6 +315,8 @@ class Scores:
             }
             if sampled[name].model.one_step:
                 result[name]["one_step"] = True
+            if sampled[name].model.windows:
+                result[name]["windows"] = sampled[name].model.windows
             for row, found in zip(made, self.rows[name], strict=True):
                 rmse = (row.x - truth).square().mean().sqrt().item()
                 result[name]["rows"].append({**found, "rmse": rmse})

@@ -129,7 +129,7 @@ def plan(config: ExportConfig) -> Plan:
             device = process.worker_device(process.device_of(config))
             words = (config.student, config.prompts, config.call, config.pipeline, device)
             read = text_folder.open_student(*words, config.adapter)
-            check_steps(read)
+            read.check_steps(config.steps)
             return read, read.digest
         try:
             found = teachers.read_made(config.student, "student")["facts"]
@@ -150,14 +150,8 @@ def plan(config: ExportConfig) -> Plan:
         if student.two_times:  # stock networks take one time: r = 1 goes into a bias
             folded = two_time.fold(student.net)
             student = dataclasses.replace(student, net=folded, one_step=True)
-        check_steps(student)
+        student.check_steps(config.steps)
         return student, digest
-
-    def check_steps(student: "Teacher") -> None:
-        if student.one_step and config.steps != [1]:
-            raise UserError(
-                f"steps={config.steps}: the student is for one step only; use steps=[1]"
-            )
 
     def check_upload() -> None:
         if config.push_to_hub is not None:
@@ -341,6 +335,7 @@ def kept(student: "Teacher") -> dict[str, Any]:
     """Return what an export remembers of its student, for a stage that takes it as a teacher."""
     facts: dict[str, Any] = {"one_step": True} if student.one_step else {}
     facts |= {"features": sorted(student.features)} if student.features else {}
+    facts |= {"windows": student.windows} if student.windows else {}
     return facts | ({} if "script" in student.facts else student.student_facts)
 
 

@@ -4,6 +4,7 @@ Same loop, same path, same target x1 - x0; but x0 and x1 belong together, so the
 learns do not cross, and few Euler steps follow them. With `times.zero=1`, from a reflowed start:
 distillation to one step, after which the student samples in one step only. With
 `objective.name=meanflow`: the average velocity between any two times, by a second time in the network.
+With `objective.name=segments` or `cmt`, from pairs with states: lines that begin along the path.
 """
 
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from flowmatch.data.config import PromptsConfig
 from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
 from flowmatch.models.config import CallConfig, LoraConfig
 from flowmatch.pairs.config import PairsEntry
-from flowmatch.runs import command, folder, manifest, process, storage
+from flowmatch.runs import command, folder, manifest, process
 from flowmatch.runs.config import StageConfig
 from flowmatch.training.config import FitConfig
 
 if TYPE_CHECKING:
+    from flowmatch.flow.trajectories import Lines
     from flowmatch.models.adapters import Writer
     from flowmatch.models.teachers import Teacher
     from flowmatch.pairs.dataset import PairData
@@ -98,6 +100,7 @@ class Plan(folder.Plan):
     start: "Teacher"
     writer: "Writer | None"
     preview: "Preview | None"
+    lined: "Lines | None"  # of an objective on trajectories
 
     def measure(self) -> list[str]:
         """Time three updates, where nothing is sealed yet."""
@@ -108,7 +111,7 @@ class Plan(folder.Plan):
         if manifest.sealed(config.run_dir):
             return []
         device = process.worker_device(process.device_of(config))
-        plain = config.objective.name == "velocity"
+        plain = config.objective.name != "meanflow"
         more: Any = {"trained": True}
         cost = flops.of_network(self.start, self.net, config.lora, **more) if plain else None
         return rehearsal.lines(partial(train, self), config.fit, self.net, device, cost)
@@ -119,10 +122,9 @@ def plan(config: ReflowConfig) -> Plan:
     import numpy as np
 
     from flowmatch.evaluation import features
-    from flowmatch.flow import objectives
+    from flowmatch.flow import objectives, trajectories
     from flowmatch.models import adapters
-    from flowmatch.pairs import matching, truncation
-    from flowmatch.pairs.dataset import PairData
+    from flowmatch.pairs import matching, mixture, truncation
     from flowmatch.pairs.mixture import Mixture
     from flowmatch.training import loop
 
@@ -140,36 +142,28 @@ def plan(config: ReflowConfig) -> Plan:
         loop.check_net(config.fit, start.net, start.classes)
         return start
 
-    def open_pairs(number: int, entry: PairsEntry) -> PairData:
-        key = f"pairs.{number}.path"
-        data = PairData(entry.path, key, entry.group, entry.cache, entry.cache_gb)
-        if entry.truncate:
-            truncation.check(data, entry.truncate)
-        if entry.held_out and (entry.group or storage.is_url(entry.path)):
-            raise UserError(
-                f"pairs.{number}.held_out={entry.held_out}: for a local set shuffled as a whole; "
-                "copy it here and remove group, or remove held_out"
-            )
-        if entry.held_out >= len(data):
-            raise UserError(
-                f"pairs.{number}.held_out={entry.held_out}: the set has {len(data)} pairs"
-            )
-        return data
-
     device, _, _, _, start, *sets = together(
         check_loop,
         lambda: check_lora(config),
-        lambda: objectives.check(config.objective, config.loss, config.times, config.fit),
+        lambda: objectives.check(
+            config.objective, config.loss, config.times, config.fit, config.prompts is not None
+        ),
         check_features,
         load_start,
-        *(partial(open_pairs, number, entry) for number, entry in enumerate(config.pairs)),
+        *(
+            partial(mixture.open_set, number, entry, config.objective.on_states)
+            for number, entry in enumerate(config.pairs)
+        ),
     )
     weights = [entry.weight for entry in config.pairs]
     micro, _ = loop.split_batch(config.fit, process.world_size())
-    _, stream, net = together(
+    _, stream, net, lined = together(
         lambda: matching.check_match(start, sets),
         lambda: Mixture(list(zip(sets, weights, strict=True)), config.fit.batch_size, config.seed),
         lambda: network(start, config),
+        lambda: trajectories.build(
+            config.objective, {f"{data.key}={data.folder}": data.times for data in sets}
+        ),
     )
     writer = None
     if config.lora is not None:
@@ -216,26 +210,31 @@ def plan(config: ReflowConfig) -> Plan:
         *process.untested(device),
         *(writer.lines(net) if writer else ()),
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / count:.1f} epochs{only}",
+        *(lined.told if lined else ()),
         *start.lines,
     ]
     last = max(data.sealed["facts"]["round"] for data in sets)
     shown = None
     if config.fit.sample_every is not None:
-        shown, told = view(config, start, sets[0], unseen)
+        shown, told = view(config, start, sets[0], unseen, lined)
         lines += told
-    more = (net, stream, module, last + 1, seen_features, start, writer, shown)
+    more = (net, stream, module, last + 1, seen_features, start, writer, shown, lined)
     return Plan(config, inputs, lines, *more)
 
 
 def view(
-    config: ReflowConfig, start: "Teacher", first: "PairData", unseen: "list[tuple[PairData, Any]]"
+    config: ReflowConfig,
+    start: "Teacher",
+    first: "PairData",
+    unseen: "list[tuple[PairData, Any]]",
+    lined: "Lines | None",
 ) -> "tuple[Preview, list[str]]":
     """Choose what is drawn and measured while it trains, and say so."""
     from flowmatch.models import autoencoder
     from flowmatch.training import preview
 
     decode, why = preview.decoder(start, autoencoder.of_run(config.start, start.latents))
-    made = preview.of_pairs(first, unseen, config.times.zero == 1, decode)
+    made = preview.of_pairs(first, unseen, config.times.zero == 1, decode, lined)
     assert config.fit.sample_every is not None
     return made, preview.lines(made, config.fit.sample_every, why)
 
@@ -265,6 +264,8 @@ def run(plan: Plan) -> None:
         facts["features"] = sorted(plan.seen_features)
     if config.times.zero == 1:
         facts["one_step"] = True
+    if plan.lined is not None and plan.lined.windows:
+        facts["windows"] = plan.lined.windows
     with folder.RunFolder("reflow", config, plan.inputs, facts) as opened:
         files = train(plan, opened, config.fit)
         if process.leads():
@@ -303,6 +304,7 @@ def train(
         writer=plan.writer,
         preview=plan.preview,
         on_log=on_log,
+        lines=plan.lined,
     )
 
 
@@ -323,8 +325,9 @@ def network(start: "Teacher", config: ReflowConfig) -> Any:
         return start.net if has else two_time.add(start.net, config.seed)
     if has:
         raise UserError(
-            f"start={config.start} takes a second time (MeanFlow), which objective.name=velocity would "
-            "leave untrained; use objective.name=meanflow, or start from the flow before it"
+            f"start={config.start} takes a second time (MeanFlow), which objective.name="
+            f"{config.objective.name} would leave untrained; use objective.name=meanflow, or start from "
+            "the flow before it"
         )
     return start.net
 

@@ -169,6 +169,8 @@ def numbers_text(result: Mapping[str, Any]) -> str:
     )
     if "one_step" in result["student"]:
         text += f" {tables.ONE_STEP}"
+    if "windows" in result["student"]:
+        text += f" {tables.WINDOWS.format(result['student']['windows'])}"
     if "nearest" in result["floor"]:
         which = (
             "to real ones that no model has seen"

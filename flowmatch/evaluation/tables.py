@@ -19,6 +19,9 @@ QUALITIES = {  # what images are scored on beside the distance: name, format
 CHEAP = {"table.md", "curve.png"}  # files that follow from metrics.json
 UNHASHED = ("table.md", "curve.png", "grid.png", "report.html")
 ONE_STEP = "The student was trained for one step only; its rows with more steps are not meaningful."
+WINDOWS = (
+    "The student was trained for {} equal steps; rows with no multiple of them are not meaningful."
+)
 REAL = "real against real"
 
 Cell = str | tuple[str, str]  # tuple: the value of the teacher, that of the student
@@ -127,6 +130,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     if "one_step" in student:
         parts.append(ONE_STEP)
+    if "windows" in student:
+        parts.append(WINDOWS.format(student["windows"]))
     if more is not None:
         parts.append(_lines(more.head, [*more.rows, more.floor]))
     return "\n\n".join(parts) + "\n"

@@ -1,6 +1,6 @@
 """The model card of an exported folder: how to sample it with diffusers, and how good it is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flowmatch.export import provenance
 from flowmatch.export.provenance import Origin
@@ -26,6 +26,7 @@ image = pipe(num_inference_steps=1).images[0]
 ```
 """
 ONE_STEP = "It samples in exactly one Euler step."
+WINDOWS = "It samples in {} equal Euler steps, or a multiple of them."
 ONE_STEP_NOTES = """\
 Always pass `num_inference_steps=1`; the default of the pipeline is 1000. The scheduler of this folder,
 also stored in `scheduler_1/`, is exact for one step.
@@ -125,6 +126,25 @@ def kind_of(student: Teacher, vae: Autoencoder | None = None) -> Kind:
         student: The exported network.
         vae: What its samples are latents of.
     """
+    kind, n = _kind_of(student, vae), student.windows
+    return (
+        kind if n is None else replace(kind, snippet=_in(n, kind.snippet), notes=_in(n, kind.notes))
+    )
+
+
+def _in(n: int, text: str) -> str:
+    """Make a text on one step one on n, and one on any number of steps one on multiples of n."""
+    for one, many in (
+        ("num_inference_steps=1", f"num_inference_steps={n}"),
+        ('"scheduler_1"', f'"scheduler_{n}"'),
+        ("in one step", f"in {n} steps"),
+        ("any number of steps", f"multiples of {n} steps"),
+    ):
+        text = text.replace(one, many)
+    return text
+
+
+def _kind_of(student: Teacher, vae: Autoencoder | None) -> Kind:
     coded, one = latent(student) and vae is None, student.one_step
     square = len(student.shape) == 3 and student.shape[1] == student.shape[2]
     unet = type(student.net).__name__ == "UNet2DModel" and not coded
@@ -208,7 +228,8 @@ def text(
         license: Identifier of the licence, such as apache-2.0; None where there is none yet.
         picture: File of the samples beside the card, or "".
     """
-    tag = "unconditional-image-generation" if kind.draws else ""
+    tag, n = "unconditional-image-generation" if kind.draws else "", student.windows
+    steps = "It samples in one to four Euler steps." if n is None else WINDOWS.format(n)
     shown, training = provenance.sections(origin, license, picture)
     return CARD.format(
         front=provenance.written(provenance.front(license, tag, origin)),
@@ -218,11 +239,11 @@ def text(
         few="one" if student.one_step else "few",
         network=type(student.net).__name__,
         rounds="1 round" if student.round == 1 else f"{student.round} rounds",
-        steps=ONE_STEP if student.one_step else "It samples in one to four Euler steps.",
+        steps=ONE_STEP if student.one_step else steps,
         snippet=kind.snippet,
         notes=kind.notes,
         remote=REMOTE,
-        grids="" if student.one_step else GRIDS,
+        grids="" if student.one_step or n else GRIDS,
         table=table,
         differences=describe(differences, kind),
         digest=student.digest,

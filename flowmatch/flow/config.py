@@ -41,7 +41,13 @@ class TimesConfig(Config):
     a: float = option(
         4.0, "u_shape: steepness; towards 0 it is uniform, 4 is that of 2-rectified flow++", gt=0
     )
-    zero: float = option(0.0, "share of times that are exactly 0", ge=0, le=1)
+    zero: float = option(
+        0.0,
+        "share of times that are exactly 0; with objective.name=segments, the starts of the windows, in "
+        "equal parts",
+        ge=0,
+        le=1,
+    )
 
     @pydantic.field_validator("mean", "std", "a")
     @classmethod
@@ -112,10 +118,12 @@ class LossConfig(Config):
 class ObjectiveConfig(Config):
     """What a training stage learns."""
 
-    name: Literal["velocity", "meanflow"] = option(
+    name: Literal["velocity", "meanflow", "segments", "cmt"] = option(
         "velocity",
-        "velocity; or meanflow, the average velocity u(x, t, r) from t to r, with a second time in the "
-        "network: one step is x1 = x0 + u(x0, 0, 1)",
+        "velocity; meanflow: the average velocity u(x, t, r) from t to r, with a second time in the "
+        "network: one step is x1 = x0 + u(x0, 0, 1); segments: from each state of a path straight to "
+        "the next, for as many equal steps; cmt: from any point of a path straight to its end (both "
+        "need pairs.states)",
     )
     equal: float = option(
         0.25, "meanflow: share of samples with r = t, the velocity itself", ge=0, le=1
@@ -138,6 +146,11 @@ class ObjectiveConfig(Config):
     @classmethod
     def _used(cls, value: float, info: pydantic.ValidationInfo) -> float:
         return used(cls, value, info, "name", "meanflow")
+
+    @property
+    def on_states(self) -> bool:
+        """Whether it learns from states of the paths, beside their ends."""
+        return self.name in ("segments", "cmt")
 
 
 class GridConfig(Config):

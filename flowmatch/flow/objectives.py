@@ -113,14 +113,14 @@ def build(config: ObjectiveConfig, loss: LossConfig, module: nn.Module | None = 
     """Build the objective of a config.
 
     Args:
-        config: Velocity, or the average velocity and its constants.
+        config: Velocity, also of the lines of `trajectories`; or the average velocity, its constants.
         loss: How its error is measured.
         module: Of the feature loss: frozen, in eval mode, on the device of the data.
 
     Returns:
         The objective.
     """
-    if config.name == "velocity":
+    if config.name != "meanflow":
         measure = losses.build(loss, module)
 
         def velocity(
@@ -162,12 +162,27 @@ def build(config: ObjectiveConfig, loss: LossConfig, module: nn.Module | None = 
     return average
 
 
-def check(config: ObjectiveConfig, loss: LossConfig, t: TimesConfig, fit: FitOptions) -> None:
+def check(
+    config: ObjectiveConfig,
+    loss: LossConfig,
+    t: TimesConfig,
+    fit: FitOptions,
+    prompts: bool = False,
+) -> None:
     """Check that an objective can be trained with a loss, times and a training loop.
+
+    Args:
+        config: The objective.
+        loss: How its error is measured.
+        t: The times.
+        fit: The training loop.
+        prompts: Whether the network is that of a pipeline that reads prompts.
 
     Raises:
         UserError: They contradict each other.
     """
+    if config.on_states:
+        return _check_on_states(config, loss, t, prompts)
     if config.name != "meanflow":
         return
     faults = []
@@ -206,6 +221,30 @@ def check(config: ObjectiveConfig, loss: LossConfig, t: TimesConfig, fit: FitOpt
     if loss.name == "feature":
         faults.append(
             "loss.name=feature compares data, and objective.name=meanflow velocities; use another loss"
+        )
+    if faults:
+        raise UserError(faults)
+
+
+def _check_on_states(
+    config: ObjectiveConfig, loss: LossConfig, t: TimesConfig, prompts: bool
+) -> None:
+    """Check an objective on trajectories. Raises UserError."""
+    faults = []
+    if prompts and config.name == "segments":
+        faults.append(
+            "objective.name=segments is for equal steps, and a pipeline that reads prompts has its own "
+            "grid; use objective.name=cmt or velocity"
+        )
+    if t.zero == 1:
+        faults.append(
+            f"times.zero=1: objective.name={config.name} is for times along the path, too; use a share "
+            "below 1, or objective.name=velocity to distil to one step"
+        )
+    if loss.name == "feature" and config.name == "segments":
+        faults.append(
+            "loss.name=feature compares data, and objective.name=segments the states of windows; use "
+            "another loss"
         )
     if faults:
         raise UserError(faults)

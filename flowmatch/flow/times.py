@@ -7,6 +7,7 @@ for eight steps and more (2-rectified flow++, arXiv 2405.20320, sec. 4.1): docs/
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,12 +46,13 @@ def noise_heavy_density(t: Tensor) -> Tensor:
     return math.log(10) / 9 * 10 ** (1 - t)
 
 
-def sample(u: Tensor, config: TimesConfig) -> Tensor:
+def sample(u: Tensor, config: TimesConfig, starts: Sequence[float] = (0.0,)) -> Tensor:
     """Turn uniform numbers into the times of a config.
 
     Args:
         u: Uniform numbers in [0, 1), float64, [B].
         config: A density, and the share `zero` of times that are set to exactly 0.
+        starts: What they are set to instead, each as often.
 
     Returns:
         Times in [0, 1], float32, [B].
@@ -66,7 +68,10 @@ def sample(u: Tensor, config: TimesConfig) -> Tensor:
     else:
         t = rest
     t = t.clamp(0, 1)
-    return torch.where(u < zero, torch.zeros_like(t), t).float()
+    if not zero:
+        return t.float()
+    which = (u / zero * len(starts)).long().clamp(max=len(starts) - 1)
+    return torch.where(u < zero, torch.tensor(starts, dtype=u.dtype)[which], t).float()
 
 
 def density(t: Tensor, config: TimesConfig) -> Tensor:

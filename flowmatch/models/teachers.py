@@ -1,7 +1,7 @@
 """Teachers: the networks that generate pairs, and from whose weights reflow starts."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Teacher:
         round: 0 after an independent coupling, k after k reflows.
         diffusion: None for a flow model in diffusers' convention.
         one_step: Trained at t = 0 alone; its output at other times means nothing.
+        windows: Equal Euler steps that it was trained for (segments); None for any number.
         features: sha256 of each classifier that a loss of its training used.
         samples: Number of samples that it was trained on, if it says so.
         names: Of its classes, if they have names.
@@ -54,6 +55,7 @@ class Teacher:
     samples: int | None = None
     names: tuple[str, ...] | None = None
     latents: dict[str, Any] | None = None
+    windows: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -106,6 +108,21 @@ class Teacher:
             raise UserError(
                 f"{key}= is for one step only: it was trained at t = 0 alone (times.zero=1) and has no "
                 "flow to follow; use the reflow that it started from"
+            )
+
+    def check_steps(self, steps: Sequence[int]) -> None:
+        """Check that an export for some numbers of steps makes sense.
+
+        Raises:
+            UserError: It is for one step only, or for the equal steps of its windows.
+        """
+        n = self.windows
+        if self.one_step and list(steps) != [1]:
+            raise UserError(f"steps={steps}: the student is for one step only; use steps=[1]")
+        if n and any(number % n for number in steps):
+            raise UserError(
+                f"steps={steps}: the student is straight in each of {n} windows "
+                f"(objective.name=segments); use steps=[{n}], or multiples"
             )
 
     def velocity(self, guidance: float = 1.0) -> Velocity:
@@ -240,6 +257,7 @@ def load(path: str | os.PathLike[str], key: str) -> Teacher:
         samples=facts.get("samples"),
         names=names_of(facts),
         latents=facts.get("latents"),
+        windows=facts.get("windows"),
     )
 
 
@@ -263,6 +281,7 @@ def _exported(found: Teacher, folder: Path, key: str, sealed: dict[str, Any]) ->
         features=tuple(facts.get("features", ())),
         names=names_of(facts),
         latents=facts.get("latents"),
+        windows=facts.get("windows"),
     )
 
 

@@ -98,11 +98,13 @@ class PairData(Dataset[dict[str, Any]]):
                 f"{key}={folder}: its manifest has count={count}; expected shards={self.shards} x "
                 f"shard_size={self.layout.shard_size}, with 1 shard at least; {self._repair}"
             )
-        if len(self.times) != self.layout.states or (states and not self.times):
+        if len(self.times) != self.layout.states:
             raise UserError(
                 f"{key}={folder}: its manifest gives {len(self.times)} times of states, and its layout "
-                f"has {self.layout.states}; make a set with states=[...] to read them"
+                f"has {self.layout.states}; {self._repair}"
             )
+        if states and not self.times:
+            raise UserError(f"{key}={folder} has no states of the paths; make it with states=[...]")
         self.reads_states = states
         self._check_tars()
         self._sound: set[int] = set()  # shards whose tars are those that were sealed

@@ -9,8 +9,36 @@ import torch
 
 from flowmatch.config import UserError
 from flowmatch.flow.noise import Order
+from flowmatch.pairs import truncation
+from flowmatch.pairs.config import PairsEntry
 from flowmatch.pairs.dataset import PairData
 from flowmatch.pairs.layout import PROMPT
+from flowmatch.runs import storage
+
+
+def open_set(number: int, entry: PairsEntry, states: bool) -> PairData:
+    """Open the set of an entry of `pairs`, and check what is to be left out of it.
+
+    Args:
+        number: Of the entry.
+        entry: The set, and how it is read.
+        states: Whether batches hold the states of the paths.
+
+    Raises:
+        UserError: It cannot be opened, or nothing would be left.
+    """
+    key = f"pairs.{number}.path"
+    data = PairData(entry.path, key, entry.group, entry.cache, entry.cache_gb, states)
+    if entry.truncate:
+        truncation.check(data, entry.truncate)
+    if entry.held_out and (entry.group or storage.is_url(entry.path)):
+        raise UserError(
+            f"pairs.{number}.held_out={entry.held_out}: for a local set shuffled as a whole; copy it "
+            "here and remove group, or remove held_out"
+        )
+    if entry.held_out >= len(data):
+        raise UserError(f"pairs.{number}.held_out={entry.held_out}: the set has {len(data)} pairs")
+    return data
 
 
 class Mixture:

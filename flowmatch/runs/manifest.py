@@ -41,7 +41,7 @@ FACTS: dict[str, tuple[type, ...]] = {  # kinds of the facts that later stages r
     **{"layout": (dict,), "shards": (int,), "count": (int,), "fingerprint": (str,)},
     **{"lora": (dict,), "base": (str,)},
     **dict.fromkeys(("script", "call", "prompts", "id2label"), (dict, type(None))),
-    "samples": (int,),
+    **{"samples": (int,), "windows": (int,)},
     **{"latents": (dict,), "parts": (dict,)},
 }
 PAIR_STAGES = ("generate_pairs", "import")  # whose results are sets of pairs

@@ -13,6 +13,7 @@ from torch import Tensor
 from flowmatch.flow import noise, times
 from flowmatch.flow.config import TimesConfig
 from flowmatch.flow.coupling import Batch, Coupling
+from flowmatch.flow.trajectories import Lines
 
 Stream = Callable[[np.ndarray], Batch]  # global sample counters [B] -> {"x1": ..., "label": ...}
 
@@ -48,6 +49,7 @@ def draw(
     null_label: int | None,
     seed: int,
     counters: np.ndarray,
+    lines: Lines | None = None,
 ) -> Drawn:
     """Draw the samples of some global counters: a pure function.
 
@@ -62,6 +64,7 @@ def draw(
         null_label: The null label, or None for a network without labels.
         seed: Seed of the run.
         counters: step * batch_size + position in the global batch, int64 [B].
+        lines: Makes other ends x0, x1 of the pairs and their states, for an objective on trajectories.
 
     Returns:
         The samples, on the CPU.
@@ -75,11 +78,14 @@ def draw(
 
     batch = stream(counters)
     x0, x1 = coupling(batch, normal)
+    t = times.sample(u[:, 0], t_config, lines.starts if lines else (0.0,))
+    if lines is not None:
+        x0, x1 = lines(x0, batch["xt"], x1, t)
     label = None
     if null_label is not None:
         label = torch.where(u[:, 1] < label_drop, null_label, batch["label"])
     last = torch.tensor([rng.random(dtype=np.float32) for rng in rngs])
-    return Drawn(x0, x1, times.sample(u[:, 0], t_config), last, label)
+    return Drawn(x0, x1, t, last, label)
 
 
 def mask_seed(seed: int, step: int, micro: int) -> int:

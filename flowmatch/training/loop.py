@@ -20,6 +20,7 @@ from flowmatch.config import UserError, require
 from flowmatch.flow import objectives, path
 from flowmatch.flow.config import TimesConfig
 from flowmatch.flow.coupling import Coupling
+from flowmatch.flow.trajectories import Lines
 from flowmatch.models import precision
 from flowmatch.models.velocity import Velocity
 from flowmatch.runs import checkpoints, group, stopping
@@ -177,6 +178,7 @@ def fit(
     writer: Writer | None = None,
     preview: Preview | None = None,
     on_log: OnLog | None = None,
+    lines: Lines | None = None,
 ) -> list[str]:
     """Train a network's velocity, from the newest checkpoint of the run if it has one.
 
@@ -197,6 +199,7 @@ def fit(
         preview: What is drawn and measured every `sample_every` updates, and at the end.
         on_log: Called on each rank with the step and what is logged there, and with `waited`: the
             seconds since the last call that the loop has waited for data.
+        lines: Makes other ends of pairs with states, for an objective on trajectories.
 
     Returns:
         The files of the averaged networks, relative to the run folder (rank 0).
@@ -215,7 +218,14 @@ def fit(
         with precision.forked(accelerator.device):
             precision.allow_tf32(config.precision == "tf32")
             draw_at = partial(
-                draw, stream, coupling, t_config, config.label_drop, field(net).null, seed
+                draw,
+                stream,
+                coupling,
+                t_config,
+                config.label_drop,
+                field(net).null,
+                seed,
+                lines=lines,
             )
             state = State(net, config, accelerator, run, writer)
             views = None

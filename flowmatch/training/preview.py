@@ -20,6 +20,7 @@ from flowmatch.data.config import DataConfig
 from flowmatch.data.dataset import Data
 from flowmatch.flow import noise, path
 from flowmatch.flow.config import SamplerConfig
+from flowmatch.flow.trajectories import Lines
 from flowmatch.models import autoencoder
 from flowmatch.models.autoencoder import Autoencoder
 from flowmatch.models.velocity import Velocity
@@ -48,9 +49,10 @@ class Preview:
         label: Their labels int64 [N], for a network that takes them.
         steps: Numbers of Euler steps, a row of the picture each.
         ends: Where the teacher carried these noises, the last row; or None.
-        held: x0, x1 and perhaps label of the held-out samples, [M, ...]; or None.
+        held: x0, x1, perhaps label and states of the held-out samples, [M, ...]; or None.
         times: Of the held-out loss, in [0, 1).
         decode: Makes pictures of states; None where they are pictures, points or latents.
+        lines: Makes other ends of pairs with states, as in the loop.
     """
 
     x0: Tensor
@@ -60,6 +62,7 @@ class Preview:
     held: Mapping[str, Tensor] | None = None
     times: Sequence[float] = TIMES
     decode: Decode | None = None
+    lines: Lines | None = None
 
 
 def count(shape: tuple[int, ...]) -> int:
@@ -125,6 +128,7 @@ def of_pairs(
     unseen: Sequence[tuple[Any, np.ndarray]],
     one_step: bool,
     decode: Decode | None = None,
+    lines: Lines | None = None,
 ) -> Preview:
     """Preview stage three: 1, 2 and 4 steps beside the teacher's end, and the loss on held-out pairs.
 
@@ -133,6 +137,7 @@ def of_pairs(
         unseen: Sets, and the ids of their pairs that training does not see; the first is used.
         one_step: Whether the network learns t = 0 alone, and samples in one step.
         decode: As in `Preview`.
+        lines: Likewise.
     """
     if unseen:
         data, ids = unseen[0]
@@ -141,7 +146,9 @@ def of_pairs(
     else:
         held, shown = None, first.batch(np.arange(min(len(first), count(first.shape))))
     steps, times = ((1,), (0.0,)) if one_step else ((1, 2, 4), TIMES)
-    return Preview(shown["x0"], shown.get("label"), steps, shown["x1"], held, times, decode)
+    if lines is not None and lines.windows:
+        steps = (lines.windows,)
+    return Preview(shown["x0"], shown.get("label"), steps, shown["x1"], held, times, decode, lines)
 
 
 def decoder(teacher: Any, vae: Any = None) -> tuple[Decode | None, str]:
@@ -245,6 +252,9 @@ class Viewer:
         for t in self.preview.times:
             for i in range(0, len(held["x1"]), self.batch):
                 x0, x1 = (held[name][i : i + self.batch] for name in ("x0", "x1"))
+                if self.preview.lines is not None:
+                    states, at = held["xt"][i : i + self.batch], x0.new_full((len(x0),), t)
+                    x0, x1 = self.preview.lines(x0, states, x1, at)
                 label = held["label"][i : i + self.batch] if "label" in held else None
                 v = self.v(path.interpolate(x0, x1, t), t, _cond(label))
                 error = (v - path.velocity(x0, x1)).square().flatten(1).mean(1)
