@@ -238,8 +238,10 @@ def read_pipeline(
 
     listed = {name: value for name, value in index.items() if not name.startswith("_")}
     parts = {name for name, value in listed.items() if isinstance(value, list)}
-    parts -= {
-        name for name in parts if listed[name] and set(map(type, listed[name])) <= {int, float}
+    parts -= {  # numbers of its config
+        name
+        for name in parts - {*NETWORKS, *OTHERS}
+        if listed[name] and set(map(type, listed[name])) <= {int, float}
     }
     if odd := sorted(name for name in parts if len(listed[name]) != 2):
         raise UserError(

@@ -144,6 +144,7 @@ def rehearse(
 
     few = {"steps": max(UPDATES, config.steps), "log_every": 1, "save_every": 10**9, "trackers": []}
     few["sample_every"] = None
+    AcceleratorState._reset_state()  # another stage may have another precision
     with tempfile.TemporaryDirectory(prefix="rehearsal") as place:
         with RunFolder("rehearsal", StageConfig(run_dir=place), {}) as folder:
             try:
@@ -153,7 +154,7 @@ def rehearse(
             except torch.OutOfMemoryError:
                 raise UserError(f"the updates do not fit the memory: {_smaller(config)}") from None
             finally:
-                AcceleratorState._reset_state()  # another stage may have another precision
+                AcceleratorState._reset_state()
     seconds = (logged[-1][0] - logged[0][0]) / (UPDATES - 1)
     return Rehearsal(seconds, max(memory for _, memory in logged))
 

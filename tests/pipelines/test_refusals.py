@@ -219,10 +219,11 @@ def test_a_dry_run_of_a_foreign_config_tells_no_host_anything(tmp_path, capsys, 
         "encode_prompts": {"teacher": place, "prompts": prompts},
         "evaluate_prompts": {"teacher": place, "prompts": prompts, "classifier": place},
         "tiny_pipeline": {"data": data},
+        "encode": {"data": data, "vae": place},
     }
     assert configs.keys() == set(STAGES)
     for stage, values in configs.items():
-        for key in ("run_dir", "teacher", "start", "student"):
+        for key in ("run_dir", "teacher", "start", "student", "vae"):
             if key == "run_dir" or key in values:
                 text = json.dumps({"run_dir": "r"} | values | {key: place})
                 Path("foreign.yaml").write_text(text)
