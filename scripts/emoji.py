@@ -1,8 +1,8 @@
-"""Draw the pictures of the experiment `emoji`: animals and food on four colours, with captions.
+"""Draw the pictures of the experiment `emoji`: animals and fruit on four colours, with captions.
 
 The drawings are those of Noto Color Emoji (Google, SIL Open Font License 1.1), Debian's package
 fonts-noto-color-emoji; their names are those of Unicode. `python -m scripts.emoji emoji` writes a folder
-of PNG files and their metadata.jsonl, with captions such as "slice of pizza on blue".
+of PNG files and their metadata.jsonl, with captions such as "strawberry on blue".
 """
 
 import argparse
@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 DRAWN = 109  # the one size of the font's bitmaps
-SIZE = 32  # pixels of a picture
-RANGES = ((0x1F32D, 0x1F37F), (0x1F400, 0x1F43C), (0x1F950, 0x1F96F), (0x1F980, 0x1F9AE))
+SIZE = 24  # pixels of a picture
+RANGES = ((0x1F345, 0x1F353), (0x1F42D, 0x1F43C))  # tomato to strawberry, mouse to panda face
 GROUNDS = {
     "white": (255, 255, 255),
     "yellow": (255, 226, 120),
