@@ -147,7 +147,11 @@ def test_a_failed_stage_ends_the_job_with_its_cause(slurm):
 
 @pytest.mark.parametrize(
     ("member", "status"),
-    [(None, 75), ("2", 75), (None, 1)],
+    [
+        (None, 75),
+        pytest.param("2", 75, marks=pytest.mark.slow),
+        pytest.param(None, 1, marks=pytest.mark.slow),
+    ],
     ids=["stage", "array", "launcher"],
 )
 def test_a_preempted_job_saves_and_is_queued_again(slurm, tmp_path, member, status):
