@@ -184,6 +184,7 @@ def plan(config: ReflowConfig) -> Plan:
             micro,
             start.shape,
             process.worker_device(device),
+            config.seed,
         )
         seen_features.add(digest)
     cuts, unseen = [data.remark for data in sets if data.remark], []

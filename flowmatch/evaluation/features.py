@@ -1,8 +1,8 @@
 """Features of images, for distances between sets of images and for feature losses.
 
 They come from a classifier that the stage `train_classifier` or `evaluate` trains on the data, or from
-Inception with weights that the user gives. A feature loss also takes any exported module. Nothing is
-downloaded.
+Inception with weights that the user gives. A feature loss also takes any exported module, or random
+weights. Nothing is downloaded.
 """
 
 from collections.abc import Callable
@@ -28,6 +28,7 @@ INCEPTION = (
     "the same); nothing is downloaded"
 )
 BATCH = 256  # samples that a feature network processes together
+RANDOM = "random"  # the features of a feature loss that need no training: `random_features`
 
 
 @torch.no_grad()
@@ -99,15 +100,6 @@ class Classifier(nn.Module):
         """Return the class scores of x, [B, classes]."""
         return self.head(self.body(x))
 
-    def maps(self, x: Tensor) -> list[Tensor]:
-        """Return the activations after each ReLU, first to last: [B, width, h, w] each."""
-        found = []
-        for layer in self.body:
-            x = layer(x)
-            if isinstance(layer, nn.ReLU):
-                found.append(x)
-        return found
-
 
 class Perceptual(nn.Module):
     """The values that a feature loss compares: pixels and a classifier's activations.
@@ -121,18 +113,61 @@ class Perceptual(nn.Module):
     """
 
     def __init__(self, classifier: Classifier):
-        """Freeze the classifier, in place."""
+        """Freeze the classifier's convolutions, in place."""
         super().__init__()
-        self.classifier = classifier.float().eval().requires_grad_(False)
+        convolutions = nn.Sequential(*list(classifier.body)[:-2])
+        self.body = convolutions.float().eval().requires_grad_(False)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Return the activations after each ReLU, first to last: [B, width, h, w] each."""
+        found = []
+        for layer in self.body:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                found.append(x)
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the values to compare, [B, F]."""
         parts, values = [x.flatten(1)], x[0].numel()
-        for found in self.classifier.maps(x):
+        for found in self.maps(x):
             length = (found.square().sum(1, keepdim=True) + 1e-8).sqrt()
             places = found.shape[2] * found.shape[3]
             parts.append((found / length).flatten(1) * (values / places) ** 0.5)
         return torch.cat(parts, dim=1)
+
+
+def random_features(shape: tuple[int, ...], seed: int) -> Perceptual:
+    """Build the values that a feature loss compares where no network is trained for it.
+
+    They are those of a classifier whose weights are drawn, He-normal (variance 2 / inputs), with biases
+    of 0. A distance on random filters approximates one between distributions of patches (Amir and Weiss
+    2021, Understanding and simplifying perceptual distances).
+
+    Args:
+        shape: Of an image, (C, H, W).
+        seed: Of the weights, which are a function of shape and seed alone.
+
+    Returns:
+        The frozen module, on the CPU.
+
+    Raises:
+        UserError: The samples have another number of axes.
+    """
+    if len(shape) != 3:
+        raise UserError(
+            f"features={RANDOM} are those of images [C, H, W]; the samples have {list(shape)}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        module = Perceptual(Classifier(shape, 1))
+    convolutions = [layer for layer in module.body if isinstance(layer, nn.Conv2d)]
+    for number, layer in enumerate(convolutions):
+        weight = layer.weight.data
+        drawn = noise.normal(seed, [number], tuple(weight.shape), noise.WEIGHTS)[0]
+        weight.copy_(torch.from_numpy(drawn) * (2 / weight[0].numel()) ** 0.5)
+        assert layer.bias is not None
+        layer.bias.data.zero_()
+    return module
 
 
 class Exported(nn.Module):
@@ -195,7 +230,7 @@ def check(path: str, key: str) -> None:
         UserError: If the file does not exist, or the folder is that of another stage.
         NotReady: If the folder does not exist or is not sealed.
     """
-    if Path(path).is_file():
+    if path == RANDOM or Path(path).is_file():
         return
     if path.endswith(".pt2"):
         raise UserError(f"{key}={path}: no such file")
@@ -203,29 +238,33 @@ def check(path: str, key: str) -> None:
 
 
 def perceptual(
-    path: str, key: str, batch: int, shape: tuple[int, ...], device: str
+    path: str, key: str, batch: int, shape: tuple[int, ...], device: str, seed: int = 0
 ) -> tuple[nn.Module, str, str]:
     """Load the features that a feature loss compares.
 
     Args:
-        path: A sealed folder of train_classifier, or a file of torch.export.save.
+        path: A sealed folder of train_classifier, a file of torch.export.save, or RANDOM.
         key: Name of the config key, for errors.
         batch: Images in a batch.
         shape: Of an image, (C, H, W).
         device: Where the features are computed.
+        seed: Of random weights.
 
     Returns:
-        The frozen module; the digest of `path`; the digest of the classifier itself, by which an
-        evaluation recognizes it.
+        The frozen module; the digest of `path`, or of random weights; the digest of the classifier
+        itself, by which an evaluation recognizes it.
 
     Raises:
         UserError: If `path` holds no features for such images.
         NotReady: If the folder does not exist or is not sealed.
     """
+    if path == RANDOM:
+        drawn = random_features(shape, seed)
+        digest = module_digest(drawn)
+        return drawn.to(device), digest, digest
     if path.endswith(".pt2") or Path(path).is_file():
-        module = Exported(path, key, batch, shape, device)
         digest = manifest.sha256_file(path)
-        return module, digest, digest
+        return Exported(path, key, batch, shape, device), digest, digest
     classifier, _ = load(path, key, shape)
     own_digest = module_digest(classifier)
     return Perceptual(classifier).to(device), manifest.digest(path), own_digest

@@ -61,8 +61,8 @@ class LossConfig(Config):
 
     name: Literal["mse", "pseudo_huber", "normalised", "feature"] = option(
         "mse",
-        "loss on the velocity of a sample; feature: pseudo-Huber on classifier features of the "
-        "predicted data (reflow only)",
+        "loss on the velocity of a sample; feature: pseudo-Huber on features of the predicted data "
+        "(reflow only)",
     )
     c: float = option(
         0.5,
@@ -73,7 +73,8 @@ class LossConfig(Config):
         None,
         "feature: sealed folder of train_classifier, not the one that scores the student; or a file "
         "NAME.pt2 from torch.export.save, such as the network of LPIPS with your weights (torch reads "
-        "it with pickle: use only a file that you trust)",
+        "it with pickle: use only a file that you trust); or random, convolutions of random weights, "
+        "which need no training",
         run=True,
         validate_default=True,
     )
@@ -110,7 +111,8 @@ class LossConfig(Config):
         name = info.data.get("name")
         if name == "feature" and value is None:
             raise ValueError(
-                "name=feature needs the sealed folder of a train_classifier stage, or a .pt2 file"
+                "name=feature needs the sealed folder of a train_classifier stage, a .pt2 file, or "
+                "features=random"
             )
         return used(cls, value, info, "name", "feature")
 

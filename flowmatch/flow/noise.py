@@ -21,6 +21,7 @@ TOY = 8  # exact samples of a closed-form target
 GROUP = 9  # order within a group of shards
 BOOTSTRAP = 10  # samples of a bootstrap
 CROP = 11  # places of random crops
+WEIGHTS = 12  # weights of random features
 
 
 def generator(seed: int, i: int, stream: int) -> np.random.Generator:

@@ -87,7 +87,7 @@ def test_perceptual_features_weigh_values_and_maps_alike_and_let_gradients_throu
     x = digits.batch(np.arange(6))["x1"]
     perceptual = features.Perceptual(classifier)
     found = perceptual(x)
-    maps = classifier.maps(x)
+    maps = perceptual.maps(x)
     assert [list(m.shape) for m in maps] == [[6, 16, 8, 8], [6, 32, 4, 4]]
     assert torch.equal(classifier.body[:3](x), maps[0])  # after the first ReLU
     torch.testing.assert_close(found[:, :64], x.flatten(1))
@@ -111,6 +111,25 @@ def test_perceptual_features_weigh_values_and_maps_alike_and_let_gradients_throu
     difference = (total(x + step) - total(x - step)) / 2e-6
     torch.testing.assert_close((slope * direction).sum(), difference, rtol=1e-5, atol=0)
     assert not any(p.requires_grad for p in perceptual.parameters())
+
+
+def test_random_features_are_a_function_of_shape_and_seed(digits):
+    """Their activations keep their size through the layers, and gradients flow through them."""
+    state = torch.random.get_rng_state()
+    one = features.random_features((1, 32, 24), 3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(1)
+    assert module_digest(one) == module_digest(features.random_features((1, 32, 24), 3))
+    assert module_digest(one) != module_digest(features.random_features((1, 32, 24), 4))
+    x = torch.randn(4, 1, 32, 24, requires_grad=True)
+    assert [m.shape[2:] for m in one.maps(x)] == [(32, 24), (16, 12), (8, 6), (4, 3)]
+    first, last = [m.square().mean() for m in (one.maps(x)[0], one.maps(x)[-1])]
+    assert 0.2 < last / first < 20  # pooling takes the largest of four
+    (slope,) = torch.autograd.grad(one(x)[:, x[0].numel() :].sum(), x)
+    assert slope.abs().sum((1, 2, 3)).min() > 0
+    assert not any(p.requires_grad for p in one.parameters())
+    with pytest.raises(UserError, match=r"features=random are those of images"):
+        features.random_features((64,), 0)
 
 
 def test_held_out_images_are_not_trained_on(digits, monkeypatch):

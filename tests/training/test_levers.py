@@ -11,6 +11,7 @@ from flowmatch.evaluation import features
 from flowmatch.evaluation.sampling import Sampler
 from flowmatch.flow import path
 from flowmatch.models import networks, teachers
+from flowmatch.models.digest import module_digest
 from flowmatch.models.velocity import Velocity
 from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import manifest
@@ -34,6 +35,9 @@ def base(tmp_path_factory):
         words = ["data.source=digits", "data.labels=true", "steps=5", f"seed={seed}"]
         run(train_classifier, f"run_dir={root}/classifier_{seed}", *words)
     return root
+
+
+RANDOM = "loss.features=random"
 
 
 def reflow_words(base, folder, *more):
@@ -139,6 +143,10 @@ def test_a_feature_loss_looks_through_a_module_that_is_given(base, tmp_path):
     digest = hashlib.sha256((tmp_path / "eyes.pt2").read_bytes()).hexdigest()
     assert seal["inputs"]["features"] == digest
     assert seal["facts"]["features"] == [digest]
+    run(reflow, *reflow_words(base, tmp_path / "random", loss, "fit.steps=2"), RANDOM, "seed=5")
+    digest = module_digest(features.random_features((1, 8, 8), 5))
+    assert manifest.read(tmp_path / "random", "x")["inputs"]["features"] == digest
+    assert facts(tmp_path / "random")["features"] == [digest]
 
     module, _, _ = features.perceptual(f"{tmp_path}/eyes.pt2", "x", 4, (1, 8, 8), "cpu")
     assert not any(p.requires_grad for p in module.parameters())
