@@ -9,6 +9,11 @@ import pydantic
 from flowmatch.config import Config, Place, expanded, option, used
 
 IDX_NAMES = {"train": "train", "test": "t10k"}  # split -> how its files' names begin
+SPLITS = {  # source -> its splits; a source that is not here but images has one, train
+    "idx": tuple(IDX_NAMES),
+    "digits_text": tuple(IDX_NAMES),
+    "digits": ("train", "two_thirds", "third"),
+}
 EMBEDDED = ("digits", "digits_text", "ring")
 PLAIN = {
     "ring": "the ring's samples are points",
@@ -41,7 +46,11 @@ class DataConfig(Config):
         run=True,
         validate_default=True,
     )
-    split: str = option("train", "name of the split; of idx train or test, of images any")
+    split: str = option(
+        "train",
+        "name of the split; of idx and digits_text train or test; of digits train (all 1,797), third "
+        "(a third of each class) or two_thirds (the others); of images any",
+    )
     subset: str | None = option(None, "configuration of a dataset on the hub that has several")
     revision: str | None = option(None, "commit, branch or tag of a dataset on the hub")
     image_column: str | None = option(
@@ -180,14 +189,11 @@ class DataConfig(Config):
     @classmethod
     def _fits(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         source, name = info.data.get("source"), info.field_name
-        if (
-            name == "split"
-            and source in ("digits", "ring", "npz", "latents", "arrays")
-            and value != "train"
-        ):
-            raise ValueError(f"source {source} has one split, train")
-        if name == "split" and source in ("idx", "digits_text") and value not in IDX_NAMES:
-            raise ValueError(f"source {source} has the splits {' and '.join(IDX_NAMES)}")
+        if name == "split" and source not in (None, "images"):
+            known = SPLITS.get(source, ("train",))
+            if value not in known:
+                has = "the splits " if len(known) > 1 else "one split, "
+                raise ValueError(f"source {source} has {has}{', '.join(known)}")
         if source == "digits_text" and name == "flip" and value:
             raise ValueError("captions of digits_text say left and right; remove flip")
         if source in PLAIN and name in ("size", "channels", "flip") and value:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowmatch.config import UserError, require
-from flowmatch.data import digits_text, encoded, hub, images
+from flowmatch.data import digits_text, encoded, handwritten, hub, images
 from flowmatch.data.config import IDX_NAMES
 from flowmatch.data.files import local_files
 from flowmatch.data.labels import check_labels
@@ -89,13 +89,10 @@ def ring(config: "DataConfig", key: str) -> SourceData:
 
 
 def digits(config: "DataConfig", key: str) -> SourceData:
-    """Load sklearn's handwritten digits: 1,797 of 8x8, with values 0 to 16 scaled to [-1, 1]."""
+    """Load sklearn's handwritten digits of 8x8."""
     require("sklearn", "eval", f"{key}.source=digits")
-    from sklearn.datasets import load_digits
-
-    stored = load_digits()
-    x = (stored.images / 8 - 1).astype(np.float32)
-    return from_arrays(config, key, x, stored.target, _digest(x, stored.target), 10)
+    x, label = handwritten.digits(config.split)
+    return from_arrays(config, key, x, label, _digest(x, label), 10)
 
 
 def captioned_digits(config: "DataConfig", key: str) -> SourceData:

@@ -22,6 +22,7 @@ from flowmatch.data.dataset import Order
 from tests.images import all_of, expected, folder_of, load, parquet_of, pictures, refusal, tar_of
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
+DIGITS = ("train", "third", "two_thirds")
 DEBIAN = "Debian's package dataset-fashion-mnist is not installed"
 
 
@@ -42,6 +43,16 @@ def test_digits_are_sklearns_in_minus_one_to_one():
     truth = load_digits()
     assert torch.equal(batch["x1"][:, 0], torch.from_numpy(truth.images / 8 - 1).float())
     assert batch["label"].tolist() == truth.target.tolist()
+
+
+def test_a_third_of_each_class_of_the_digits_can_be_held_out():
+    whole, third, rest = (load(source="digits", labels=True, split=s) for s in DIGITS)
+    assert (len(whole), len(third), len(rest)) == (1797, 599, 1198)
+    rows = [{x.numpy().tobytes() for x in all_of(part)["x1"]} for part in (whole, third, rest)]
+    assert rows[0] == rows[1] | rows[2]
+    assert not rows[1] & rows[2]
+    assert np.abs(np.bincount(third.label) - np.bincount(whole.label) / 3).max() < 1
+    assert len({whole.digest, third.digest, rest.digest}) == 3
 
 
 def test_the_ring_has_the_moments_of_its_closed_form():
@@ -312,7 +323,9 @@ def test_config_faults_are_found_together_and_before_any_file():
     for values, fault in [
         ({"source": "digits", "path": "a"}, "path='a': source digits is built in"),
         ({"source": "ring", "flip": True}, "flip=True: the ring's samples are points"),
-        ({"source": "idx", "path": "a", "split": "val"}, "the splits train and test"),
+        ({"source": "idx", "path": "a", "split": "val"}, "the splits train, test"),
+        ({"source": "digits", "split": "test"}, "the splits train, two_thirds, third"),
+        ({"source": "ring", "split": "test"}, "source ring has one split, train"),
         ({}, "path='': source images needs a path"),
         ({"source": "csv"}, "source='csv'"),
     ]:
