@@ -8,7 +8,7 @@ import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flowmatch.config import LocalPath, UserError, option, required, together
 from flowmatch.data.config import PromptsConfig
@@ -54,6 +54,11 @@ class ExportConfig(StageConfig):
     )
     call: CallConfig = option(
         CallConfig(), "with prompts: arguments of the pipeline's call (default: the student's)"
+    )
+    dtype: Literal["float32", "float16"] = option(
+        "float32",
+        "how the weights of a student without prompts are stored; float16 rounds them, and checks the "
+        "rounded student. diffusers loads either as float32",
     )
     adapter: bool = option(
         False,
@@ -104,7 +109,7 @@ class Plan(folder.Plan):
 def plan(config: ExportConfig) -> Plan:
     """Check the config, and load the student and its evaluation."""
     from flowmatch.evaluation import prompt_results, tables
-    from flowmatch.export import model_card, push
+    from flowmatch.export import model_card, network_folder, push
     from flowmatch.models import teachers, two_time
 
     def check_config() -> None:
@@ -119,6 +124,10 @@ def plan(config: ExportConfig) -> Plan:
         for key, value in (given | {"adapter": config.adapter}).items():
             if value and config.prompts is None:
                 faults.append(f"{key}: for a student that reads prompts; set prompts, too")
+        if config.dtype != "float32" and config.prompts is not None:
+            faults.append(
+                f"dtype={config.dtype}: a student that reads prompts keeps its teacher's; leave it out"
+            )
         if faults:
             raise UserError(faults)
 
@@ -151,6 +160,8 @@ def plan(config: ExportConfig) -> Plan:
             folded = two_time.fold(student.net)
             student = dataclasses.replace(student, net=folded, one_step=True)
         student.check_steps(config.steps)
+        if config.dtype == "float16":
+            student.net.half().float()  # in place: rounded
         return student, digest
 
     def check_upload() -> None:
@@ -178,7 +189,9 @@ def plan(config: ExportConfig) -> Plan:
         prompts = evaluation["stage"] == "evaluate_prompts"
         write = prompt_results.markdown if prompts else tables.markdown
         table = tables.read(Path(config.evaluation), "evaluation", write)[1]
-    vae = None if config.prompts else load_vae(config, student)
+    vae = None
+    if config.prompts is None:
+        vae = network_folder.load_vae(student, config.student, config.vae)
     if vae is not None:
         inputs["vae"] = vae.digest
     kind = None if config.prompts else model_card.kind_of(student, vae)
@@ -189,24 +202,6 @@ def plan(config: ExportConfig) -> Plan:
         f"checked in a fresh process without flowmatch at {config.steps} steps",
     ]
     return Plan(config, inputs, lines, student, kind, table, vae)
-
-
-def load_vae(config: ExportConfig, student: "Teacher") -> "Autoencoder | None":
-    """Load the VAE of a student of latents. Raises UserError where there is none, or another."""
-    from flowmatch.models import autoencoder
-
-    if not student.latents:
-        if config.vae is not None:
-            raise UserError(
-                f"vae={config.vae}: student={config.student} names no VAE; leave it out"
-            )
-        return None
-    path = config.vae or autoencoder.find(config.student)
-    if path is None:
-        raise UserError(
-            f"student={config.student} makes latents of a VAE whose folder was not found; set vae="
-        )
-    return autoencoder.load(path, "vae", (), student.latents)
 
 
 def run(plan: Plan) -> None:
@@ -278,6 +273,8 @@ def write_pipeline(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, A
 
 def write_network(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, Any]]:
     """Write and check the pipeline of one network; return as `write_pipeline` does."""
+    import torch
+
     from flowmatch.evaluation import tables
     from flowmatch.export import model_card, network_folder, provenance
 
@@ -285,7 +282,9 @@ def write_network(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, An
     student, kind = plan.student, plan.kind
     assert kind is not None
     with Fresh() as fresh:
+        student.net.to(getattr(torch, config.dtype))
         written = network_folder.write(built, student, kind, config.steps, plan.vae)
+        student.net.float()
         how = (config.steps, config.seed, fresh, plan.vae)
         differences = network_folder.compare(built, student, kind, *how)
         picture = PICTURE if draw(plan, built / PICTURE) else ""

@@ -26,6 +26,29 @@ DECODED = 1e-4  # of pictures that a VAE decodes from latents that differ by TOL
 SAMPLES = 4  # of each check
 
 
+def load_vae(student: Teacher, run: str, path: str | None) -> Autoencoder | None:
+    """Load the VAE of a student of latents.
+
+    Args:
+        student: The student.
+        run: Its run folder, which may name the VAE.
+        path: The VAE's folder, if it is given.
+
+    Raises:
+        UserError: There is none, or it is another one than that of the latents.
+    """
+    if not student.latents:
+        if path is not None:
+            raise UserError(f"vae={path}: student={run} names no VAE; leave it out")
+        return None
+    found = path or autoencoder.find(run)
+    if found is None:
+        raise UserError(
+            f"student={run} makes latents of a VAE whose folder was not found; set vae="
+        )
+    return autoencoder.load(found, "vae", (), student.latents)
+
+
 def write(
     folder: Path, student: Teacher, kind: Kind, steps: list[int], vae: Autoencoder | None = None
 ) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flowmatch.config import UserError
 from flowmatch.data.config import DataConfig
@@ -96,6 +97,16 @@ def test_a_card_promises_no_more_steps_than_the_student_has(kind, one_step):
     made = [promise for promise in promises if promise in text]
     assert made == [] if one_step else "any number of steps" in made
     assert ("always pass `num_inference_steps=1`" in text.replace("Always", "always")) == one_step
+
+
+def test_weights_of_half_precision_are_rounded_before_they_are_checked(tmp_path):
+    net = trained(tmp_path / "reflow", "UNet2DModel", UNET, (1, 8, 8), None)
+    place = [f"run_dir={tmp_path}/export", f"student={tmp_path}/reflow", "steps=[1]"]
+    run(export, *place, "dtype=float16")
+    stored = load_file(tmp_path / "export/unet/diffusion_pytorch_model.safetensors")
+    own = net.state_dict()
+    assert all(torch.equal(value, own[name].half()) for name, value in stored.items())
+    assert set(stored) == set(own)
 
 
 def test_an_export_that_differs_is_not_sealed(tmp_path, monkeypatch):
