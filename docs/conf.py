@@ -23,7 +23,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "models"]  # the cards of models are read beside their weights
 templates_path: list[str] = []
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
