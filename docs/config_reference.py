@@ -14,6 +14,7 @@ STAGES = {  # stage -> its config, and the section of an experiment that holds i
     "encode_prompts": ("EncodeConfig", "conditions"),
     "train_classifier": ("ClassifierConfig", "features, classifier"),
     "reflow": ("ReflowConfig", "reflow"),
+    "finish": ("FinishConfig", "finish"),
     "evaluate": ("EvaluateConfig", "evaluate"),
     "evaluate_prompts": ("EvaluatePromptsConfig", "evaluate (stage: evaluate_prompts)"),
     "export": ("ExportConfig", "export"),

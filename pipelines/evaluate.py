@@ -105,7 +105,7 @@ def plan(config: EvaluateConfig) -> Plan:
     def choose_features() -> "FeatureChoice":
         names = (config.features, config.classifier, config.inception_weights)
         choice = feature_choice.choose_features(*names, kind, data)
-        if choice.module is not None:
+        if choice.module is not None or (kind, config.features) == ("frechet", "values"):
             feature_choice.check_independent(choice.module, models)
         return choice
 

@@ -119,12 +119,10 @@ class Plan(folder.Plan):
 
 def plan(config: ReflowConfig) -> Plan:
     """Check the config, open the pairs, and load the start."""
-    import numpy as np
-
     from flowmatch.evaluation import features
     from flowmatch.flow import objectives, trajectories
     from flowmatch.models import adapters
-    from flowmatch.pairs import matching, mixture, truncation
+    from flowmatch.pairs import matching, mixture
     from flowmatch.pairs.mixture import Mixture
     from flowmatch.training import loop
 
@@ -187,19 +185,8 @@ def plan(config: ReflowConfig) -> Plan:
             config.seed,
         )
         seen_features.add(digest)
-    cuts, unseen = [data.remark for data in sets if data.remark], []
-    for number, (entry, data) in enumerate(zip(config.pairs, sets, strict=True)):
-        kept = np.arange(len(data) - entry.held_out)
-        if entry.held_out:
-            unseen.append((data, np.arange(len(kept), len(data))))
-            cuts.append(f"the last {entry.held_out:,} pairs of {data.folder} are held out")
-        if entry.truncate:  # reads a whole set: last
-            rest, line = truncation.truncate(data, entry.truncate)
-            kept = rest[rest < len(kept)]
-            cuts.append(line)
-        if entry.truncate or entry.held_out:
-            stream.keep(number, kept)
-    count = sum(order.n for order in stream.orders)
+    cuts, unseen = stream.leave_out(config.pairs)
+    count = stream.count
     config = config.model_copy(update={"fit": config.fit.over(count)})
     seen = config.fit.steps * config.fit.batch_size
     only = ", for one step only: all times are 0" if config.times.zero == 1 else ""

@@ -16,9 +16,11 @@ from pathlib import Path
 
 from flowmatch.runs import command, process
 from flowmatch.training import loop, state
-from pipelines import generate_pairs, reflow, train_flow
+from pipelines import finish, generate_pairs, reflow, train_flow
 
-STAGES = {module.STAGE.name: module.STAGE for module in (generate_pairs, reflow, train_flow)}
+STAGES = {
+    module.STAGE.name: module.STAGE for module in (finish, generate_pairs, reflow, train_flow)
+}
 WRAPPERS = []
 
 

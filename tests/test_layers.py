@@ -31,6 +31,7 @@ STAGES = [
     "generate_pairs",
     "encode_prompts",
     "reflow",
+    "finish",
     "train_classifier",
     "evaluate",
     "evaluate_prompts",

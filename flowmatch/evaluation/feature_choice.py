@@ -142,22 +142,23 @@ def train(
     return FeatureChoice(net, {"held_out_accuracy": accuracy}, choice.inputs)
 
 
-def check_independent(module: nn.Module, models: dict[str, Teacher]) -> None:
+def check_independent(module: nn.Module | None, models: dict[str, Teacher]) -> None:
     """Check that no model was trained with a loss on the features that are to score it.
 
     Args:
-        module: The feature network.
+        module: The feature network; None: the values themselves.
         models: The models to be scored, by key.
 
     Raises:
         UserError: If one was.
     """
-    digest = module_digest(module)
+    digest = features.VALUES if module is None else module_digest(module)
+    what = "values" if module is None else "classifier that is to score it"
     for name, model in models.items():
         if digest in model.features:
             raise UserError(
-                f"{name} was trained with loss.features on the same classifier that is to score it, "
-                "which makes it look better than it is; use another classifier= (another seed)"
+                f"{name} was trained with a loss on the same {what}, which makes it look better than it "
+                "is; use another classifier= (another seed)"
             )
 
 

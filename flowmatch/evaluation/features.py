@@ -27,6 +27,7 @@ INCEPTION = (
     "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0 (pt_inception-... of pytorch-fid is "
     "the same); nothing is downloaded"
 )
+VALUES = "values"  # the values of samples themselves, as features
 BATCH = 256  # samples that a feature network processes together
 RANDOM = "random"  # the features of a feature loss that need no training: `random_features`
 

@@ -22,6 +22,8 @@ GROUP = 9  # order within a group of shards
 BOOTSTRAP = 10  # samples of a bootstrap
 CROP = 11  # places of random crops
 WEIGHTS = 12  # weights of random features
+FINISH = 13  # noise of the samples that a finish trains on
+FINISH_GRID = 14  # the number of steps of an update of a finish, and its point of their grid
 
 
 def generator(seed: int, i: int, stream: int) -> np.random.Generator:

@@ -20,7 +20,7 @@ from flowmatch.models.digest import network_digest
 from flowmatch.models.velocity import Velocity, classes_of, sample_shape
 from flowmatch.runs import checkpoints, manifest
 
-TRAINED = ("train_flow", "reflow")
+TRAINED = ("train_flow", "reflow", "finish")
 OWN_WEIGHTS = (
     "weights alone do not say their network: build it, load them, save_pretrained() a folder and name "
     "that"

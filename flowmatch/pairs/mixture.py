@@ -97,6 +97,33 @@ class Mixture:
         """Draw only the pairs `ids` from set `number`, whose shards are shuffled all together."""
         self.orders[number] = Order(ids, self.seed)
 
+    def leave_out(
+        self, entries: Sequence[PairsEntry]
+    ) -> tuple[list[str], list[tuple[PairData, np.ndarray]]]:
+        """Leave out the pairs that the entries of the sets hold out or truncate.
+
+        Returns:
+            What a plan says of it; the sets with held-out pairs, and the ids of these.
+        """
+        told, unseen = [data.remark for data in self.sets if data.remark], []
+        for number, (entry, data) in enumerate(zip(entries, self.sets, strict=True)):
+            kept = np.arange(len(data) - entry.held_out)
+            if entry.held_out:
+                unseen.append((data, np.arange(len(kept), len(data))))
+                told.append(f"the last {entry.held_out:,} pairs of {data.folder} are held out")
+            if entry.truncate:  # reads a whole set: last
+                rest, line = truncation.truncate(data, entry.truncate)
+                kept = rest[rest < len(kept)]
+                told.append(line)
+            if entry.truncate or entry.held_out:
+                self.keep(number, kept)
+        return told, unseen
+
+    @property
+    def count(self) -> int:
+        """Number of pairs that it draws from."""
+        return sum(order.n for order in self.orders)
+
     def __call__(self, counters: np.ndarray) -> dict[str, Any]:
         """Gather the pairs of global sample counters.
 

@@ -27,7 +27,7 @@ CHAIN = {  # section -> its stage, in the order of the chain
     "evaluate": "evaluate",
     "export": "export",
 }
-STAGES = (*dict.fromkeys(CHAIN.values()), "evaluate_prompts")
+STAGES = (*dict.fromkeys(CHAIN.values()), "evaluate_prompts", "finish")
 EVALUATIONS = ("evaluate", "evaluate_prompts")
 _FIELDS = (
     "data net fit coupling times loss teacher shards shard_size block compute_batch solver guidance "
@@ -35,7 +35,8 @@ _FIELDS = (
     "student_solver converged_solver converged_steps converged_tolerance distance training_samples "
     "inception_weights held_out batch_size lr evaluation device seed prompts call pipeline x0 "
     "per_prompt classes judge fresh width vae_channels vae_steps vae_batch vae_lr "
-    "lpips dino clip samples_to push_to_hub license lora adapter per_image states vae scale predicts"
+    "lpips dino clip samples_to push_to_hub license lora adapter per_image states vae scale predicts "
+    "for_steps method anchor"
 )
 SHARED = set(_FIELDS.split())  # the fields of all stages that may stand at the top of an experiment
 FOLDERS = (
@@ -171,7 +172,7 @@ class Experiment:
     def section_for(self, stage: str, asked: str | None = None) -> str:
         """Choose the section that a stage reads. Raises UserError where there is none."""
         if asked is None:
-            for section in CHAIN:
+            for section in (*CHAIN, stage):
                 if self.has(section) and self.stage_of(section) == stage:
                     return section
             known = ", ".join(self.sections)
@@ -266,7 +267,11 @@ class Experiment:
             found["pipeline"] = self.shared["teacher"]  # of a run folder's network
         if stage == "reflow" and self.has("conditions"):
             found["conditions"] = "conditions"
-        if stage == "reflow":
+        if stage == "finish":
+            found["start"] = last
+            if self.has("features"):
+                found["features"] = ["features"]
+        if stage in ("reflow", "finish"):
             found["pairs"] = ["pairs" if k == 1 else f"pairs_{k}"]
             loss = values.get("loss")
             if isinstance(loss, dict) and loss.get("name") == "feature" and self.has("features"):
@@ -308,6 +313,8 @@ class Experiment:
         if isinstance(pairs, list):
             own = [p if isinstance(p, dict) else {"path": p} for p in pairs]
             values["pairs"] = [p | {"path": place(p.get("path", "pairs"))} for p in own]
+        if isinstance(listed := values.get("features"), list):
+            values["features"] = [place(name) for name in listed]
         if isinstance(loss := values.get("loss"), dict) and "features" in loss:
             values["loss"] = loss | {"features": place(loss["features"])}
         return values

@@ -41,12 +41,12 @@ FACTS: dict[str, tuple[type, ...]] = {  # kinds of the facts that later stages r
     **{"layout": (dict,), "shards": (int,), "count": (int,), "fingerprint": (str,)},
     **{"lora": (dict,), "base": (str,)},
     **dict.fromkeys(("script", "call", "prompts", "id2label"), (dict, type(None))),
-    **{"samples": (int,), "windows": (int,)},
+    **{"samples": (int,), "windows": (int,), "for_steps": (list,)},
     **{"latents": (dict,), "parts": (dict,)},
 }
 PAIR_STAGES = ("generate_pairs", "import")  # whose results are sets of pairs
 NEEDED = {  # stage -> facts that all of its manifests have
-    **{stage: {"round"} for stage in ("train_flow", "reflow", *PAIR_STAGES, "export")},
+    **{stage: {"round"} for stage in ("train_flow", "reflow", "finish", *PAIR_STAGES, "export")},
     "encode": {"samples", "shape", "shard_size", "latents"},
     "train_classifier": {"accuracy", "sha256", "shape", "classes"},
 }

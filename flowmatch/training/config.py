@@ -8,6 +8,22 @@ from flowmatch.config import Config, UserError, option, required
 from flowmatch.training.learning_rate import Decay
 
 
+class MethodConfig(Config):
+    """How a finish compares samples of the network with the data."""
+
+    name: Literal["moments", "kernel"] = option(
+        "moments",
+        "moments: the Frechet distance of features; kernel: their energy distance",
+    )
+    window: int = option(
+        4096,
+        "newest samples of the network that a batch is seen among: moments are averages over them, "
+        "kernel compares them with as many of the data",
+        ge=16,
+        le=2**16,
+    )
+
+
 class FitConfig(Config):
     """The training loop."""
 

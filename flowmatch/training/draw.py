@@ -27,6 +27,7 @@ class Drawn:
     t: Tensor  # times in [0, 1], [B]
     u: Tensor  # uniform numbers in [0, 1) for the objective, [B]
     label: Tensor | None  # int64 [B]
+    fresh: Tensor | None = None  # noise for samples of the network itself, [B, ...]
 
     def to(self, device: torch.device) -> "Drawn":
         """Copy to a device, through pinned memory where that is one of CUDA."""
@@ -38,7 +39,8 @@ class Drawn:
                 return x.to(device)
             return x.pin_memory().to(device, non_blocking=True)
 
-        return Drawn(move(self.x0), move(self.x1), move(self.t), move(self.u), move(self.label))
+        values = (self.x0, self.x1, self.t, self.u, self.label, self.fresh)
+        return Drawn(*(move(x) for x in values))
 
 
 def draw(
@@ -50,6 +52,7 @@ def draw(
     seed: int,
     counters: np.ndarray,
     lines: Lines | None = None,
+    fresh: bool = False,
 ) -> Drawn:
     """Draw the samples of some global counters: a pure function.
 
@@ -65,6 +68,7 @@ def draw(
         seed: Seed of the run.
         counters: step * batch_size + position in the global batch, int64 [B].
         lines: Makes other ends x0, x1 of the pairs and their states, for an objective on trajectories.
+        fresh: Draw noise for samples of the network itself, too, from a stream of its own.
 
     Returns:
         The samples, on the CPU.
@@ -85,7 +89,10 @@ def draw(
     if null_label is not None:
         label = torch.where(u[:, 1] < label_drop, null_label, batch["label"])
     last = torch.tensor([rng.random(dtype=np.float32) for rng in rngs])
-    return Drawn(x0, x1, t, last, label)
+    own = None
+    if fresh:
+        own = torch.from_numpy(noise.normal(seed, counters, tuple(x1.shape[1:]), noise.FINISH))
+    return Drawn(x0, x1, t, last, label, own)
 
 
 def mask_seed(seed: int, step: int, micro: int) -> int:

@@ -30,6 +30,7 @@ from flowmatch.training import compilation, ema, hardware, sharding, trackers
 from flowmatch.training.bar import Bar
 from flowmatch.training.config import FitConfig
 from flowmatch.training.draw import Ahead, Drawn, Stream, draw, mask_seed
+from flowmatch.training.learner import Learner
 from flowmatch.training.meter import Meter
 from flowmatch.training.preview import Preview, Viewer
 from flowmatch.training.state import State, Writer
@@ -75,7 +76,7 @@ def check(config: FitConfig, device: str, processes: int) -> None:
     """
     for width in config.ema:
         ema.gamma(width)
-    check_other(config, device)
+    hardware.check(config, device)
     if config.precision == "fp16" and device == "cpu":
         raise UserError("fit.precision='fp16' needs a GPU; use bf16 or fp32 on a CPU")
     precision.check("fit.precision", config.precision, device)
@@ -121,20 +122,6 @@ def check(config: FitConfig, device: str, processes: int) -> None:
                 raise UserError(f"fit.trackers: {name} is not installed; pip install {name}")
 
 
-def check_other(config: FitConfig, device: str) -> None:
-    """Refuse what no device but a CPU or one of CUDA does. Raises UserError."""
-    if device not in OTHERS:
-        return
-    given = {
-        f"fit.precision={config.precision!r}": config.precision in ("fp16", "tf32"),
-        "fit.compile=true": config.compile,
-        "fit.shard=true": config.shard,
-        f"fit.optimizer={config.optimizer}": config.optimizer != "adamw",
-    }
-    if faults := [key for key, used in given.items() if used]:
-        raise UserError([f"{key}: not on device={device}; leave it out" for key in faults])
-
-
 def check_net(config: FitConfig, net: Any, classes: int | None) -> None:
     """Check that a network can do what a config needs.
 
@@ -170,7 +157,7 @@ def fit(
     run: RunFolder,
     config: FitConfig,
     t_config: TimesConfig,
-    objective: objectives.Objective,
+    objective: objectives.Objective | Learner,
     *,
     seed: int,
     device: str,
@@ -191,7 +178,7 @@ def fit(
         run: The run folder.
         config: The training loop.
         t_config: Density of the times.
-        objective: From `objectives.build`; a module in it is on the device already.
+        objective: From `objectives.build`, or a `Learner`; a module in it is on the device already.
         seed: Seed of the noise, the times, the label drop and the dropout masks.
         device: "auto", "cpu", "cuda", "xpu" or "mps".
         field: Makes the velocity of the network, or of its wrapper.
@@ -226,8 +213,10 @@ def fit(
                 field(net).null,
                 seed,
                 lines=lines,
+                fresh=isinstance(objective, Learner),
             )
-            state = State(net, config, accelerator, run, writer)
+            learner = objective if isinstance(objective, Learner) else None
+            state = State(net, config, accelerator, run, writer, learner)
             views = None
             if preview is not None and config.sample_every is not None:
                 micro, _ = split_batch(config, accelerator.num_processes)
@@ -244,7 +233,7 @@ def _train(
     accelerator: Any,
     run: RunFolder,
     config: FitConfig,
-    objective: objectives.Objective,
+    objective: objectives.Objective | Learner,
     seed: int,
     viewer: Viewer | None,
     on_log: OnLog | None,
@@ -258,6 +247,9 @@ def _train(
     if viewer is not None:
         viewer.begin(start)
     _check_one_folder(accelerator, run, start)
+    if state.learner is not None:
+        state.learner.begin(accelerator, plain, state.learnt)
+        state.learnt = None
     _begin_logs(accelerator, run, config, start)
 
     def micro_batch(number: int) -> Drawn:  # number: of all micro-batches since step 0
@@ -269,6 +261,8 @@ def _train(
         masks = mask_seed(seed, state.step, index * world + rank)
         torch.manual_seed(masks)  # of dropout
         cond = None if batch.label is None else {"label": batch.label}
+        if isinstance(objective, Learner):
+            return objective.errors(v, batch, cond, state.step, index)
         return objective(v, plain, batch.x0, batch.x1, batch.t, batch.u, cond, masks)
 
     def asked() -> int:  # collective with several processes, when the loss is read
@@ -288,6 +282,7 @@ def _train(
                 rate = bar.rate()
                 values = {**state.read(), "lr": state.lr, "images_per_second": rate}
                 values |= meter.values(rate / world)
+                values |= state.learner.read() if state.learner is not None else {}
                 state.window.zero_()
                 bar.show(values)
                 accelerator.log(values, step=state.step)
@@ -324,6 +319,8 @@ def _train(
                 square = path.velocity(batch.x0, batch.x1).square().flatten(1).sum(1)
                 cost += square.mean() / accumulation
             if state.update(loss, cost):
+                if state.learner is not None:
+                    state.learner.learn(state.step - 1)
                 bar.advance()
             else:  # fp16 has skipped it: the same samples again
                 batches.go_to(state.step * accumulation)

@@ -19,6 +19,7 @@ from flowmatch.training import compilation, ema, sharding
 from flowmatch.training.behind import Behind
 from flowmatch.training.config import FitConfig
 from flowmatch.training.ema import Average
+from flowmatch.training.learner import Learner
 from flowmatch.training.learning_rate import factor
 from flowmatch.training.optimizers import OPTIMIZERS
 
@@ -65,6 +66,7 @@ class State:
         accelerator: Accelerate's Accelerator of this process.
         run: The run folder, whose checkpoints are read and written.
         writer: Writes the network at the end.
+        learner: What learns beside the network, whose tensors are in the checkpoints, too.
     """
 
     def __init__(
@@ -74,11 +76,14 @@ class State:
         accelerator: Any,
         run: RunFolder,
         writer: Writer | None = None,
+        learner: Learner | None = None,
     ):
+        self.learner = learner
         self.net, self.config, self.accelerator, self.run = net, config, accelerator, run
         self.writer = writer or Whole()
         self.adapted = any(adapters.is_adapters(name) for name, _ in net.named_parameters())
         self.step, saved = run.checkpoints.restore(config.steps)  # every rank reads
+        self.learnt = saved.get("learner")  # until the learner has begun
         if saved and not config.shard:
             own = {name: parts.whole(tensor) for name, tensor in saved["net"].items()}
             net.load_state_dict(own, strict=not self.adapted)
@@ -235,6 +240,8 @@ class State:
             "optimizer": optimizer,
             "progress": {"window": window},
         }
+        if self.learner is not None:
+            tensors["learner"] = self.learner.tensors()
         for folder in self.averages:
             kept = {} if self.adapted else self.net.state_dict()
             tensors[EMA[folder] + WEIGHTS] = kept | self.averaged(folder)

@@ -87,7 +87,7 @@ def test_reflow_learns_by_a_feature_loss_that_never_scores_it(base, tmp_path, mo
     scored = ["data={source: digits}", "samples=16", "steps=[1]", "converged_steps=1"]
     words = [f"teacher={base}/flow", f"student={tmp_path}/reflow", *scored]
     own = f"classifier={base}/classifier_0"
-    with pytest.raises(UserError, match="student was trained with loss.features on the same class"):
+    with pytest.raises(UserError, match="student was trained with a loss on the same class"):
         run(evaluate, f"run_dir={tmp_path}/no", *words, own)
     run(evaluate, f"run_dir={tmp_path}/evaluate", *words, f"classifier={base}/classifier_1")
 
@@ -95,7 +95,7 @@ def test_reflow_learns_by_a_feature_loss_that_never_scores_it(base, tmp_path, mo
     taught = (features.load(f"{base}/classifier_0", "x", (1, 8, 8))[0], 0.9)
     monkeypatch.setattr(features, "train_classifier", lambda *given: taught)
     monkeypatch.setattr(Sampler, "rows", None)
-    with pytest.raises(UserError, match="student was trained with loss.features on the same class"):
+    with pytest.raises(UserError, match="student was trained with a loss on the same class"):
         run(evaluate, f"run_dir={tmp_path}/no", *words, "data.labels=true")
 
 

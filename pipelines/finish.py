@@ -1,0 +1,338 @@
+"""A short last stage: train a student on samples that it makes itself, with its pairs as an anchor.
+
+Each update makes samples in one of `for_steps` numbers of Euler steps, and moves their distribution
+towards that of the stored x1, or of real images with `data`. The loss of reflow on the pairs at t = 0,
+times `anchor`, keeps each noise where the teacher carried it. The result is a student like that of
+reflow.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pydantic
+
+from flowmatch.config import LocalPath, UserError, counted, option, required, together
+from flowmatch.data.config import DataConfig
+from flowmatch.flow.config import LossConfig, TimesConfig
+from flowmatch.pairs.config import PairsEntry
+from flowmatch.runs import command, folder, manifest, process
+from flowmatch.runs.config import StageConfig
+from flowmatch.training.config import FitConfig, MethodConfig
+
+if TYPE_CHECKING:
+    from flowmatch.data.dataset import Data
+    from flowmatch.evaluation.matched_features import Matched
+    from flowmatch.models.teachers import Teacher
+    from flowmatch.pairs.dataset import PairData
+    from flowmatch.pairs.mixture import Mixture
+    from flowmatch.training.loop import OnLog
+    from flowmatch.training.preview import Preview
+
+MOST = 16  # Euler steps that an update may make
+
+
+class FinishConfig(StageConfig):
+    """Config of the finish."""
+
+    stage: ClassVar[str] = "finish"
+    DERIVED: ClassVar[dict[str, str]] = {"fit.steps": "fit.epochs"}
+
+    pairs: list[PairsEntry] = required("sets of pairs, mixed in each batch by weight")
+    start: LocalPath = required(
+        "the student: a finished training stage (its EMA), or a diffusers model or pipeline",
+        run=True,
+    )
+    fit: FitConfig = required("the training loop")
+    for_steps: list[int] = option(
+        [1], "numbers of Euler steps that the student is for, each as often as the others"
+    )
+    method: MethodConfig = option(MethodConfig(), "how samples are compared with the data")
+    features: list[LocalPath] = option(
+        ["random"],
+        "what is compared: sealed folders of train_classifier, not the one that scores the student; "
+        "files NAME.pt2 from torch.export.save (torch reads them with pickle: use only files that you "
+        "trust); values, the values themselves (of large images averages over squares); random, a "
+        "convolutional network with random weights",
+        run=True,
+    )
+    data: DataConfig | None = option(
+        None, "real images to compare with; default: the x1 of the pairs", shared=False
+    )
+    anchor: float = option(1.0, "weight of the loss on the pairs at t = 0; 0: none", ge=0)
+    loss: LossConfig = option(LossConfig(name="pseudo_huber"), "loss on the pairs")
+
+    @pydantic.field_validator("for_steps")
+    @classmethod
+    def _rising(cls, value: list[int]) -> list[int]:
+        if not value or sorted(set(value)) != value or not 1 <= value[0] <= value[-1] <= MOST:
+            raise ValueError(f"expected rising numbers from 1 to {MOST}")
+        return value
+
+    @pydantic.field_validator("features")
+    @classmethod
+    def _some(cls, value: list[str]) -> list[str]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("expected one or more different features")
+        return value
+
+
+@dataclass
+class Plan(folder.Plan):
+    """The student, its pairs, and what its samples are compared by.
+
+    seen_features: digests of all features that a loss of the student or its teachers used.
+    """
+
+    stream: "Mixture"
+    start: "Teacher"
+    module: Any  # of the loss on the pairs
+    matched: "Matched"
+    data: "Data | None"
+    round: int
+    seen_features: set[str]
+    preview: "Preview | None"
+
+    def measure(self) -> list[str]:
+        """Time three updates, where nothing is sealed yet."""
+        from flowmatch.training import rehearsal
+
+        config: FinishConfig = self.config
+        if manifest.sealed(config.run_dir):
+            return []
+        device = process.worker_device(process.device_of(config))
+        return rehearsal.lines(partial(train, self), config.fit, self.start.net, device, None)
+
+
+def plan(config: FinishConfig) -> Plan:
+    """Check the config, open the pairs, and load the student."""
+    from flowmatch.evaluation import features, matched_features
+    from flowmatch.models import teachers
+    from flowmatch.pairs import mixture
+    from flowmatch.pairs.mixture import Mixture
+    from flowmatch.training import loop
+
+    def check_loop() -> str:
+        device = process.device_of(config)
+        loop.check(config.fit, device, process.world_size())
+        return device
+
+    def check_features() -> None:
+        matched_features.check(config.features)
+        if config.loss.features is not None:
+            features.check(config.loss.features, "loss.features")
+
+    def load_start() -> "Teacher":
+        start = teachers.load(config.start, "start")
+        check_start(config, start)
+        loop.check_net(config.fit, start.net, start.classes)
+        return start
+
+    device, _, _, start, data, *sets = together(
+        check_loop,
+        lambda: check_fit(config),
+        check_features,
+        load_start,
+        lambda: open_data(config),
+        *(partial(mixture.open_set, n, entry, False) for n, entry in enumerate(config.pairs)),
+    )
+    micro, _ = loop.split_batch(config.fit, process.world_size())
+    weights = [entry.weight for entry in config.pairs]
+    place = process.worker_device(device)
+    _, _, stream, matched = together(
+        lambda: check_pairs(start, sets),
+        lambda: check_data(config, data, start),
+        lambda: Mixture(list(zip(sets, weights, strict=True)), config.fit.batch_size, config.seed),
+        lambda: matched_features.load(config.features, micro, start.shape, place, config.seed),
+    )
+    inputs = {"start": start.digest} | matched.inputs
+    inputs |= {f"pairs.{number}": found.digest for number, found in enumerate(sets)}
+    seen_features = {*start.features, *matched.digests}
+    for found in sets:
+        seen_features.update(found.sealed["facts"].get("features", ()))  # of its teacher
+    module = None
+    if config.loss.features is not None:
+        module, inputs["features"], digest = features.perceptual(
+            config.loss.features, "loss.features", micro, start.shape, place, config.seed
+        )
+        seen_features.add(digest)
+    if data is not None:
+        inputs["data"] = data.digest
+    cuts, unseen = stream.leave_out(config.pairs)
+    config = config.model_copy(update={"fit": config.fit.over(stream.count)})
+    seen = config.fit.steps * config.fit.batch_size
+    steps = ", ".join(map(str, config.for_steps))
+    target = "stored x1" if data is None else f"{len(data):,} samples of data"
+    lines = [
+        f"{stream.count:,} pairs of {list(start.shape)} in {counted(len(sets), 'set')}, "
+        f"{'with labels' if start.classes else 'no labels'}",
+        *cuts,
+        f"{type(start.net).__name__} of {start.net.num_parameters():,} parameters, on {device}",
+        f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / stream.count:.1f} epochs",
+        f"samples in {steps} step{'s' * (config.for_steps != [1])} beside {target}: "
+        f"{config.method.name} of {', '.join(config.features)}; weight of the pairs {config.anchor:g}",
+        *start.lines,
+    ]
+    last = max(found.sealed["facts"]["round"] for found in sets)
+    shown = None
+    if config.fit.sample_every is not None:
+        shown, told = view(config, start, sets[0], unseen)
+        lines += told
+    more = (stream, start, module, matched, data, max(start.round, last + 1), seen_features, shown)
+    return Plan(config, inputs, lines, *more)
+
+
+def check_fit(config: FinishConfig) -> None:
+    """Raise UserError for what no finish can do in its training loop."""
+    faults = []
+    if config.fit.shard:
+        faults.append(
+            "fit.shard=true: a finish samples outside of the training step, which needs whole weights; "
+            "leave it out"
+        )
+    if config.fit.compile:
+        faults.append(
+            "fit.compile=true: a finish evaluates the network in batches of several sizes; leave it out"
+        )
+    if not config.anchor and config.loss != FinishConfig.model_fields["loss"].get_default():
+        faults.append("loss has no effect with anchor=0; leave one of them out")
+    if faults:
+        raise UserError(faults)
+
+
+def check_start(config: FinishConfig, start: "Teacher") -> None:
+    """Raise UserError where samples of the student are not those of its velocity in `for_steps`."""
+    from flowmatch.models import two_time
+
+    faults, where = [], f"start={config.start}"
+    if start.diffusion is not None:
+        faults.append(f"{where} is a diffusion model; reflow it first")
+    if two_time.argument(start.net) is not None:
+        faults.append(
+            f"{where} takes a second time (MeanFlow), which a finish would leave untrained; start "
+            "from a student without one"
+        )
+    if start.windows:
+        faults.append(
+            f"{where} is straight in {start.windows} windows (objective.name=segments): one step from "
+            "within does not reach the data; start from another student"
+        )
+    if start.one_step and config.for_steps != [1]:
+        faults.append(f"for_steps={config.for_steps}: {where} is for one step only; use [1]")
+    if faults:
+        raise UserError(faults)
+
+
+def check_pairs(start: "Teacher", sets: "list[PairData]") -> None:
+    """Raise UserError where sets of pairs have prompts, or do not fit the student."""
+    from flowmatch.pairs import matching
+
+    if prompted := [data for data in sets if data.has_prompts]:
+        raise UserError(
+            [
+                f"{data.key}={data.folder} has prompts: a finish takes no pipeline that reads text; use "
+                "reflow"
+                for data in prompted
+            ]
+        )
+    matching.check_match(start, sets)
+
+
+def open_data(config: FinishConfig) -> "Data | None":
+    """Open the real images."""
+    from flowmatch.data import dataset
+
+    return None if config.data is None else dataset.load(config.data)
+
+
+def check_data(config: FinishConfig, data: "Data | None", start: "Teacher") -> None:
+    """Raise UserError where the real images have another shape than samples."""
+    if data is not None and data.shape != start.shape:
+        raise UserError(
+            f"data holds {list(data.shape)}; the network at start= makes {list(start.shape)}"
+        )
+
+
+def view(
+    config: FinishConfig,
+    start: "Teacher",
+    first: "PairData",
+    unseen: "list[tuple[PairData, Any]]",
+) -> "tuple[Preview, list[str]]":
+    """Choose what is drawn and measured while it trains, and say so."""
+    from flowmatch.models import autoencoder
+    from flowmatch.training import preview
+
+    decode, why = preview.decoder(start, autoencoder.of_run(config.start, start.latents))
+    made = preview.of_pairs(first, unseen, config.for_steps == [1], decode)
+    made = replace(made, steps=config.for_steps)
+    assert config.fit.sample_every is not None
+    return made, preview.lines(made, config.fit.sample_every, why)
+
+
+def run(plan: Plan) -> None:
+    """Train, and seal the folder."""
+    from flowmatch.models import networks
+    from flowmatch.models.digest import network_digest
+
+    config: FinishConfig = plan.config
+    facts = {"round": plan.round} | plan.stream.facts | plan.start.student_facts
+    facts |= {"features": sorted(plan.seen_features), "for_steps": config.for_steps}
+    if plan.start.one_step:
+        facts["one_step"] = True
+    with folder.RunFolder("finish", config, plan.inputs, facts) as opened:
+        files = train(plan, opened, config.fit)
+        if process.leads():
+            opened.seal(files, net=network_digest(networks.load(opened.folder / "net", "net")))
+
+
+def train(
+    plan: Plan, opened: folder.RunFolder, how: FitConfig, on_log: "OnLog | None" = None
+) -> list[str]:
+    """Train the student of a plan; return its files."""
+    import numpy as np
+
+    from flowmatch.flow import coupling, energy, losses, moments, noise
+    from flowmatch.training import finishing
+    from flowmatch.training.loop import fit
+
+    config: FinishConfig = plan.config
+
+    def pairs() -> finishing.Samples:
+        yield from map(
+            plan.stream, np.array_split(np.arange(plan.stream.count), -(-plan.stream.count // 256))
+        )
+
+    def real() -> finishing.Samples:
+        assert plan.data is not None
+        order = noise.Order(len(plan.data), config.seed)(np.arange(len(plan.data)))
+        yield from map(plan.data.batch, np.array_split(order, -(-len(order) // 256)))
+
+    kind = moments.Moments if config.method.name == "moments" else energy.Energy
+    critic = finishing.Features(
+        plan.matched.modules,
+        partial(kind, window=config.method.window),
+        pairs if plan.data is None else real,
+        pairs,
+        config.method.window,
+    )
+    loss = losses.build(config.loss, plan.module)
+    return fit(
+        plan.start.net,
+        plan.stream,
+        coupling.stored,
+        opened,
+        how,
+        TimesConfig(zero=1.0),
+        finishing.Finish(config.for_steps, critic, config.anchor, loss, config.seed),
+        seed=config.seed,
+        device=config.device,
+        preview=plan.preview,
+        on_log=on_log,
+    )
+
+
+STAGE = command.Stage("finish", FinishConfig, plan, run, __doc__, grouped=True)
+
+if __name__ == "__main__":
+    command.main(STAGE)
