@@ -5,6 +5,7 @@ it is. Every distance stands beside the distance of real data to real data.
 """
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from flowmatch.data.dataset import Data
     from flowmatch.evaluation.feature_choice import FeatureChoice
     from flowmatch.evaluation.sampling import SampledRow, Sampler
+    from flowmatch.evaluation.spaces import Space
     from flowmatch.models.autoencoder import Autoencoder
     from flowmatch.models.teachers import Teacher
 
@@ -29,7 +31,7 @@ class Plan(folder.Plan):
     """Opened data and models, and how samples are scored.
 
     sets: "data" and, where it differs, "reference". models: "teacher" and "student". kind: the
-    distance. samples: of each row.
+    distance. samples: of each row. spaces: of the panel.
     """
 
     sets: "dict[str, Data]"
@@ -37,7 +39,16 @@ class Plan(folder.Plan):
     kind: str
     choice: "FeatureChoice"
     samples: int
+    spaces: "list[Space]"
     vae: "Autoencoder | None" = None
+
+    def train(self) -> None:
+        """Train the feature networks that are not trained yet."""
+        from flowmatch.evaluation import feature_choice, spaces
+
+        data, models = self.sets["data"], self.models
+        self.choice = feature_choice.train(self.choice, data, self.config.seed, models)
+        self.spaces = spaces.train(self.spaces, data, models)
 
     def shown(self, x: "torch.Tensor") -> "torch.Tensor":
         """Return samples as they are compared and drawn: latents of a VAE as pictures."""
@@ -53,6 +64,7 @@ def plan(config: EvaluateConfig) -> Plan:
     """Check the config, open the data, load both models, and choose the features."""
     from flowmatch.data import dataset
     from flowmatch.evaluation import feature_choice, sampling, scoring
+    from flowmatch.evaluation import spaces as panels
     from flowmatch.flow import grids, samplers
     from flowmatch.models import autoencoder, precision, teachers
 
@@ -109,39 +121,22 @@ def plan(config: EvaluateConfig) -> Plan:
             feature_choice.check_independent(choice.module, models)
         return choice
 
-    def check_names() -> None:
-        """Class 3 is to mean the same in all of them."""
-        known = {name: found.names for name, found in (sets | models).items() if found.names}
-        if len(set(known.values())) > 1:
-            told = "; ".join(f"{name} {', '.join(names)}" for name, names in known.items())
-            raise UserError(f"the classes have other names: {told}; give all the same classes")
-
-    def check_shapes() -> None:
-        for name, found in (sets | models).items():
-            wanted = data.shape if name in sets else made
-            if found.shape != wanted:
-                raise UserError(
-                    f"{name} {'holds' if name in sets else 'makes samples of'} {list(found.shape)}; "
-                    f"data holds {list(wanted)}"
-                )
-        for name, model in models.items():
-            if vae is not None and model.latents and model.latents != vae.facts:
-                raise UserError(f"{name} was trained on latents of another VAE than data holds")
-
-    _, choice, *_ = together(
+    _, choice, spaces, *_ = together(
         lambda: sampling.check(models, data, config.guidance),
         choose_features,
-        check_shapes,
-        check_names,
+        lambda: panels.choose(config, data, models),
+        lambda: sampling.check_shapes(sets, models, made, vae),
+        lambda: sampling.check_names({**sets, **models}),
     )
-    inputs |= choice.inputs
+    for chosen in (choice, *spaces):
+        inputs |= chosen.inputs
     again = "reference" in sets and scoring.same(sets["reference"], data)
     if again:
         del sets["reference"]
     real = sets.get("reference", data)
     config = config.over(real.count)
     samples = min(config.samples, real.count)
-    if kind == "frechet" and samples < 2 * scoring.NEIGHBOURS + 2:
+    if (kind == "frechet" or spaces) and samples < 2 * scoring.NEIGHBOURS + 2:
         raise UserError(
             f"{samples} samples: images are scored on {2 * scoring.NEIGHBOURS + 2} or more"
         )
@@ -159,6 +154,8 @@ def plan(config: EvaluateConfig) -> Plan:
         f"{'' if converged.evaluations else ', and those of dopri5,'} for "
         f"{len(config.steps) + 1} rows of 2 models, on {device}, and {straight:,} for the straightness",
     ]
+    if spaces:
+        lines += panels.lines(spaces, data, config.judges)
     lines += [f"{key}: {note}" for key, opened in sets.items() for note in opened.notes]
     if again:
         lines.append(
@@ -166,12 +163,12 @@ def plan(config: EvaluateConfig) -> Plan:
         )
     if vae is not None:
         lines.append(f"latents of {list(made)} are decoded, and compared as {list(data.shape)}")
-    return Plan(config, inputs, lines, sets, models, kind, choice, samples, vae)
+    return Plan(config, inputs, lines, sets, models, kind, choice, samples, spaces, vae)
 
 
 def run(plan: Plan) -> None:
     """Sample, score, draw, and seal the folder; in a sealed one, make again what is lost."""
-    from flowmatch.evaluation import feature_choice, results, tables
+    from flowmatch.evaluation import results, tables
     from flowmatch.evaluation.sampling import Sampler
     from flowmatch.models import teachers
 
@@ -187,9 +184,7 @@ def run(plan: Plan) -> None:
     with folder.RunFolder("evaluate", config, plan.inputs) as opened:
         alone = accelerator.num_processes == 1 and not sealed
         if alone:  # before the samples, which its refusal would lose
-            plan.choice = feature_choice.train(
-                plan.choice, plan.sets["data"], config.seed, plan.models
-            )
+            plan.train()
         sampled = {
             name: Sampler(
                 model,
@@ -246,7 +241,8 @@ class Scores:
 
     def __init__(self, plan: Plan, device: "torch.device"):
         from flowmatch.data import dataset
-        from flowmatch.evaluation import feature_choice, scoring
+        from flowmatch.evaluation import scoring
+        from flowmatch.evaluation.panel import Panel
         from flowmatch.flow import noise, samplers
         from flowmatch.models.digest import module_digest
 
@@ -273,18 +269,22 @@ class Scores:
             protocol["classes"] = {str(k): name for k, name in enumerate(names)}
         if config.student_solver is not None:
             protocol["student_solver"] = samplers.describe(config.student_solver)
-        choice = feature_choice.train(plan.choice, sets["data"], config.seed, plan.models)
-        net, known = choice.module, None
+        plan.train()
+        net, known = plan.choice.module, None
+        seen = min(training.count, max(n, config.training_samples))
         if kind == "frechet":
-            protocol["features"] = {"name": config.features, **choice.facts}
+            protocol["features"] = {"name": config.features, **plan.choice.facts}
             if net is not None:
                 protocol["features"]["sha256"] = module_digest(net)
                 net.to(device)
-            seen = min(training.count, max(n, config.training_samples))
             known = scoring.embed_data(training, seen, config.seed, net, device)
             protocol |= {"neighbours": scoring.NEIGHBOURS, "training_samples": seen}
         apart = "reference" not in sets
         self.scorer = scoring.Scorer(kind, reference, net, known, apart=apart)
+        self.panel = None
+        if plan.spaces:
+            words = (plan.spaces, reference, training, seen, config.seed)
+            self.panel = Panel(*words, apart=apart)
         self.device, self.images, self.protocol = device, real.images, protocol
         self.shown = plan.shown
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in plan.models}
@@ -295,7 +295,10 @@ class Scores:
 
         x = self.shown(row.x)
         x = (x.clamp(-1, 1) if self.images else x).to(self.device)
-        found = {"steps": row.steps, "evaluations": row.evaluations, **self.scorer.score(x)}
+        found: dict[str, Any] = {"steps": row.steps, "evaluations": row.evaluations}
+        found |= self.scorer.score(x)
+        if self.panel is not None:
+            found["panel"] = self.panel.add(name, x)
         self.rows[name].append(found)
         evaluations = f"{row.evaluations} evaluation{'s' * (row.evaluations != 1)}"
         steps = tables.steps_name(row.steps)
@@ -306,6 +309,10 @@ class Scores:
     ) -> dict[str, Any]:
         """Return the content of metrics.json."""
         result: dict[str, Any] = {"protocol": self.protocol, "floor": self.scorer.floor()}
+        if self.panel is not None:
+            result["panel"] = self.panel.result(self.rows)
+            for found in itertools.chain(*self.rows.values()):
+                del found["panel"]
         truth = rows["teacher"][-1].x
         for name, made in rows.items():
             result[name] = {

@@ -11,6 +11,9 @@ from flowmatch.flow.config import MOST_STEPS, Fixed, SamplerConfig, SolverConfig
 from flowmatch.models.config import CallConfig, Precision
 from flowmatch.runs.config import StageConfig
 
+Network = Literal["convolutional", "residual"]  # of a feature network
+Task = Literal["classification", "denoising"]
+
 
 class EvaluateConfig(StageConfig):
     """Config of the evaluation."""
@@ -78,6 +81,20 @@ class EvaluateConfig(StageConfig):
         None, "file of Inception's weights from torch-fidelity; nothing is downloaded", run=True
     )
 
+    panel: Literal["none", "full"] = option(
+        "none",
+        "full: also score images in two feature spaces that no loss can have used, by Frechet distance, "
+        "precision, recall, density, coverage, distance to training images and diversity, each with a "
+        "95% interval",
+    )
+    judges: list[LocalPath] = option(
+        [],
+        "with panel=full: finished folders of train_classifier, two or more, with network=residual or "
+        "task=denoising; default: two networks are trained on the data here",
+        run=True,
+        shared=False,
+    )
+
     DERIVED: ClassVar[dict[str, str]] = {"samples": "per_image"}
 
     def over(self, count: int) -> "EvaluateConfig":
@@ -85,6 +102,11 @@ class EvaluateConfig(StageConfig):
         if self.per_image is None:
             return self
         return self.model_copy(update={"samples": max(4, round(self.per_image * count))})
+
+    @pydantic.field_validator("judges")
+    @classmethod
+    def _judged(cls, value: list[str], info: pydantic.ValidationInfo) -> list[str]:
+        return used(cls, value, info, "panel", "full")
 
     @pydantic.field_validator("converged_tolerance")
     @classmethod

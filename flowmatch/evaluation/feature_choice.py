@@ -142,12 +142,15 @@ def train(
     return FeatureChoice(net, {"held_out_accuracy": accuracy}, choice.inputs)
 
 
-def check_independent(module: nn.Module | None, models: dict[str, Teacher]) -> None:
+def check_independent(
+    module: nn.Module | None, models: dict[str, Teacher], key: str = "classifier"
+) -> None:
     """Check that no model was trained with a loss on the features that are to score it.
 
     Args:
         module: The feature network; None: the values themselves.
         models: The models to be scored, by key.
+        key: Name of the config key of the network, for errors.
 
     Raises:
         UserError: If one was.
@@ -158,7 +161,7 @@ def check_independent(module: nn.Module | None, models: dict[str, Teacher]) -> N
         if digest in model.features:
             raise UserError(
                 f"{name} was trained with a loss on the same {what}, which makes it look better than it "
-                "is; use another classifier= (another seed)"
+                f"is; use another {key}= (another seed)"
             )
 
 

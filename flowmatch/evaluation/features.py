@@ -271,18 +271,21 @@ def perceptual(
     return Perceptual(classifier).to(device), manifest.digest(path), own_digest
 
 
-def check_images(data: Data, key: str, alone: bool = True) -> None:
-    """Check that a classifier can be trained on data.
+def check_images(data: Data, key: str, alone: bool = True, labels: bool = True) -> None:
+    """Check that a feature network can be trained on data.
 
     Args:
         data: The images.
         key: Name of the config key, for errors.
         alone: Whether a fifth of the images is held out, which must be at least one.
+        labels: Whether labels are needed.
 
     Raises:
         UserError: If the data has no images, no labels, or too few of them.
     """
-    if data.label is None or not data.images:
+    if not data.images and not labels:
+        raise UserError(f"{key}: expected images, got samples of shape {list(data.shape)}")
+    if not data.images or (labels and data.label is None):
         raise UserError(f"{key}: expected images with labels; set {key}.labels=true")
     if alone and data.count < 5:
         raise UserError(
@@ -323,31 +326,79 @@ def train_classifier(
     """
     check_images(data, "data", alone=held_out is None)
     assert data.classes is not None  # labels come with their number of classes
-    shuffled = noise.Order(data.count, seed)(np.arange(data.count))  # no mirrored copies
-    part = min(data.count // 5, 4000) if held_out is None else 0
-    held, kept = np.split(shuffled, [part])
+    held, kept = split(data, seed, held_out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Classifier(data.shape, data.classes)
+
+    def loss(found: dict[str, Tensor], step: int) -> Tensor:
+        return functional.cross_entropy(net.logits(found["x1"]), found["label"])
+
+    fit(net, data, kept, seed, loss, steps=steps, batch=batch, lr=lr, show=show)
+    return net, accuracy(net, *held)
+
+
+def split(
+    data: Data, seed: int, held_out: Data | None
+) -> tuple[tuple[Data, np.ndarray], np.ndarray]:
+    """Choose the images that measure a feature network, and those that train it.
+
+    Args:
+        data: The images.
+        seed: Of the choice.
+        held_out: Images that measure; None holds out a fifth of data, at most 4,000 images.
+
+    Returns:
+        The data that measure, with the numbers of their items; the numbers of the items of `data` that
+        train. No mirrored copies.
+    """
+    shuffled = noise.Order(data.count, seed)(np.arange(data.count))
+    if held_out is not None:
+        return (held_out, np.arange(held_out.count)), shuffled
+    held, kept = np.split(shuffled, [min(data.count // 5, 4000)])
+    return (data, held), kept
+
+
+def fit(
+    net: nn.Module,
+    data: Data,
+    kept: np.ndarray,
+    seed: int,
+    loss: Callable[[dict[str, Tensor], int], Tensor],
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    show: Callable[[int], Any],
+) -> None:
+    """Train a feature network in place, and set it to eval mode.
+
+    Args:
+        net: The network.
+        data: The images.
+        kept: Numbers of the items that train it.
+        seed: Of their order.
+        loss: loss(batch, step) -> scalar.
+        steps: Updates.
+        batch: Images per update.
+        lr: Peak learning rate of the one-cycle schedule.
+        show: Called with the number of finished steps after each.
+    """
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-2)
     order = noise.Order(len(kept), seed)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for step in range(steps):
         found = data.batch(kept[order(step * batch + np.arange(batch))])
-        loss = functional.cross_entropy(net.logits(found["x1"]), found["label"])
         optimizer.zero_grad()
-        loss.backward()
+        loss(found, step).backward()
         optimizer.step()
         schedule.step()
         show(step + 1)
     net.eval()
-    if held_out is not None:
-        return net, accuracy(net, held_out, np.arange(held_out.count))
-    return net, accuracy(net, data, held)
 
 
 @torch.no_grad()
-def accuracy(net: Classifier, data: Data, ids: np.ndarray) -> float:
+def accuracy(net: Any, data: Data, ids: np.ndarray) -> float:
     """Compute the share of items that a classifier assigns to their class. ids: int64 [N]."""
     right = 0
     for part in np.array_split(ids, max(1, len(ids) // 256)):
@@ -394,8 +445,8 @@ class Inception(nn.Module):
         return self.net(((x.clamp(-1, 1) + 1) * 127.5).round().byte())
 
 
-def save(net: Classifier, folder: Path) -> list[str]:
-    """Write a classifier, and return the names of its files."""
+def save(net: nn.Module, folder: Path) -> list[str]:
+    """Write a feature network, and return the names of its files."""
     from safetensors.torch import save_file
 
     save_file(net.state_dict(), folder / WEIGHTS)
@@ -415,26 +466,47 @@ def load(path: str, key: str, shape: tuple[int, ...]) -> tuple[Classifier, dict[
         The classifier in eval mode, and the facts of its manifest (accuracy, sha256, shape, classes).
 
     Raises:
-        UserError: If it was trained on images of another shape, or its files have changed.
+        UserError: If it judges panels, was trained on images of another shape, or its files have
+            changed.
         NotReady: If the folder does not exist or is not sealed.
     """
-    from safetensors.torch import load_file
+    facts = opened(path, key, shape)
+    network, task = facts.get("network", "convolutional"), facts.get("task", "classification")
+    if (network, task) != ("convolutional", "classification"):
+        raise UserError(
+            f"{key}={path}: a network of network={network}, task={task} judges panels alone, where no "
+            "loss has seen its features; train one with network=convolutional, task=classification"
+        )
+    net = Classifier(shape, facts["classes"])
+    restore(net, path, key)
+    return net.eval(), facts
 
+
+def opened(path: str, key: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Check a sealed folder of train_classifier, and return the facts of its manifest.
+
+    Raises what `load` raises.
+    """
     sealed = manifest.read(path, key, ["train_classifier"])
     manifest.verify(path, key, sealed)
-    facts = sealed["facts"]
+    facts: dict[str, Any] = sealed["facts"]
     if list(shape) != facts["shape"]:
         raise UserError(
             f"{key}={path} takes images of shape {facts['shape']}, but the data has shape "
             f"{list(shape)}; train one on this data"
         )
+    return facts
+
+
+def restore(net: nn.Module, path: str, key: str) -> None:
+    """Load the weights of a folder into a network. Raises UserError if they do not fit."""
+    from safetensors.torch import load_file
+
     try:
-        net = Classifier(shape, facts["classes"])
         net.load_state_dict(load_file(Path(path) / WEIGHTS))
     except (RuntimeError, TypeError) as error:
         told = " ".join(str(error).split())
         raise UserError(
-            f"{key}={path}: {WEIGHTS} holds no classifier of {facts['classes']} classes ({told}); "
+            f"{key}={path}: {WEIGHTS} does not hold the network of its manifest ({told}); "
             f"delete {manifest.NAME} there and repeat its stage"
         ) from None
-    return net.eval(), facts

@@ -99,6 +99,7 @@ def page(
         headline(name, result),
         section("Distance to real data", curve_text(result), curve(result)),
         section("Numbers", numbers_text(result), numbers(result)),
+        section("Panel", *panel(result)),
         section("Samples", GRID, grid(samples, real)),
         section("Paths from noise to data", *trajectories(paths)),
         training(folders),
@@ -192,6 +193,13 @@ def numbers(result: Mapping[str, Any]) -> str:
     return "<br>".join(table(each) for each in found if each is not None)
 
 
+def panel(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Explain the tables of a panel, and write them in HTML; both are empty where there is none."""
+    if "panel" not in result:
+        return "", ""
+    return tables.panel_text(result), "<br>".join(map(table, tables.panel(result)))
+
+
 def versus(teacher: str, student: str) -> str:
     """Write two numbers side by side, in the colours of the models."""
     return f'<span class="teacher">{teacher} /</span> <span class="student">{student}</span>'
@@ -203,6 +211,7 @@ def table(content: tables.Table) -> str:
     def row(cells: Sequence[tables.Cell], tag: str = "td", kind: str = "") -> str:
         kind = f' class="{kind}"' if kind else ""
         texts = [cell if isinstance(cell, str) else versus(*cell) for cell in cells]
+        texts = [text.replace(" [", " <span>[").replace("]", "]</span>") for text in texts]
         return f"<tr{kind}>{''.join(f'<{tag}>{text}</{tag}>' for text in texts)}</tr>"
 
     rows = [row(content.head, "th"), *map(row, content.rows), row(content.floor, kind="last")]

@@ -5,7 +5,7 @@ depend on the number of processes.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from flowmatch.evaluation import metrics, tables
 from flowmatch.flow import noise, samplers
 from flowmatch.flow.config import SamplerConfig, SolverConfig
 from flowmatch.models import teachers
+from flowmatch.models.autoencoder import Autoencoder
 from flowmatch.models.config import Precision
 from flowmatch.models.precision import arithmetic
 from flowmatch.runs.process import bar_options
@@ -57,6 +58,45 @@ def check(models: dict[str, teachers.Teacher], real: Data | None, guidance: floa
         )
     if faults:
         raise UserError(faults)
+
+
+def check_names(opened: Mapping[str, Data | teachers.Teacher]) -> None:
+    """Check that class 3 means the same in all data and models, by key. Raises UserError if not."""
+    known = {name: found.names for name, found in opened.items() if found.names}
+    if len(set(known.values())) > 1:
+        told = "; ".join(f"{name} {', '.join(names)}" for name, names in known.items())
+        raise UserError(f"the classes have other names: {told}; give all the same classes")
+
+
+def check_shapes(
+    sets: Mapping[str, Data],
+    models: Mapping[str, teachers.Teacher],
+    made: tuple[int, ...],
+    vae: Autoencoder | None,
+) -> None:
+    """Check that data and models have the same shapes.
+
+    Args:
+        sets: The data as they are compared, by key.
+        models: The models, by key.
+        made: Shape of the data's samples as the models make them.
+        vae: What decodes them, if they are latents.
+
+    Raises:
+        UserError: If they have not, or if a model makes latents of another VAE.
+    """
+    shape = sets["data"].shape
+    opened: dict[str, Data | teachers.Teacher] = {**sets, **models}
+    for name, found in opened.items():
+        wanted = shape if name in sets else made
+        if found.shape != wanted:
+            raise UserError(
+                f"{name} {'holds' if name in sets else 'makes samples of'} {list(found.shape)}; "
+                f"data holds {list(wanted)}"
+            )
+    for name, model in models.items():
+        if vae is not None and model.latents and model.latents != vae.facts:
+            raise UserError(f"{name} was trained on latents of another VAE than data holds")
 
 
 def evaluations(

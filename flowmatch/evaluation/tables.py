@@ -16,6 +16,15 @@ QUALITIES = {  # what images are scored on beside the distance: name, format
     "recall": ("recall", ".3f"),
     "nearest": ("nearest training image", ".3g"),
 }
+PANEL = {  # what a panel shows of each feature space: name, format
+    "frechet": ("Frechet distance", ".3g"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "density": ("density", ".3f"),
+    "coverage": ("coverage", ".3f"),
+    "nearest": ("nearest training image", ".3g"),
+    "diversity_ratio": ("diversity / teacher's", ".3f"),
+}
 CHEAP = {"table.md", "curve.png"}  # files that follow from metrics.json
 UNHASHED = ("table.md", "curve.png", "grid.png", "report.html")
 ONE_STEP = "The student was trained for one step only; its rows with more steps are not meaningful."
@@ -73,6 +82,64 @@ def qualities(result: Mapping[str, Any]) -> Table | None:
     ]
     head = ["teacher / student", *(QUALITIES[name][0] for name in shown)]
     return Table(head, rows, [REAL, *(_quality(name, result["floor"]) for name in shown)])
+
+
+def panel(result: Mapping[str, Any]) -> list[Table]:
+    """Tabulate a panel: a table for each feature space, without any where there is no panel.
+
+    Args:
+        result: The content of metrics.json.
+    """
+    found = []
+    for name, space in result.get("panel", {"spaces": {}})["spaces"].items():
+        rows: list[list[Cell]] = [
+            [f"{model}, {steps_name(row['steps'])}", *_measured(row)]
+            for model in ("teacher", "student")
+            for row in space[model]
+        ]
+        head = [name, *(title for title, _ in PANEL.values())]
+        found.append(Table(head, rows, [REAL, *_measured(space["floor"])]))
+    return found
+
+
+def panel_text(result: Mapping[str, Any]) -> str:
+    """Explain the tables of a panel.
+
+    Args:
+        result: The content of metrics.json.
+    """
+    protocol, found = result["protocol"], result["panel"]
+    unseen = "reference" in protocol
+    spaces = ", ".join(
+        f"{name} ({space['network']}, {_learnt(space)})" for name, space in found["spaces"].items()
+    )
+    return (
+        f"Panel of feature spaces that no loss has used: {spaces}. {protocol['samples']} samples "
+        f"against {protocol['real_samples']} images that "
+        f"{'no model has seen' if unseen else 'the models were trained on'}; in brackets 95% intervals "
+        f"of {found['resamples']} resamples, which leave the neighbourhoods of precision, recall, "
+        f"density and coverage (k = {found['neighbours']}) as they are. Diversity is the mean distance "
+        f"of two samples {_within(found)}, over that of the converged teacher."
+    )
+
+
+def _learnt(space: Mapping[str, Any]) -> str:
+    if "accuracy" in space:
+        return f"held-out accuracy {space['accuracy']:.3f}"
+    return f"held-out variance explained {space['explained']:.3f}"
+
+
+def _within(found: Mapping[str, Any]) -> str:
+    labelled = any("accuracy" in space for space in found["spaces"].values())
+    return "of one class, as the classifier sees it" if labelled else "of any class"
+
+
+def _measured(row: Mapping[str, Any]) -> list[Cell]:
+    cells: list[Cell] = []
+    for name, (_, form) in PANEL.items():
+        value, low, high = (f"{row[name][key]:{form}}" for key in ("value", "low", "high"))
+        cells.append(f"{value} [{low}, {high}]")
+    return cells
 
 
 def read(
@@ -134,6 +201,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         parts.append(WINDOWS.format(student["windows"]))
     if more is not None:
         parts.append(_lines(more.head, [*more.rows, more.floor]))
+    if "panel" in result:
+        parts.append(panel_text(result))
+    parts += [_lines(each.head, [*each.rows, each.floor]) for each in panel(result)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -24,6 +24,7 @@ CROP = 11  # places of random crops
 WEIGHTS = 12  # weights of random features
 FINISH = 13  # noise of the samples that a finish trains on
 FINISH_GRID = 14  # the number of steps of an update of a finish, and its point of their grid
+CORRUPTION = 20  # noise on the images that a denoising encoder learns from
 
 
 def generator(seed: int, i: int, stream: int) -> np.random.Generator:

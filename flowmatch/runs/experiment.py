@@ -24,6 +24,8 @@ CHAIN = {  # section -> its stage, in the order of the chain
     "conditions": "encode_prompts",
     "reflow": "reflow",
     "classifier": "train_classifier",
+    "panel_classifier": "train_classifier",
+    "panel_encoder": "train_classifier",
     "evaluate": "evaluate",
     "export": "export",
 }
@@ -36,9 +38,10 @@ _FIELDS = (
     "inception_weights held_out batch_size lr evaluation device seed prompts call pipeline x0 "
     "per_prompt classes judge fresh width vae_channels vae_steps vae_batch vae_lr "
     "lpips dino clip samples_to push_to_hub license lora adapter per_image states vae scale predicts "
-    "for_steps method anchor"
+    "for_steps method anchor panel judges network task"
 )
 SHARED = set(_FIELDS.split())  # the fields of all stages that may stand at the top of an experiment
+PANEL = ("panel_classifier", "panel_encoder")  # sections that only evaluate.panel=full needs
 FOLDERS = (
     "run_dir",
     "teacher",
@@ -161,13 +164,22 @@ class Experiment:
     def chain(self, rounds: int) -> list[str]:
         """List the sections of the chain in order; evaluation and export are of the last round."""
         sections: list[str] = []
+        panel = self._has_panel("evaluate" if rounds == 1 else f"evaluate_{rounds}")
         for name in CHAIN:
+            if name in PANEL and not panel:
+                continue
             last = f"{name}_{rounds}" if rounds > 1 and name in ("evaluate", "export") else name
             sections += [last] * (name in self.sections)
             if name == "reflow":
                 for k in range(2, rounds + 1):
                     sections += [f"{again}_{k}" for again in ("pairs", "reflow")]
         return sections
+
+    def _has_panel(self, section: str) -> bool:
+        """Check whether an evaluation judges by a panel."""
+        own = [self.sections.get(name, {}) for name in (section, base_of(section)[0])]
+        asked = [*own, self.shared]
+        return next((keys["panel"] for keys in asked if "panel" in keys), "none") == "full"
 
     def section_for(self, stage: str, asked: str | None = None) -> str:
         """Choose the section that a stage reads. Raises UserError where there is none."""
@@ -215,7 +227,7 @@ class Experiment:
             for key, source in (("data", "data"), ("held_out", "reference")):
                 if isinstance(given := self.shared.get(source), dict) and key not in self.shared:
                     values[key] = deepcopy(given)
-                if isinstance(values.get(key), dict):
+                if isinstance(values.get(key), dict) and self._learns_labels(section):
                     values[key]["labels"] = True
         if stage in ("train_flow", "evaluate") and self.has("encode"):
             values["data"] = self._encoded(self.shared.get("data"))
@@ -235,6 +247,9 @@ class Experiment:
             if key in model.model_fields:
                 values.setdefault(key, value)
         return self._resolved(values)
+
+    def _learns_labels(self, section: str) -> bool:
+        return self.sections.get(section, {}).get("task", "classification") == "classification"
 
     def _encoded(self, data: Any) -> Any:
         """Name the latents of the shared data, which the section `encode` makes."""
@@ -283,6 +298,8 @@ class Experiment:
                 found["teacher"] = "flow"
             if self.has("classifier") and values.get("features", "classifier") == "classifier":
                 found["classifier"] = "classifier"
+            if values.get("panel") == "full" and all(map(self.has, PANEL)):
+                found["judges"] = [*PANEL]
         if stage == "export" and "prompts" in values and "teacher" in self.shared:
             found.setdefault("pipeline", self.shared["teacher"])
         if stage == "export" and self.has("evaluate"):
@@ -308,6 +325,8 @@ class Experiment:
         for key in inputs:
             if key in values:
                 values[key] = place(values[key])
+        if isinstance(judges := values.get("judges"), list):
+            values["judges"] = [place(judge) for judge in judges]
         if isinstance(pairs := values.get("pairs"), str | dict):
             values["pairs"] = pairs = [pairs]
         if isinstance(pairs, list):

@@ -37,7 +37,8 @@ ADDED_DATA = {
 
 FACTS: dict[str, tuple[type, ...]] = {  # kinds of the facts that later stages read
     **{"round": (int,), "net": (str,), "features": (list,), "one_step": (bool,), "shape": (list,)},
-    **{"classes": (int, type(None)), "accuracy": (int, float), "sha256": (str,), "kind": (str,)},
+    **{"classes": (int, type(None)), "sha256": (str,), "kind": (str,)},
+    "accuracy": (int, float, type(None)),  # None: of a network that learns no labels
     **{"layout": (dict,), "shards": (int,), "count": (int,), "fingerprint": (str,)},
     **{"lora": (dict,), "base": (str,)},
     **dict.fromkeys(("script", "call", "prompts", "id2label"), (dict, type(None))),
