@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flowmatch.models.teachers import Teacher
     from flowmatch.pairs.dataset import PairData
     from flowmatch.pairs.mixture import Mixture
+    from flowmatch.training.finishing import Critic
     from flowmatch.training.loop import OnLog
     from flowmatch.training.preview import Preview
 
@@ -54,6 +55,12 @@ class FinishConfig(StageConfig):
         "files NAME.pt2 from torch.export.save (torch reads them with pickle: use only files that you "
         "trust); values, the values themselves (of large images averages over squares); random, a "
         "convolutional network with random weights",
+        run=True,
+    )
+    teacher: LocalPath | None = option(
+        None,
+        "method.name=dmd: the flow whose pairs these are: a finished train_flow, or a flow model of "
+        "diffusers, of independent noise",
         run=True,
     )
     data: DataConfig | None = option(
@@ -91,6 +98,7 @@ class Plan(folder.Plan):
     data: "Data | None"
     round: int
     seen_features: set[str]
+    teacher: "Teacher | None"  # of dmd
     preview: "Preview | None"
 
     def measure(self) -> list[str]:
@@ -108,7 +116,7 @@ def plan(config: FinishConfig) -> Plan:
     """Check the config, open the pairs, and load the student."""
     from flowmatch.evaluation import features, matched_features
     from flowmatch.models import teachers
-    from flowmatch.pairs import mixture
+    from flowmatch.pairs import matching, mixture
     from flowmatch.pairs.mixture import Mixture
     from flowmatch.training import loop
 
@@ -118,32 +126,36 @@ def plan(config: FinishConfig) -> Plan:
         return device
 
     def check_features() -> None:
-        matched_features.check(config.features)
+        if config.method.name != "dmd":
+            matched_features.check(config.features)
         if config.loss.features is not None:
             features.check(config.loss.features, "loss.features")
 
     def load_start() -> "Teacher":
         start = teachers.load(config.start, "start")
-        check_start(config, start)
+        matching.check_finish(start, config.start, config.for_steps)
         loop.check_net(config.fit, start.net, start.classes)
         return start
 
-    device, _, _, start, data, *sets = together(
+    device, _, _, start, data, teacher, *sets = together(
         check_loop,
         lambda: check_fit(config),
         check_features,
         load_start,
         lambda: open_data(config),
+        lambda: load_teacher(config),
         *(partial(mixture.open_set, n, entry, False) for n, entry in enumerate(config.pairs)),
     )
+    matching.check_unprompted(sets)
     micro, _ = loop.split_batch(config.fit, process.world_size())
     weights = [entry.weight for entry in config.pairs]
     place = process.worker_device(device)
+    names = [] if teacher else config.features
     _, _, stream, matched = together(
-        lambda: check_pairs(start, sets),
-        lambda: check_data(config, data, start),
+        lambda: matching.check_match(start, sets),
+        lambda: matching.check_target(start, data, teacher, str(config.teacher)),
         lambda: Mixture(list(zip(sets, weights, strict=True)), config.fit.batch_size, config.seed),
-        lambda: matched_features.load(config.features, micro, start.shape, place, config.seed),
+        lambda: matched_features.load(names, micro, start.shape, place, config.seed),
     )
     inputs = {"start": start.digest} | matched.inputs
     inputs |= {f"pairs.{number}": found.digest for number, found in enumerate(sets)}
@@ -158,19 +170,24 @@ def plan(config: FinishConfig) -> Plan:
         seen_features.add(digest)
     if data is not None:
         inputs["data"] = data.digest
+    if teacher is not None:
+        inputs["teacher"] = teacher.digest
     cuts, unseen = stream.leave_out(config.pairs)
     config = config.model_copy(update={"fit": config.fit.over(stream.count)})
     seen = config.fit.steps * config.fit.batch_size
     steps = ", ".join(map(str, config.for_steps))
     target = "stored x1" if data is None else f"{len(data):,} samples of data"
+    how = f"beside {target}: {config.method.name} of {', '.join(names)}"
+    if teacher is not None:
+        how = f"by dmd, with the velocity of {config.teacher} and a copy that learns"
     lines = [
         f"{stream.count:,} pairs of {list(start.shape)} in {counted(len(sets), 'set')}, "
         f"{'with labels' if start.classes else 'no labels'}",
         *cuts,
         f"{type(start.net).__name__} of {start.net.num_parameters():,} parameters, on {device}",
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / stream.count:.1f} epochs",
-        f"samples in {steps} step{'s' * (config.for_steps != [1])} beside {target}: "
-        f"{config.method.name} of {', '.join(config.features)}; weight of the pairs {config.anchor:g}",
+        f"samples in {steps} step{'s' * (config.for_steps != [1])} {how}; weight of the pairs "
+        f"{config.anchor:g}",
         *start.lines,
     ]
     last = max(found.sealed["facts"]["round"] for found in sets)
@@ -178,7 +195,8 @@ def plan(config: FinishConfig) -> Plan:
     if config.fit.sample_every is not None:
         shown, told = view(config, start, sets[0], unseen)
         lines += told
-    more = (stream, start, module, matched, data, max(start.round, last + 1), seen_features, shown)
+    round = max(start.round, last + 1)
+    more = (stream, start, module, matched, data, round, seen_features, teacher, shown)
     return Plan(config, inputs, lines, *more)
 
 
@@ -194,48 +212,33 @@ def check_fit(config: FinishConfig) -> None:
         faults.append(
             "fit.compile=true: a finish evaluates the network in batches of several sizes; leave it out"
         )
+    if config.method.name == "dmd":
+        usual = FinishConfig.model_fields["features"].get_default()
+        given = {"features": config.features != usual, "data": config.data is not None}
+        faults += [
+            f"{key} has no effect with method.name=dmd, which compares velocities; leave it out"
+            for key, used in given.items()
+            if used
+        ]
+        if config.fit.precision == "fp16":
+            faults.append(
+                "fit.precision='fp16': method.name=dmd has a second loss; use bf16 or fp32"
+            )
     if not config.anchor and config.loss != FinishConfig.model_fields["loss"].get_default():
         faults.append("loss has no effect with anchor=0; leave one of them out")
     if faults:
         raise UserError(faults)
 
 
-def check_start(config: FinishConfig, start: "Teacher") -> None:
-    """Raise UserError where samples of the student are not those of its velocity in `for_steps`."""
-    from flowmatch.models import two_time
+def load_teacher(config: FinishConfig) -> "Teacher | None":
+    """Load the teacher of dmd; None for the other methods."""
+    from flowmatch.models import teachers
 
-    faults, where = [], f"start={config.start}"
-    if start.diffusion is not None:
-        faults.append(f"{where} is a diffusion model; reflow it first")
-    if two_time.argument(start.net) is not None:
-        faults.append(
-            f"{where} takes a second time (MeanFlow), which a finish would leave untrained; start "
-            "from a student without one"
-        )
-    if start.windows:
-        faults.append(
-            f"{where} is straight in {start.windows} windows (objective.name=segments): one step from "
-            "within does not reach the data; start from another student"
-        )
-    if start.one_step and config.for_steps != [1]:
-        faults.append(f"for_steps={config.for_steps}: {where} is for one step only; use [1]")
-    if faults:
-        raise UserError(faults)
-
-
-def check_pairs(start: "Teacher", sets: "list[PairData]") -> None:
-    """Raise UserError where sets of pairs have prompts, or do not fit the student."""
-    from flowmatch.pairs import matching
-
-    if prompted := [data for data in sets if data.has_prompts]:
-        raise UserError(
-            [
-                f"{data.key}={data.folder} has prompts: a finish takes no pipeline that reads text; use "
-                "reflow"
-                for data in prompted
-            ]
-        )
-    matching.check_match(start, sets)
+    if config.method.name != "dmd":
+        return None
+    if config.teacher is None:
+        raise UserError("method.name=dmd needs teacher=, the flow that made the pairs")
+    return teachers.load(config.teacher, "teacher")
 
 
 def open_data(config: FinishConfig) -> "Data | None":
@@ -243,14 +246,6 @@ def open_data(config: FinishConfig) -> "Data | None":
     from flowmatch.data import dataset
 
     return None if config.data is None else dataset.load(config.data)
-
-
-def check_data(config: FinishConfig, data: "Data | None", start: "Teacher") -> None:
-    """Raise UserError where the real images have another shape than samples."""
-    if data is not None and data.shape != start.shape:
-        raise UserError(
-            f"data holds {list(data.shape)}; the network at start= makes {list(start.shape)}"
-        )
 
 
 def view(
@@ -277,7 +272,8 @@ def run(plan: Plan) -> None:
 
     config: FinishConfig = plan.config
     facts = {"round": plan.round} | plan.stream.facts | plan.start.student_facts
-    facts |= {"features": sorted(plan.seen_features), "for_steps": config.for_steps}
+    facts |= {"features": sorted(plan.seen_features)} if plan.seen_features else {}
+    facts["for_steps"] = config.for_steps
     if plan.start.one_step:
         facts["one_step"] = True
     with folder.RunFolder("finish", config, plan.inputs, facts) as opened:
@@ -290,32 +286,11 @@ def train(
     plan: Plan, opened: folder.RunFolder, how: FitConfig, on_log: "OnLog | None" = None
 ) -> list[str]:
     """Train the student of a plan; return its files."""
-    import numpy as np
-
-    from flowmatch.flow import coupling, energy, losses, moments, noise
-    from flowmatch.training import finishing
+    from flowmatch.flow import coupling, losses
+    from flowmatch.training.finishing import Finish
     from flowmatch.training.loop import fit
 
     config: FinishConfig = plan.config
-
-    def pairs() -> finishing.Samples:
-        yield from map(
-            plan.stream, np.array_split(np.arange(plan.stream.count), -(-plan.stream.count // 256))
-        )
-
-    def real() -> finishing.Samples:
-        assert plan.data is not None
-        order = noise.Order(len(plan.data), config.seed)(np.arange(len(plan.data)))
-        yield from map(plan.data.batch, np.array_split(order, -(-len(order) // 256)))
-
-    kind = moments.Moments if config.method.name == "moments" else energy.Energy
-    critic = finishing.Features(
-        plan.matched.modules,
-        partial(kind, window=config.method.window),
-        pairs if plan.data is None else real,
-        pairs,
-        config.method.window,
-    )
     loss = losses.build(config.loss, plan.module)
     return fit(
         plan.start.net,
@@ -324,11 +299,47 @@ def train(
         opened,
         how,
         TimesConfig(zero=1.0),
-        finishing.Finish(config.for_steps, critic, config.anchor, loss, config.seed),
+        Finish(config.for_steps, critic(plan, how), config.anchor, loss, config.seed),
         seed=config.seed,
         device=config.device,
         preview=plan.preview,
         on_log=on_log,
+    )
+
+
+def critic(plan: Plan, how: FitConfig) -> "Critic":
+    """Build what compares samples with the data."""
+    import copy
+
+    import numpy as np
+
+    from flowmatch.flow import energy, moments, noise
+    from flowmatch.training import feature_critic, score_critic
+
+    config: FinishConfig = plan.config
+    if plan.teacher is not None:
+        fake = replace(plan.teacher, net=copy.deepcopy(plan.teacher.net))
+        how = how.model_copy(update={"lr": config.method.fake_lr or how.lr})
+        velocities = plan.teacher.velocity(), fake.velocity()
+        return score_critic.Scores(*velocities, config.method.fake_updates, how)
+
+    def pairs() -> feature_critic.Samples:
+        yield from map(
+            plan.stream, np.array_split(np.arange(plan.stream.count), -(-plan.stream.count // 256))
+        )
+
+    def real() -> feature_critic.Samples:
+        assert plan.data is not None
+        order = noise.Order(len(plan.data), config.seed)(np.arange(len(plan.data)))
+        yield from map(plan.data.batch, np.array_split(order, -(-len(order) // 256)))
+
+    kind = moments.Moments if config.method.name == "moments" else energy.Energy
+    return feature_critic.Features(
+        plan.matched.modules,
+        partial(kind, window=config.method.window),
+        pairs if plan.data is None else real,
+        pairs,
+        config.method.window,
     )
 
 

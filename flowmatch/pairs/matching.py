@@ -1,9 +1,11 @@
-"""Whether sets of pairs fit the network that is trained on them."""
+"""Whether sets of pairs, the network that is trained on them, and its teacher fit each other."""
 
 from typing import Any
 
 from flowmatch.config import UserError
-from flowmatch.models import diffusion
+from flowmatch.data.dataset import Data
+from flowmatch.models import diffusion, two_time
+from flowmatch.models.teachers import Teacher
 from flowmatch.pairs.dataset import PairData
 
 
@@ -53,5 +55,82 @@ def check_match(start: Any, sets: list[PairData]) -> None:
                 f"{data.key}={data.folder} was made with other prompts: {theirs}, and prompts= is "
                 f"{ours}; name the list of the pairs"
             )
+    if faults:
+        raise UserError(faults)
+
+
+def check_unprompted(sets: list[PairData]) -> None:
+    """Raise UserError where sets of pairs have prompts."""
+    if prompted := [data for data in sets if data.has_prompts]:
+        raise UserError(
+            [
+                f"{data.key}={data.folder} has prompts: a finish takes no pipeline that reads text; use "
+                "reflow"
+                for data in prompted
+            ]
+        )
+
+
+def check_finish(start: Teacher, path: str, for_steps: list[int]) -> None:
+    """Check that a student can be trained on its own samples.
+
+    Args:
+        start: The student.
+        path: Where it is, for the message.
+        for_steps: Numbers of Euler steps that make the samples.
+
+    Raises:
+        UserError: They do not make its samples; all faults at once.
+    """
+    faults, where = [], f"start={path}"
+    if start.diffusion is not None:
+        faults.append(f"{where} is a diffusion model; reflow it first")
+    if two_time.argument(start.net) is not None:
+        faults.append(
+            f"{where} takes a second time (MeanFlow), which a finish would leave untrained; start "
+            "from a student without one"
+        )
+    if start.windows:
+        faults.append(
+            f"{where} is straight in {start.windows} windows (objective.name=segments): one step from "
+            "within does not reach the data; start from another student"
+        )
+    if start.one_step and for_steps != [1]:
+        faults.append(f"for_steps={for_steps}: {where} is for one step only; use [1]")
+    if faults:
+        raise UserError(faults)
+
+
+def check_target(start: Teacher, data: Data | None, teacher: Teacher | None, path: str) -> None:
+    """Check that a student makes what its samples are compared with.
+
+    Args:
+        start: The student.
+        data: Real samples, or None.
+        teacher: A teacher whose velocity tells the score of the data, or None.
+        path: Where the teacher is, for the message.
+
+    Raises:
+        UserError: It does not; all faults at once.
+    """
+    if data is not None and data.shape != start.shape:
+        raise UserError(
+            f"data holds {list(data.shape)}; the network at start= makes {list(start.shape)}"
+        )
+    if teacher is None:
+        return
+    faults, where = [], f"teacher={path}"
+    if teacher.round:
+        faults.append(
+            f"{where} is of round {teacher.round}: after a reflow noise and data belong together, and "
+            "its velocity is no score; name the flow of stage one"
+        )
+    if teacher.diffusion is not None or two_time.argument(teacher.net) is not None:
+        faults.append(f"{where}: method.name=dmd takes a flow of a single time")
+    if (teacher.shape, teacher.classes) != (start.shape, start.classes):
+        faults.append(
+            f"{where} makes {list(teacher.shape)} of {teacher.classes or 'no'} classes, start= "
+            f"{list(start.shape)} of {start.classes or 'none'}"
+        )
     if faults:
         raise UserError(faults)

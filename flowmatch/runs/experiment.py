@@ -284,8 +284,11 @@ class Experiment:
             found["conditions"] = "conditions"
         if stage == "finish":
             found["start"] = last
-            if self.has("features"):
-                found["features"] = ["features"]
+            method = values.get("method")
+            if (method.get("name") if isinstance(method, dict) else method) != "dmd":
+                found |= {"features": ["features"]} if self.has("features") else {}
+            elif self.has("flow"):
+                found["teacher"] = "flow"
         if stage in ("reflow", "finish"):
             found["pairs"] = ["pairs" if k == 1 else f"pairs_{k}"]
             loss = values.get("loss")

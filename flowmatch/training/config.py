@@ -4,16 +4,18 @@ from typing import Any, Literal
 
 import pydantic
 
-from flowmatch.config import Config, UserError, option, required
+from flowmatch.config import Config, UserError, option, required, used
 from flowmatch.training.learning_rate import Decay
 
 
 class MethodConfig(Config):
     """How a finish compares samples of the network with the data."""
 
-    name: Literal["moments", "kernel"] = option(
+    name: Literal["moments", "kernel", "dmd"] = option(
         "moments",
-        "moments: the Frechet distance of features; kernel: their energy distance",
+        "moments: the Frechet distance of features; kernel: their energy distance; dmd: distribution "
+        "matching distillation, by the teacher's velocity and one that learns that of the samples "
+        "(three networks in memory)",
     )
     window: int = option(
         4096,
@@ -22,6 +24,18 @@ class MethodConfig(Config):
         ge=16,
         le=2**16,
     )
+    fake_updates: int = option(
+        1, "dmd: updates of the velocity of the samples, for each of the student", ge=1, le=16
+    )
+    fake_lr: float | None = option(
+        None, "dmd: learning rate of that velocity, constant; default: fit.lr", gt=0
+    )
+
+    @pydantic.field_validator("window", "fake_updates", "fake_lr")
+    @classmethod
+    def _used(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        names = ("moments", "kernel") if info.field_name == "window" else ("dmd",)
+        return used(cls, value, info, "name", *names)
 
 
 class FitConfig(Config):

@@ -27,7 +27,7 @@ class Drawn:
     t: Tensor  # times in [0, 1], [B]
     u: Tensor  # uniform numbers in [0, 1) for the objective, [B]
     label: Tensor | None  # int64 [B]
-    fresh: Tensor | None = None  # noise for samples of the network itself, [B, ...]
+    fresh: Tensor | None = None  # noises of a stream of its own, [B, K, ...]
 
     def to(self, device: torch.device) -> "Drawn":
         """Copy to a device, through pinned memory where that is one of CUDA."""
@@ -52,7 +52,7 @@ def draw(
     seed: int,
     counters: np.ndarray,
     lines: Lines | None = None,
-    fresh: bool = False,
+    fresh: int = 0,
 ) -> Drawn:
     """Draw the samples of some global counters: a pure function.
 
@@ -68,7 +68,7 @@ def draw(
         seed: Seed of the run.
         counters: step * batch_size + position in the global batch, int64 [B].
         lines: Makes other ends x0, x1 of the pairs and their states, for an objective on trajectories.
-        fresh: Draw noise for samples of the network itself, too, from a stream of its own.
+        fresh: Number K of further noises of a sample, from a stream of their own.
 
     Returns:
         The samples, on the CPU.
@@ -91,7 +91,7 @@ def draw(
     last = torch.tensor([rng.random(dtype=np.float32) for rng in rngs])
     own = None
     if fresh:
-        own = torch.from_numpy(noise.normal(seed, counters, tuple(x1.shape[1:]), noise.FINISH))
+        own = torch.from_numpy(noise.normal(seed, counters, (fresh, *x1.shape[1:]), noise.FINISH))
     return Drawn(x0, x1, t, last, label, own)
 
 

@@ -8,11 +8,12 @@ at the last point of the grid it is the sample of N steps. Beside that the pairs
 keeps each noise where the teacher carried it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowmatch.flow import noise, path
 from flowmatch.flow.losses import Loss
@@ -23,18 +24,6 @@ from flowmatch.training.learner import Learner
 
 Place = tuple[int, int]  # (N, k): the point t = k / N of N steps
 START = (1, 0)  # of any number of steps
-Samples = Iterable[dict[str, Any]]  # batches with x1, and where they are pairs x0 and perhaps label
-
-
-class Matcher(Protocol):
-    """Compares generated features with a target's: `flow.moments`, `flow.energy`."""
-
-    def fresh(self) -> Any: ...
-    def errors(self, f: Tensor) -> Tensor: ...
-    def fill(self, f: Tensor) -> None: ...
-    def add(self, f: Tensor) -> None: ...
-    def tensors(self) -> dict[str, Tensor]: ...
-    def restore(self, saved: dict[str, Tensor]) -> None: ...
 
 
 def places(for_steps: Sequence[int]) -> list[Place]:
@@ -59,85 +48,41 @@ def state_at(v: Velocity, x: Tensor, place: Place, cond: Condition | None) -> Te
     return x
 
 
-class Features:
-    """Matches features of samples with those of data, for each point of the grids by itself.
+class Critic(Protocol):
+    """Compares samples of the network with the data; what it learns is in each checkpoint."""
 
-    Args:
-        modules: Name -> frozen module, x [B, ...] -> features [B, ...], in eval mode on the device.
-        make: Builds a matcher from the features of the data, a part at a time.
-        data: Yields batches with x1 anew at each call.
-        pairs: Likewise, with x0 and perhaps label: the first samples are made from their noise.
-        count: Samples at each point that it begins with.
-    """
+    noises: int  # that it needs of a sample, beside that which becomes the sample
 
-    def __init__(
-        self,
-        modules: dict[str, nn.Module],
-        make: Callable[[Iterable[Tensor]], Matcher],
-        data: Callable[[], Samples],
-        pairs: Callable[[], Samples],
-        count: int,
-    ):
-        self.modules, self.make, self.data, self.pairs = modules, make, data, pairs
-        self.count = count
-        self.cells: dict[Place, dict[str, Matcher]] = {}
-        self.widths: list[int] = []
-
-    @torch.no_grad()
     def begin(
-        self, device: torch.device, plain: Velocity, where: list[Place], saved: dict[str, Tensor]
+        self, accelerator: Any, plain: Velocity, where: list[Place], saved: dict[str, Tensor]
     ) -> None:
-        """Read the data; make the first samples, or go on from a checkpoint."""
-        targets = {}
-        for name, module in self.modules.items():
-            found = (module(batch["x1"].to(device)).flatten(1) for batch in self.data())
-            targets[name] = self.make(found)
-        self.cells = {place: {n: t.fresh() for n, t in targets.items()} for place in where}
-        for place, cell in self.cells.items():
-            made = [] if saved else self._samples(device, plain, place)
-            for name, matcher in cell.items():
-                if not saved:
-                    matcher.fill(torch.cat([self.modules[name](x).flatten(1) for x in made]))
-                    continue
-                start = f"{_key(place)}/{name}/"
-                own = {k.removeprefix(start): v for k, v in saved.items() if k.startswith(start)}
-                matcher.restore(own)
+        """Begin with the points of the grids, or go on from a checkpoint; collective."""
 
-    def _samples(self, device: torch.device, plain: Velocity, place: Place) -> list[Tensor]:
-        made: list[Tensor] = []
-        n, k = place
-        for batch in self.pairs():
-            cond = {"label": batch["label"].to(device)} if "label" in batch else None
-            x = state_at(plain, batch["x0"].to(device), place, cond)
-            made.append(path.data_prediction(x, plain(x, k / n, cond), k / n))
-            if sum(map(len, made)) >= self.count:
-                break
-        return made
+    def errors(self, x: Tensor, seen: "Seen", index: int) -> Tensor:
+        """Return the errors of samples [B, ...] of a micro-batch, [B]."""
 
-    def errors(self, x: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        """Return the errors of samples, [B], and what `learn` needs of them, [B, W]."""
-        total, found = x.new_zeros(len(x)), []
-        for name, matcher in self.cells[place].items():
-            f = self.modules[name](x).flatten(1)
-            total = total + matcher.errors(f)
-            found.append(f.detach())
-        self.widths = [f.shape[1] for f in found]
-        return total / len(found), torch.cat(found, 1)
-
-    def learn(self, rows: Tensor, place: Place) -> None:
-        """Count the samples of an update: what `errors` returned for them, [B, W]."""
-        cell = self.cells[place]
-        for matcher, f in zip(cell.values(), rows.split(self.widths, 1), strict=True):
-            matcher.add(f)
+    def learn(self, place: Place) -> Tensor | None:
+        """Learn from the micro-batches of an update, as `Learner.learn`; collective."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds."""
-        return {
-            f"{_key(place)}/{name}/{part}": tensor
-            for place, cell in self.cells.items()
-            for name, matcher in cell.items()
-            for part, tensor in matcher.tensors().items()
-        }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a critic sees beside samples.
+
+    Attributes:
+        place: The point of a grid at which they were made.
+        noise: Standard normal, independent of them, [B, noises, ...].
+        u: Uniform numbers in [0, 1), [B].
+        cond: Conditions of the network, or None.
+    """
+
+    place: Place
+    noise: Tensor
+    u: Tensor
+    cond: Condition | None
 
 
 class Finish(Learner):
@@ -152,11 +97,11 @@ class Finish(Learner):
     """
 
     def __init__(
-        self, for_steps: Sequence[int], critic: Features, anchor: float, loss: Loss, seed: int
+        self, for_steps: Sequence[int], critic: Critic, anchor: float, loss: Loss, seed: int
     ):
         self.for_steps, self.critic, self.anchor = for_steps, critic, anchor
-        self.loss, self.seed = loss, seed
-        self.rows: dict[int, Tensor] = {}  # of the micro-batches of an update
+        self.loss, self.seed, self.noises = loss, seed, 1 + critic.noises
+        self.both: dict[int, Tensor] = {}  # mean errors of the micro-batches of an update
 
     def begin(self, accelerator: Any, plain: Velocity, saved: dict[str, Any] | None) -> None:
         """As in `Learner`."""
@@ -166,7 +111,7 @@ class Finish(Learner):
         # sums of both errors, and the number of updates
         self.sums = whole.pop("sums", torch.zeros(3, dtype=torch.float64)).to(device)
         torch.manual_seed(self.seed)  # of dropout
-        self.critic.begin(device, plain, places(self.for_steps), whole)
+        self.critic.begin(accelerator, plain, places(self.for_steps), whole)
 
     def errors(
         self, v: Velocity, batch: Drawn, cond: Condition | None, step: int, index: int
@@ -175,7 +120,7 @@ class Finish(Learner):
         assert batch.fresh is not None
         place = place_of(self.for_steps, self.seed, step)
         n, k = place
-        x = state_at(self.plain, batch.fresh, place, cond)
+        x = state_at(self.plain, batch.fresh[:, 0], place, cond)
         t = torch.full_like(batch.t, k / n)
         if self.anchor:  # one pass for both, as DDP asks for it
             twice = None if cond is None else {key: torch.cat([c, c]) for key, c in cond.items()}
@@ -185,18 +130,17 @@ class Finish(Learner):
         else:
             own = v(x, t, cond)
             apart = torch.zeros_like(t)
-        found, rows = self.critic.errors(path.data_prediction(x, own, t), place)
-        self.rows[index] = torch.cat([found.detach()[:, None], apart.detach()[:, None], rows], 1)
+        seen = Seen(place, batch.fresh[:, 1:], batch.u, cond)
+        found = self.critic.errors(path.data_prediction(x, own, t), seen, index)
+        self.both[index] = torch.stack([found.detach().mean(), apart.detach().mean()])
         return found + self.anchor * apart
 
     def learn(self, step: int) -> Tensor | None:
         """As in `Learner`."""
-        # in the order of the global batch, for any number of processes
-        whole = [self.accelerator.gather(self.rows[index]) for index in sorted(self.rows)]
-        rows = torch.cat(whole)
-        self.sums += torch.cat([rows[:, :2].double().mean(0), rows.new_ones(1)])
-        self.critic.learn(rows[:, 2:], place_of(self.for_steps, self.seed, step))
-        return None
+        both = torch.stack(list(self.both.values())).mean(0).double()
+        self.sums[:2] += self.accelerator.reduce(both, "mean")
+        self.sums[2] += 1
+        return self.critic.learn(place_of(self.for_steps, self.seed, step))
 
     def read(self) -> dict[str, float]:
         """As in `Learner`."""
@@ -207,7 +151,3 @@ class Finish(Learner):
     def tensors(self) -> dict[str, Tensor]:
         """As in `Learner`."""
         return {"sums": self.sums} | self.critic.tensors()
-
-
-def _key(place: Place) -> str:
-    return "{}_{}".format(*place)

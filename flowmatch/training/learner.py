@@ -12,8 +12,10 @@ class Learner:
     """What the loop asks of an objective that has a state of its own.
 
     `begin` comes first, then `errors` for each micro-batch and `learn` after each update that counts.
-    Its tensors are in each checkpoint.
+    Its tensors are in each checkpoint. `noises` is the number of fresh noises of a sample that it needs.
     """
+
+    noises: int
 
     def begin(self, accelerator: Any, plain: Velocity, saved: dict[str, Any] | None) -> None:
         """Begin a run, or go on from a checkpoint; collective.
@@ -32,7 +34,7 @@ class Learner:
 
         Args:
             v: The velocity that is trained.
-            batch: Its samples; `fresh` is noise for samples of the student.
+            batch: Its samples; `fresh` is noise for samples of the student, [B, noises, ...].
             cond: Conditions of the network, or None.
             step: Updates that were made before.
             index: Of the micro-batch among those of this process in the update.

@@ -204,6 +204,7 @@ def fit(
         )
         with precision.forked(accelerator.device):
             precision.allow_tf32(config.precision == "tf32")
+            learner = objective if isinstance(objective, Learner) else None
             draw_at = partial(
                 draw,
                 stream,
@@ -213,9 +214,8 @@ def fit(
                 field(net).null,
                 seed,
                 lines=lines,
-                fresh=isinstance(objective, Learner),
+                fresh=learner.noises if learner else 0,
             )
-            learner = objective if isinstance(objective, Learner) else None
             state = State(net, config, accelerator, run, writer, learner)
             views = None
             if preview is not None and config.sample_every is not None:
@@ -320,7 +320,7 @@ def _train(
                 cost += square.mean() / accumulation
             if state.update(loss, cost):
                 if state.learner is not None:
-                    state.learner.learn(state.step - 1)
+                    state.note(state.learner.learn(state.step - 1))
                 bar.advance()
             else:  # fp16 has skipped it: the same samples again
                 batches.go_to(state.step * accumulation)

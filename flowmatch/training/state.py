@@ -200,6 +200,12 @@ class State:
             average.update(self.parameters, self.step)
         return True
 
+    def note(self, finite: Tensor | None) -> None:
+        """Take the last update as one that is not finite, unless it is, or None is known of it."""
+        if finite is not None:
+            first = (self.bad_step == 0) & ~finite
+            self.bad_step = torch.where(first, self.step, self.bad_step)
+
     def read(self) -> dict[str, float]:  # collective: every rank
         """Return the mean loss and cost since they were last set to 0.
 

@@ -1,8 +1,9 @@
-"""Matching of distributions: zero where they are equal, its gradient that of the distance, descent."""
+"""Distributions are matched: no force where they are equal, the gradient of the distance elsewhere."""
 
 import pytest
 import torch
 
+from flowmatch.flow import dmd, path, toy
 from flowmatch.flow.energy import Energy
 from flowmatch.flow.moments import Moments
 
@@ -93,3 +94,36 @@ def test_matchers_go_on_from_what_they_saved_and_keep_what_is_finite(kind):
     for name in ("mean", "second", "newest"):
         if name in before:
             assert torch.equal(one.tensors()[name], before[name])
+
+
+def test_dmd_has_no_force_at_the_true_distribution_and_leads_there_from_others():
+    """The velocities of two normal distributions are linear: those of the closed form."""
+    real = toy.Gaussian([1.0, -0.5], COVARIANCE)
+    generator = torch.Generator().manual_seed(0)
+
+    def step(scale, shift, n):
+        z, noise = torch.randn(2, n, 2, dtype=torch.float64, generator=generator)
+        x = z @ scale + shift
+        t = dmd.times(torch.rand(n, dtype=torch.float64, generator=generator))
+        y = path.interpolate(noise, x.detach(), t)
+        fake = toy.Gaussian(shift.detach(), scale.detach().T @ scale.detach())
+        return x, dmd.direction(x.detach(), y, t, real(y, t), fake(y, t))
+
+    root = torch.linalg.cholesky(COVARIANCE.double()).T.contiguous()
+    _, ascent = step(root, torch.tensor([1.0, -0.5], dtype=torch.float64), 1000)
+    assert ascent.abs().max() < 1e-10
+    scale = torch.eye(2, dtype=torch.float64).requires_grad_()
+    shift = torch.zeros(2, dtype=torch.float64).requires_grad_()
+    x, ascent = step(scale, shift, 1000)
+    assert ascent.norm(dim=1).mean() > 0.1
+    (slope,) = torch.autograd.grad(dmd.errors(x, ascent).sum(), x)
+    torch.testing.assert_close(slope, ascent / 2**0.5)
+    optimizer = torch.optim.Adam([scale, shift], 0.02)
+    for number in range(500):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - number / 500)
+        x, ascent = step(scale, shift, 256)
+        optimizer.zero_grad()
+        dmd.errors(x, ascent).mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(shift.float(), torch.tensor([1.0, -0.5]), atol=0.05, rtol=0)
+    torch.testing.assert_close((scale.T @ scale).float(), COVARIANCE, atol=0.1, rtol=0)

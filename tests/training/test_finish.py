@@ -20,9 +20,10 @@ from tests.stages import run
 UNET = {"name": "UNet2DModel", **stages.UNET}
 SMALL = [
     *("fit.steps=8", "fit.batch_size=16", "fit.log_every=2", "fit.save_every=4", "fit.warmup=2"),
-    *("for_steps=[1,2]", "features=[values,random]", "method.window=32", "fit.lr=1e-2"),
+    *("for_steps=[1,2]", "fit.lr=1e-2"),
 ]
-METHODS = pytest.mark.parametrize("name", ["moments", "kernel"])
+MATCHED = ["features=[values,random]", "method.window=32"]
+METHODS = pytest.mark.parametrize("name", ["moments", "kernel", "dmd"])
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +38,14 @@ def base(tmp_path_factory):
 
 def words(base, folder, *more):
     place = [f"run_dir={folder}", f"start={base}/flow", f"pairs=[{{path: {base}/pairs}}]"]
-    return [*place, *SMALL, *more]
+    matched = [] if any("dmd" in word for word in more) else MATCHED
+    return [*place, *SMALL, *matched, *more]
 
 
 def train(base, folder, world, *more, codes=None, **environment):
     """Run the stage on some ranks, to its end."""
+    if "method.name=dmd" in more:
+        more = (f"teacher={base}/flow", "method.fake_updates=2", *more)
     argv, log = [*words(base, folder, *more), "device=cpu"], Path(f"{folder}.log")
     started = ranks.start(world, argv, log, "finish", **environment)
     for rank in started:
@@ -148,6 +152,11 @@ def test_a_judge_that_the_finish_has_seen_is_refused(base, judged, tmp_path, cap
         ("data=ring", r"data holds \[2\]; the network at start= makes \[1, 8, 8\]"),
         ("features=[nowhere.pt2]", "features.0=nowhere.pt2: no such file"),
         ("loss={name: mse}", "loss has no effect with anchor=0"),
+        ("method={name: dmd}", "method.name=dmd needs teacher="),
+        (
+            "method={name: dmd, window: 32}",
+            "method.window=32: window belongs to name=moments and kernel",
+        ),
     ],
 )
 def test_what_a_finish_cannot_do_is_refused_by_its_plan(base, tmp_path, more, fault):

@@ -1,0 +1,113 @@
+"""The critic of a finish that compares features of samples with those of the data."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from flowmatch.flow import path
+from flowmatch.models.velocity import Velocity
+from flowmatch.training.finishing import Critic, Place, Seen, state_at
+
+Samples = Iterable[dict[str, Any]]  # batches with x1, and where they are pairs x0 and perhaps label
+
+
+class Matcher(Protocol):
+    """Compares generated features with a target's: `flow.moments`, `flow.energy`."""
+
+    def fresh(self) -> Any: ...
+    def errors(self, f: Tensor) -> Tensor: ...
+    def fill(self, f: Tensor) -> None: ...
+    def add(self, f: Tensor) -> None: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+    def restore(self, saved: dict[str, Tensor]) -> None: ...
+
+
+class Features(Critic):
+    """Matches features of samples with those of data, for each point of the grids by itself.
+
+    Args:
+        modules: Name -> frozen module, x [B, ...] -> features [B, ...], in eval mode on the device.
+        make: Builds a matcher from the features of the data, a part at a time.
+        data: Yields batches with x1 anew at each call.
+        pairs: Likewise, with x0 and perhaps label: the first samples are made from their noise.
+        count: Samples at each point that it begins with.
+    """
+
+    noises = 0
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        make: Callable[[Iterable[Tensor]], Matcher],
+        data: Callable[[], Samples],
+        pairs: Callable[[], Samples],
+        count: int,
+    ):
+        self.modules, self.make, self.data, self.pairs = modules, make, data, pairs
+        self.count = count
+        self.cells: dict[Place, dict[str, Matcher]] = {}
+        self.found: dict[int, list[Tensor]] = {}  # features of the micro-batches of an update
+
+    @torch.no_grad()
+    def begin(
+        self, accelerator: Any, plain: Velocity, where: list[Place], saved: dict[str, Tensor]
+    ) -> None:
+        """As in `Critic`: read the data; make the first samples."""
+        self.accelerator, targets = accelerator, {}
+        device = accelerator.device
+        for name, module in self.modules.items():
+            found = (module(batch["x1"].to(device)).flatten(1) for batch in self.data())
+            targets[name] = self.make(found)
+        self.cells = {place: {n: t.fresh() for n, t in targets.items()} for place in where}
+        for place, cell in self.cells.items():
+            made = [] if saved else self._samples(device, plain, place)
+            for name, matcher in cell.items():
+                if not saved:
+                    matcher.fill(torch.cat([self.modules[name](x).flatten(1) for x in made]))
+                    continue
+                start = f"{_key(place)}/{name}/"
+                own = {k.removeprefix(start): v for k, v in saved.items() if k.startswith(start)}
+                matcher.restore(own)
+
+    def _samples(self, device: torch.device, plain: Velocity, place: Place) -> list[Tensor]:
+        made: list[Tensor] = []
+        n, k = place
+        for batch in self.pairs():
+            cond = {"label": batch["label"].to(device)} if "label" in batch else None
+            x = state_at(plain, batch["x0"].to(device), place, cond)
+            made.append(path.data_prediction(x, plain(x, k / n, cond), k / n))
+            if sum(map(len, made)) >= self.count:
+                break
+        return made
+
+    def errors(self, x: Tensor, seen: Seen, index: int) -> Tensor:
+        """As in `Critic`."""
+        total, found = x.new_zeros(len(x)), []
+        for name, matcher in self.cells[seen.place].items():
+            f = self.modules[name](x).flatten(1)
+            total = total + matcher.errors(f)
+            found.append(f.detach())
+        self.found[index] = found
+        return total / len(found)
+
+    def learn(self, place: Place) -> Tensor | None:
+        """As in `Critic`: count the samples, in the order of the global batch."""
+        for number, matcher in enumerate(self.cells[place].values()):
+            parts = [self.accelerator.gather(self.found[i][number]) for i in sorted(self.found)]
+            matcher.add(torch.cat(parts))
+        return None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As in `Critic`."""
+        return {
+            f"{_key(place)}/{name}/{part}": tensor
+            for place, cell in self.cells.items()
+            for name, matcher in cell.items()
+            for part, tensor in matcher.tensors().items()
+        }
+
+
+def _key(place: Place) -> str:
+    return "{}_{}".format(*place)
