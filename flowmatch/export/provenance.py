@@ -67,7 +67,7 @@ def trace(student: str) -> Origin:
         before = str(config.get("start") or "")
         if config.get("pairs"):
             pairs = [pair_line(entry) for entry in config["pairs"] if isinstance(entry, dict)]
-            told, name = "; ".join(filter(None, pairs)), "reflow"
+            told, name = "; ".join(filter(None, pairs)), sealed.get("stage", "reflow")
         else:
             told, name = data_words(config.get("data") or {}, sealed, origin), "flow"
         origin.lines.insert(0, f"- {name}: {training(run, config, told)}")

@@ -10,9 +10,9 @@ from flowmatch.runs.process import say
 
 USAGE = """usage: flowmatch seal RUN
 
-Seal an unfinished run of flow or reflow: the averaged weights of its newest sound checkpoint become its
-network, and the stages after it go on from there. The manifest names the update. To train on after all,
-delete RUN/manifest.json and repeat the command of the stage."""
+Seal an unfinished run of flow, reflow or finish: the averaged weights of its newest sound checkpoint
+become its network, and the stages after it go on from there. The manifest names the update. To train on
+after all, delete RUN/manifest.json and repeat the command of the stage."""
 
 
 def main(words: list[str]) -> None:
@@ -32,7 +32,7 @@ def seal(run: Path) -> None:
     """Seal a run folder.
 
     Args:
-        run: A folder of train_flow or reflow.
+        run: A folder of train_flow, reflow or finish.
 
     Raises:
         UserError: It has no sound checkpoint, or another process works in it.
@@ -44,8 +44,9 @@ def seal(run: Path) -> None:
         return
     if not checkpoints.folders(run):
         raise UserError(
-            f"{run} holds no checkpoint; expected a run of flow or reflow, stopped after its first one "
-            "(fit.save_every). To end a set of pairs early, repeat its command with fewer shards"
+            f"{run} holds no checkpoint; expected a run of flow, reflow or finish, stopped after its "
+            "first one (fit.save_every). To end a set of pairs early, repeat its command with fewer "
+            "shards"
         )
     lock, scratch = folder.hold(run), Scratch(run)
     with lock:

@@ -167,7 +167,7 @@ def test_what_cannot_be_sealed_is_told(stopped, tmp_path):
     assert "expected one run folder" in forked.run(["flowmatch", "seal"]).stderr
     done = forked.run(["flowmatch", "seal", str(tmp_path)])
     assert done.returncode == 2
-    assert "holds no checkpoint; expected a run of flow or reflow" in done.stderr
+    assert "holds no checkpoint; expected a run of flow, reflow or finish" in done.stderr
     shutil.copytree(stopped, tmp_path / "flow")
     for step in (20, 40):
         flip(tmp_path / f"flow/checkpoints/step_000000{step}/net.safetensors")
