@@ -256,6 +256,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+def step_words(steps: Iterable[int]) -> str:
+    """Write numbers of steps: `one step`, `1, 2 and 4 steps`."""
+    *first, last = map(str, steps)
+    if first:
+        return f"{', '.join(first)} and {last} steps"
+    return "one step" if last == "1" else f"{last} steps"
+
+
 def closest(word: str, known: Iterable[str]) -> str:
     """Suggest the known word that is closest to one: `did you mean WORD?`, or nothing."""
     near = difflib.get_close_matches(word, list(known), 1)

@@ -320,8 +320,8 @@ class Scores:
                 **sampled[name].straightness(),
                 "rows": [],
             }
-            if sampled[name].model.one_step:
-                result[name]["one_step"] = True
+            if sampled[name].model.for_steps:
+                result[name]["for_steps"] = list(sampled[name].model.for_steps)
             if sampled[name].model.windows:
                 result[name]["windows"] = sampled[name].model.windows
             for row, found in zip(made, self.rows[name], strict=True):

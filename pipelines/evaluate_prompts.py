@@ -183,12 +183,14 @@ def evaluations(
 def remarks(
     config: EvaluatePromptsConfig, teacher: "TextTeacher", student: "TextTeacher"
 ) -> list[str]:
-    """Say what makes a comparison with this student unusual: one step only, another call."""
+    """Say what makes a comparison with this student unusual: some steps only, another call."""
     from flowmatch.config import differences
     from flowmatch.evaluation import tables
     from flowmatch.models import teachers
 
-    lines = [tables.ONE_STEP] if student.one_step and config.steps != [1] else []
+    known = list(student.for_steps)
+    others = known and not set(config.steps) <= set(known)
+    lines = [tables.meant({"for_steps": known})] if others else []
     facts = teachers.read_made(str(config.student), "student")["facts"]
     changed = differences(facts["call"], teacher.call)
     if changed:
@@ -310,8 +312,8 @@ def summary(
     result: dict[str, Any] = {"protocol": protocol}
     if student is not None:
         result["student"] = {"round": student.round, "form": student.student_facts["form"]}
-        if student.one_step:
-            result["student"]["one_step"] = True
+        if student.for_steps:
+            result["student"]["for_steps"] = list(student.for_steps)
     result["rows"] = []
     real: Tensor | None = None
     if plan.real is not None:

@@ -39,7 +39,11 @@ class ExportConfig(StageConfig):
     evaluation: LocalPath | None = option(
         None, "the student's finished evaluation, whose table goes into the card", run=True
     )
-    steps: list[int] = option([1, 2, 4], "numbers of steps that get an exact stock scheduler")
+    steps: list[int] = option(
+        [1, 2, 4],
+        "numbers of steps that get an exact stock scheduler; left out, those that the student is for, "
+        "if it is for some only",
+    )
     vae: LocalPath | None = option(
         None,
         "for a student of latents: the VAE that decodes them (default: that of the run of encode whose "
@@ -138,7 +142,6 @@ def plan(config: ExportConfig) -> Plan:
             device = process.worker_device(process.device_of(config))
             words = (config.student, config.prompts, config.call, config.pipeline, device)
             read = text_folder.open_student(*words, config.adapter)
-            read.check_steps(config.steps)
             return read, read.digest
         try:
             found = teachers.read_made(config.student, "student")["facts"]
@@ -158,8 +161,7 @@ def plan(config: ExportConfig) -> Plan:
             )
         if student.two_times:  # stock networks take one time: r = 1 goes into a bias
             folded = two_time.fold(student.net)
-            student = dataclasses.replace(student, net=folded, one_step=True)
-        student.check_steps(config.steps)
+            student = dataclasses.replace(student, net=folded, for_steps=(1,))
         if config.dtype == "float16":
             student.net.half().float()  # in place: rounded
         return student, digest
@@ -178,6 +180,8 @@ def plan(config: ExportConfig) -> Plan:
     _, _, (student, digest), evaluation = together(
         check_config, check_upload, load_student, read_evaluation
     )
+    steps = student.export_steps(config.steps, "steps" in config.model_fields_set)
+    config = config.model_copy(update={"steps": steps})
     inputs, table = {"student": digest}, "Not evaluated.\n"
     if config.evaluation is not None:
         if evaluation["inputs"].get("student") != digest:
@@ -332,7 +336,7 @@ def draw(plan: Plan, file: Path) -> bool:
 
 def kept(student: "Teacher") -> dict[str, Any]:
     """Return what an export remembers of its student, for a stage that takes it as a teacher."""
-    facts: dict[str, Any] = {"one_step": True} if student.one_step else {}
+    facts: dict[str, Any] = {"for_steps": list(student.for_steps)} if student.for_steps else {}
     facts |= {"features": sorted(student.features)} if student.features else {}
     facts |= {"windows": student.windows} if student.windows else {}
     return facts | ({} if "script" in student.facts else student.student_facts)

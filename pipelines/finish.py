@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from flowmatch.data.dataset import Data
     from flowmatch.evaluation.matched_features import Matched
     from flowmatch.models.teachers import Teacher
-    from flowmatch.pairs.dataset import PairData
     from flowmatch.pairs.mixture import Mixture
     from flowmatch.training.finishing import Critic
     from flowmatch.training.loop import OnLog
@@ -118,7 +117,7 @@ def plan(config: FinishConfig) -> Plan:
     from flowmatch.models import teachers
     from flowmatch.pairs import matching, mixture
     from flowmatch.pairs.mixture import Mixture
-    from flowmatch.training import loop
+    from flowmatch.training import loop, preview
 
     def check_loop() -> str:
         device = process.device_of(config)
@@ -191,13 +190,11 @@ def plan(config: FinishConfig) -> Plan:
         *start.lines,
     ]
     last = max(found.sealed["facts"]["round"] for found in sets)
-    shown = None
-    if config.fit.sample_every is not None:
-        shown, told = view(config, start, sets[0], unseen)
-        lines += told
+    every, laid = config.fit.sample_every, [start.student_grid(n) for n in config.for_steps]
+    shown, told = preview.planned(every, start, config.start, sets[0], unseen, laid)
     round = max(start.round, last + 1)
     more = (stream, start, module, matched, data, round, seen_features, teacher, shown)
-    return Plan(config, inputs, lines, *more)
+    return Plan(config, inputs, lines + told, *more)
 
 
 def check_fit(config: FinishConfig) -> None:
@@ -248,23 +245,6 @@ def open_data(config: FinishConfig) -> "Data | None":
     return None if config.data is None else dataset.load(config.data)
 
 
-def view(
-    config: FinishConfig,
-    start: "Teacher",
-    first: "PairData",
-    unseen: "list[tuple[PairData, Any]]",
-) -> "tuple[Preview, list[str]]":
-    """Choose what is drawn and measured while it trains, and say so."""
-    from flowmatch.models import autoencoder
-    from flowmatch.training import preview
-
-    decode, why = preview.decoder(start, autoencoder.of_run(config.start, start.latents))
-    made = preview.of_pairs(first, unseen, config.for_steps == [1], decode)
-    made = replace(made, steps=config.for_steps)
-    assert config.fit.sample_every is not None
-    return made, preview.lines(made, config.fit.sample_every, why)
-
-
 def run(plan: Plan) -> None:
     """Train, and seal the folder."""
     from flowmatch.models import networks
@@ -274,8 +254,6 @@ def run(plan: Plan) -> None:
     facts = {"round": plan.round} | plan.stream.facts | plan.start.student_facts
     facts |= {"features": sorted(plan.seen_features)} if plan.seen_features else {}
     facts["for_steps"] = config.for_steps
-    if plan.start.one_step:
-        facts["one_step"] = True
     with folder.RunFolder("finish", config, plan.inputs, facts) as opened:
         files = train(plan, opened, config.fit)
         if process.leads():

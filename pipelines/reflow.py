@@ -4,7 +4,8 @@ Same loop, same path, same target x1 - x0; but x0 and x1 belong together, so the
 learns do not cross, and few Euler steps follow them. With `times.zero=1`, from a reflowed start:
 distillation to one step, after which the student samples in one step only. With
 `objective.name=meanflow`: the average velocity between any two times, by a second time in the network.
-With `objective.name=segments` or `cmt`, from pairs with states: lines that begin along the path.
+With `objective.name=segments` or `cmt`, from pairs with states: lines that begin along the path. With
+`for_steps`: at the times of a few samplers alone.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
 
-from flowmatch.config import LocalPath, UserError, counted, option, require, required, together
+from flowmatch.config import (
+    LocalPath,
+    UserError,
+    counted,
+    option,
+    require,
+    required,
+    step_words,
+    together,
+)
 from flowmatch.data.config import PromptsConfig
 from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
 from flowmatch.models.config import CallConfig, LoraConfig
@@ -23,13 +33,16 @@ from flowmatch.runs.config import StageConfig
 from flowmatch.training.config import FitConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from flowmatch.flow.trajectories import Lines
     from flowmatch.models.adapters import Writer
     from flowmatch.models.teachers import Teacher
-    from flowmatch.pairs.dataset import PairData
     from flowmatch.pairs.mixture import Mixture
     from flowmatch.training.loop import OnLog
     from flowmatch.training.preview import Preview
+
+MOST = 1000  # steps: the times of a stock scheduler
 
 
 class ReflowConfig(StageConfig):
@@ -57,6 +70,11 @@ class ReflowConfig(StageConfig):
         "density of the training times; default: half at exactly 0, where one-step sampling evaluates "
         "the network, the others near it",
     )
+    for_steps: list[int] = option(
+        [],
+        "numbers of Euler steps that the student is for, such as [1, 2, 4]: it is trained at the times "
+        "of these alone, each number as often; default: at all times",
+    )
     loss: LossConfig = option(LossConfig(name="pseudo_huber"), "loss on the velocity")
     pipeline: LocalPath | None = option(
         None, "with prompts and a run folder as the start: the pipeline of its network", run=True
@@ -71,6 +89,22 @@ class ReflowConfig(StageConfig):
         "encode the prompts of each batch",
         run=True,
     )
+
+    @pydantic.field_validator("for_steps")
+    @classmethod
+    def _rising(cls, value: list[int], info: pydantic.ValidationInfo) -> list[int]:
+        if value and not (sorted(set(value)) == value and value[0] >= 1 and value[-1] <= MOST):
+            raise ValueError(f"expected rising numbers from 1 to {MOST:,}")
+        usual = cls.model_fields["times"].default
+        if value and info.data.get("times", usual) != usual:
+            told = f"{{name: {usual.name}, zero: {usual.zero}}}"
+            raise ValueError(f"sets the times; leave times out, or at {told}")
+        return value
+
+    @property
+    def at_steps(self) -> list[int]:
+        """The numbers of steps at whose times alone the student is trained; none for all times."""
+        return self.for_steps or [1] * (self.times.zero == 1)
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -101,6 +135,7 @@ class Plan(folder.Plan):
     writer: "Writer | None"
     preview: "Preview | None"
     lined: "Lines | None"  # of an objective on trajectories
+    grids: "list[Tensor]"  # of the numbers of steps that it is for
 
     def measure(self) -> list[str]:
         """Time three updates, where nothing is sealed yet."""
@@ -124,7 +159,7 @@ def plan(config: ReflowConfig) -> Plan:
     from flowmatch.models import adapters
     from flowmatch.pairs import matching, mixture
     from flowmatch.pairs.mixture import Mixture
-    from flowmatch.training import loop
+    from flowmatch.training import loop, preview
 
     def check_loop() -> str:
         device = process.device_of(config)
@@ -144,7 +179,12 @@ def plan(config: ReflowConfig) -> Plan:
         check_loop,
         lambda: check_lora(config),
         lambda: objectives.check(
-            config.objective, config.loss, config.times, config.fit, config.prompts is not None
+            config.objective,
+            config.loss,
+            config.times,
+            config.fit,
+            config.prompts is not None,
+            config.for_steps,
         ),
         check_features,
         load_start,
@@ -160,7 +200,9 @@ def plan(config: ReflowConfig) -> Plan:
         lambda: Mixture(list(zip(sets, weights, strict=True)), config.fit.batch_size, config.seed),
         lambda: network(start, config),
         lambda: trajectories.build(
-            config.objective, {f"{data.key}={data.folder}": data.times for data in sets}
+            config.objective,
+            {f"{data.key}={data.folder}": data.times for data in sets},
+            config.for_steps,
         ),
     )
     writer = None
@@ -171,9 +213,9 @@ def plan(config: ReflowConfig) -> Plan:
     inputs |= {f"pairs.{number}": data.digest for number, data in enumerate(sets)}
     if config.prompts is not None:
         inputs["prompts"] = start.facts["prompts"]["digest"]
-    seen_features = {*start.features}
+    digests = {*start.features}
     for data in sets:
-        seen_features.update(data.sealed["facts"].get("features", ()))  # of its teacher
+        digests.update(data.sealed["facts"].get("features", ()))  # of its teacher
     module = None
     if config.loss.features is not None:
         module, inputs["features"], digest = features.perceptual(
@@ -184,12 +226,13 @@ def plan(config: ReflowConfig) -> Plan:
             process.worker_device(device),
             config.seed,
         )
-        seen_features.add(digest)
+        digests.add(digest)
     cuts, unseen = stream.leave_out(config.pairs)
     count = stream.count
     config = config.model_copy(update={"fit": config.fit.over(count)})
     seen = config.fit.steps * config.fit.batch_size
-    only = ", for one step only: all times are 0" if config.times.zero == 1 else ""
+    only = f", for {step_words(config.at_steps)} only, at their times" if config.at_steps else ""
+    laid = [start.student_grid(n) for n in config.at_steps]
     lines = [
         f"{count:,} pairs of {list(start.shape)} in {counted(len(sets), 'set')}, "
         f"{'with prompts' if config.prompts else 'with labels' if start.classes else 'no labels'}",
@@ -202,29 +245,10 @@ def plan(config: ReflowConfig) -> Plan:
         *start.lines,
     ]
     last = max(data.sealed["facts"]["round"] for data in sets)
-    shown = None
-    if config.fit.sample_every is not None:
-        shown, told = view(config, start, sets[0], unseen, lined)
-        lines += told
-    more = (net, stream, module, last + 1, seen_features, start, writer, shown, lined)
-    return Plan(config, inputs, lines, *more)
-
-
-def view(
-    config: ReflowConfig,
-    start: "Teacher",
-    first: "PairData",
-    unseen: "list[tuple[PairData, Any]]",
-    lined: "Lines | None",
-) -> "tuple[Preview, list[str]]":
-    """Choose what is drawn and measured while it trains, and say so."""
-    from flowmatch.models import autoencoder
-    from flowmatch.training import preview
-
-    decode, why = preview.decoder(start, autoencoder.of_run(config.start, start.latents))
-    made = preview.of_pairs(first, unseen, config.times.zero == 1, decode, lined)
-    assert config.fit.sample_every is not None
-    return made, preview.lines(made, config.fit.sample_every, why)
+    every = config.fit.sample_every
+    shown, told = preview.planned(every, start, config.start, sets[0], unseen, laid, lined)
+    more = (net, stream, module, last + 1, digests, start, writer, shown, lined, laid)
+    return Plan(config, inputs, lines + told, *more)
 
 
 def load(config: ReflowConfig, device: str) -> "Teacher":
@@ -250,9 +274,9 @@ def run(plan: Plan) -> None:
     facts = {"round": plan.round} | plan.stream.facts | plan.start.student_facts
     if plan.seen_features:
         facts["features"] = sorted(plan.seen_features)
-    if config.times.zero == 1:
-        facts["one_step"] = True
-    if plan.lined is not None and plan.lined.windows:
+    if config.at_steps:
+        facts["for_steps"] = config.at_steps
+    elif plan.lined is not None and plan.lined.windows:
         facts["windows"] = plan.lined.windows
     with folder.RunFolder("reflow", config, plan.inputs, facts) as opened:
         files = train(plan, opened, config.fit)
@@ -284,7 +308,7 @@ def train(
         coupling.stored,
         opened,
         how,
-        config.times,
+        plan.grids or config.times,
         objectives.build(config.objective, config.loss, plan.module),
         seed=config.seed,
         device=config.device,

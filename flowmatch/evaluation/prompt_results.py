@@ -100,8 +100,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]
     if "floor" in result:
         told.append(f"Real against real: {result['floor']['distance']:.3g}.")
-    if result.get("student", {}).get("one_step"):
-        told.append(tables.ONE_STEP)
+    if meant := tables.meant(result.get("student", {})):
+        told.append(meant)
     return "\n".join(lines) + "\n\n" + " ".join(told) + "\n"
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flowmatch.config import UserError
-from flowmatch.flow import grids, noise, solvers
+from flowmatch.flow import noise, solvers
 from flowmatch.flow.config import SolverConfig
 from flowmatch.models.learn import FAILURES
 from flowmatch.models.script import few_steps
@@ -132,7 +132,7 @@ def _dtype(teacher: TextTeacher) -> torch.dtype:
 def student_row(student: TextTeacher, steps: int) -> Row:
     """Return the run of a student: Euler, one evaluation a step, without guidance."""
     v = TextVelocity(student.net, student.script, student.conditions(), student.schedule)
-    grid = grids.uniform_grid(steps) if student.schedule is None else student.schedule.grid(steps)
+    grid = student.student_grid(steps)
 
     def carry(x0: Tensor, numbers: Tensor) -> Tensor:
         return solvers.integrate(lambda x, t: v(x, t, {"label": numbers}), x0, grid)

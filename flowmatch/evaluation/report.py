@@ -168,10 +168,8 @@ def numbers_text(result: Mapping[str, Any]) -> str:
         "The last row compares two sets of real data, of "
         f"{result['floor']['samples']:,} samples each: read every number beside it."
     )
-    if "one_step" in result["student"]:
-        text += f" {tables.ONE_STEP}"
-    if "windows" in result["student"]:
-        text += f" {tables.WINDOWS.format(result['student']['windows'])}"
+    if told := tables.meant(result["student"]):
+        text += f" {told}"
     if "nearest" in result["floor"]:
         which = (
             "to real ones that no model has seen"

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from flowmatch.config import UserError
+from flowmatch.config import UserError, step_words
 
 DISTANCES = {"frechet": "Frechet distance", "sliced_wasserstein": "sliced Wasserstein-2 distance"}
 QUALITIES = {  # what images are scored on beside the distance: name, format
@@ -28,6 +28,7 @@ PANEL = {  # what a panel shows of each feature space: name, format
 CHEAP = {"table.md", "curve.png"}  # files that follow from metrics.json
 UNHASHED = ("table.md", "curve.png", "grid.png", "report.html")
 ONE_STEP = "The student was trained for one step only; its rows with more steps are not meaningful."
+FOR_STEPS = "The student was trained for {} only; its other rows are not meaningful."
 WINDOWS = (
     "The student was trained for {} equal steps; rows with no multiple of them are not meaningful."
 )
@@ -195,16 +196,25 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{floor['samples']} each: {floor['distance']:.3g}. Straightness, normalised (0 is straight): "
         f"teacher {teacher['normalised']:.3g}, student {student['normalised']:.3g}.",
     ]
-    if "one_step" in student:
-        parts.append(ONE_STEP)
-    if "windows" in student:
-        parts.append(WINDOWS.format(student["windows"]))
+    if told := meant(student):
+        parts.append(told)
     if more is not None:
         parts.append(_lines(more.head, [*more.rows, more.floor]))
     if "panel" in result:
         parts.append(panel_text(result))
     parts += [_lines(each.head, [*each.rows, each.floor]) for each in panel(result)]
     return "\n\n".join(parts) + "\n"
+
+
+def meant(student: Mapping[str, Any]) -> str:
+    """Say which rows of a student mean something; "" where all do.
+
+    Args:
+        student: The part of metrics.json on the student, whose `for_steps` was once `one_step`.
+    """
+    if steps := student.get("for_steps", [1] * student.get("one_step", 0)):
+        return ONE_STEP if steps == [1] else FOR_STEPS.format(step_words(steps))
+    return WINDOWS.format(student["windows"]) if "windows" in student else ""
 
 
 def _lines(head: list[str], rows: list[list[Cell]]) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from flowmatch.config import step_words
 from flowmatch.export import provenance
 from flowmatch.export.provenance import Origin
 from flowmatch.models.autoencoder import Autoencoder
@@ -26,6 +27,7 @@ image = pipe(num_inference_steps=1).images[0]
 ```
 """
 ONE_STEP = "It samples in exactly one Euler step."
+FOR_STEPS = "It samples in {}, equal Euler steps: it was trained at their times alone."
 WINDOWS = "It samples in {} equal Euler steps, or a multiple of them."
 ONE_STEP_NOTES = """\
 Always pass `num_inference_steps=1`; the default of the pipeline is 1000. The scheduler of this folder,
@@ -127,18 +129,23 @@ def kind_of(student: Teacher, vae: Autoencoder | None = None) -> Kind:
         vae: What its samples are latents of.
     """
     kind, n = _kind_of(student, vae), student.windows
-    return (
-        kind if n is None else replace(kind, snippet=_in(n, kind.snippet), notes=_in(n, kind.notes))
-    )
+    if n is not None:
+        least, all_n = n, f"multiples of {n} steps"
+    elif len(student.for_steps) and not student.one_step:
+        least, all_n = student.for_steps[0], step_words(student.for_steps)
+    else:
+        return kind
+    snippet, notes = (_in(least, all_n, text) for text in (kind.snippet, kind.notes))
+    return replace(kind, snippet=snippet, notes=notes)
 
 
-def _in(n: int, text: str) -> str:
-    """Make a text on one step one on n, and one on any number of steps one on multiples of n."""
+def _in(n: int, all_n: str, text: str) -> str:
+    """Make a text on one step one on n, and one on any number of steps one on those of all_n."""
     for one, many in (
         ("num_inference_steps=1", f"num_inference_steps={n}"),
         ('"scheduler_1"', f'"scheduler_{n}"'),
-        ("in one step", f"in {n} steps"),
-        ("any number of steps", f"multiples of {n} steps"),
+        ("in one step", f"in {step_words([n])}"),
+        ("any number of steps", all_n),
     ):
         text = text.replace(one, many)
     return text
@@ -230,6 +237,8 @@ def text(
     """
     tag, n = "unconditional-image-generation" if kind.draws else "", student.windows
     steps = "It samples in one to four Euler steps." if n is None else WINDOWS.format(n)
+    if student.for_steps:
+        steps = ONE_STEP if student.one_step else FOR_STEPS.format(step_words(student.for_steps))
     shown, training = provenance.sections(origin, license, picture)
     return CARD.format(
         front=provenance.written(provenance.front(license, tag, origin)),
@@ -239,11 +248,11 @@ def text(
         few="one" if student.one_step else "few",
         network=type(student.net).__name__,
         rounds="1 round" if student.round == 1 else f"{student.round} rounds",
-        steps=ONE_STEP if student.one_step else steps,
+        steps=steps,
         snippet=kind.snippet,
         notes=kind.notes,
         remote=REMOTE,
-        grids="" if student.one_step or n else GRIDS,
+        grids="" if student.for_steps or n else GRIDS,
         table=table,
         differences=describe(differences, kind),
         digest=student.digest,

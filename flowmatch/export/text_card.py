@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from flowmatch.config import step_words
 from flowmatch.export import provenance
 from flowmatch.export.provenance import Origin
 from flowmatch.export.text_export import EXACT, Choice, Found, Trial, Way
@@ -182,7 +183,11 @@ def notes(trial: Trial, choice: Choice) -> str:
     taken = {n: found.way for n, found in _possible(choice).items() if found.way}
     lines.append(
         f"Always pass `num_inference_steps`: it was checked with {_listed(list(taken))}."
-        + ("" if not student.one_step else " It samples in exactly one step.")
+        + (
+            f" It was trained for {step_words(student.for_steps)} only."
+            if student.for_steps
+            else ""
+        )
     )
     lines += [
         f"{student.script.pipeline} cannot take {n} step{'s' * (n > 1)} ({found.failure})."

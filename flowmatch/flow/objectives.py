@@ -6,7 +6,7 @@ t = 0). The right side, held constant, is its target: v from the pair, and the s
 of the pair from a difference, or exactly from forward-mode differentiation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -168,6 +168,7 @@ def check(
     t: TimesConfig,
     fit: FitOptions,
     prompts: bool = False,
+    for_steps: Sequence[int] = (),
 ) -> None:
     """Check that an objective can be trained with a loss, times and a training loop.
 
@@ -177,15 +178,21 @@ def check(
         t: The times.
         fit: The training loop.
         prompts: Whether the network is that of a pipeline that reads prompts.
+        for_steps: Numbers of Euler steps at whose times alone the network is trained.
 
     Raises:
         UserError: They contradict each other.
     """
     if config.on_states:
-        return _check_on_states(config, loss, t, prompts)
+        return _check_on_states(config, loss, t, prompts, for_steps)
     if config.name != "meanflow":
         return
     faults = []
+    if for_steps:
+        faults.append(
+            f"for_steps={list(for_steps)}: objective.name=meanflow learns to step from any time to any "
+            "other; leave one of them out"
+        )
     if config.equal + config.end > 1:
         faults.append(
             f"objective.equal={config.equal} and objective.end={config.end} are shares with a sum of "
@@ -227,7 +234,11 @@ def check(
 
 
 def _check_on_states(
-    config: ObjectiveConfig, loss: LossConfig, t: TimesConfig, prompts: bool
+    config: ObjectiveConfig,
+    loss: LossConfig,
+    t: TimesConfig,
+    prompts: bool,
+    for_steps: Sequence[int],
 ) -> None:
     """Check an objective on trajectories. Raises UserError."""
     faults = []
@@ -236,10 +247,12 @@ def _check_on_states(
             "objective.name=segments is for equal steps, and a pipeline that reads prompts has its own "
             "grid; use objective.name=cmt or velocity"
         )
-    if t.zero == 1:
+    if t.zero == 1 or list(for_steps) == [1]:
+        given = "for_steps=[1]" if for_steps else "times.zero=1"
         faults.append(
-            f"times.zero=1: objective.name={config.name} is for times along the path, too; use a share "
-            "below 1, or objective.name=velocity to distil to one step"
+            f"{given}: objective.name={config.name} is for times along the path, too; use "
+            f"{'more steps' if for_steps else 'a share below 1'}, or objective.name=velocity to distil "
+            "to one step"
         )
     if loss.name == "feature" and config.name == "segments":
         faults.append(

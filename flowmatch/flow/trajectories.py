@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowmatch.config import UserError
+from flowmatch.config import UserError, step_words
 from flowmatch.flow.config import ObjectiveConfig
 from flowmatch.flow.path import expand
 
@@ -77,18 +77,24 @@ class Lines:
         return x - expand(t, x0) * v, x + expand(1 - t, x0) * v
 
 
-def build(config: ObjectiveConfig, times: Mapping[str, Sequence[float]]) -> Lines | None:
+def build(
+    config: ObjectiveConfig,
+    times: Mapping[str, Sequence[float]],
+    for_steps: Sequence[int] = (),
+) -> Lines | None:
     """Build the lines of an objective.
 
     Args:
         config: The objective.
         times: Of the states of each set of pairs; its key is how an error calls the set.
+        for_steps: Numbers of Euler steps at whose times alone the network is trained.
 
     Returns:
         The lines; None for an objective that uses no states.
 
     Raises:
-        UserError: The sets have states at other times, or the windows of `segments` are not equal.
+        UserError: The sets have states at other times, or the windows of `segments` are not equal, or
+            hold no whole number of steps.
     """
     if not config.on_states:
         return None
@@ -106,5 +112,10 @@ def build(config: ObjectiveConfig, times: Mapping[str, Sequence[float]]) -> Line
         raise UserError(
             f"{first} has states at {list(known)}: objective.name=segments is for {n} equal steps of a "
             f"sampler; make pairs with states={[float(f'{t:.3g}') for t in equal]}"
+        )
+    if config.name == "segments" and (other := [steps for steps in for_steps if steps % n]):
+        raise UserError(
+            f"for_steps={list(for_steps)}: objective.name=segments is straight in each of {n} windows, "
+            f"which {step_words(other)} do not fit; use multiples of {n}"
         )
     return Lines(known, config.name == "cmt")

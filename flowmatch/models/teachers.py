@@ -1,12 +1,15 @@
 """Teachers: the networks that generate pairs, and from whose weights reflow starts."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from flowmatch.config import NotReady, UserError
+from torch import Tensor
+
+from flowmatch.config import NotReady, UserError, step_words
+from flowmatch.flow import grids
 from flowmatch.models import networks, two_time
 from flowmatch.models.diffusion import (
     HUB_NAME,
@@ -37,7 +40,8 @@ class Teacher:
         digest: Hash of weights and config, and of the diffusion of its training.
         round: 0 after an independent coupling, k after k reflows.
         diffusion: None for a flow model in diffusers' convention.
-        one_step: Trained at t = 0 alone; its output at other times means nothing.
+        for_steps: Numbers of Euler steps that it was trained for, at the times of these alone; its
+            output at other times means nothing. Empty where it was trained at all times.
         windows: Equal Euler steps that it was trained for (segments); None for any number.
         features: sha256 of each classifier that a loss of its training used.
         samples: Number of samples that it was trained on, if it says so.
@@ -50,7 +54,7 @@ class Teacher:
     digest: str
     round: int
     diffusion: Diffusion | None = None
-    one_step: bool = False
+    for_steps: tuple[int, ...] = ()
     features: tuple[str, ...] = ()
     samples: int | None = None
     names: tuple[str, ...] | None = None
@@ -98,32 +102,51 @@ class Teacher:
         """Whether it predicts average velocities, from one time to another (MeanFlow)."""
         return self.diffusion is None and two_time.argument(self.net) is not None
 
+    @property
+    def one_step(self) -> bool:
+        """Whether it was trained at t = 0 alone."""
+        return self.for_steps == (1,)
+
+    def student_grid(self, steps: int) -> Tensor:
+        """Return the times of so many Euler steps of a student of it, float64 [steps + 1]."""
+        return grids.uniform_grid(steps)
+
     def check_teaches(self, key: str) -> None:
         """Check that it has a flow to follow.
 
         Raises:
-            UserError: It was trained at t = 0 alone; the message begins with `key`.
+            UserError: It was trained at the times of few steps alone; the message begins with `key`.
         """
-        if self.one_step:
+        if self.for_steps:
             raise UserError(
-                f"{key}= is for one step only: it was trained at t = 0 alone (times.zero=1) and has no "
-                "flow to follow; use the reflow that it started from"
+                f"{key}= is for {step_words(self.for_steps)} only: it was trained at their times alone "
+                "and has no flow to follow; use the reflow that it started from"
             )
 
-    def check_steps(self, steps: Sequence[int]) -> None:
-        """Check that an export for some numbers of steps makes sense.
+    def export_steps(self, steps: list[int], typed: bool) -> list[int]:
+        """Choose the numbers of steps of an export.
+
+        Args:
+            steps: Those of its config.
+            typed: Whether the user gave them; where not, those that it is for take their place.
 
         Raises:
-            UserError: It is for one step only, or for the equal steps of its windows.
+            UserError: It is for other numbers of steps, or for the equal steps of its windows.
         """
-        n = self.windows
-        if self.one_step and list(steps) != [1]:
-            raise UserError(f"steps={steps}: the student is for one step only; use steps=[1]")
+        n, known = self.windows, list(self.for_steps)
+        own = known or [n] * (n is not None)  # type: ignore[list-item]
+        if own and not typed:
+            return own
+        if known and not set(steps) <= set(known):
+            raise UserError(
+                f"steps={steps}: the student is for {step_words(known)} only; use steps={known}"
+            )
         if n and any(number % n for number in steps):
             raise UserError(
                 f"steps={steps}: the student is straight in each of {n} windows "
                 f"(objective.name=segments); use steps=[{n}], or multiples"
             )
+        return steps
 
     def velocity(self, guidance: float = 1.0) -> Velocity:
         """Build its velocity field.
@@ -134,6 +157,11 @@ class Teacher:
         if self.diffusion is None:
             return Velocity(self.net, guidance)
         return DiffusionVelocity(self.net, self.diffusion, guidance)
+
+
+def steps_of(facts: dict[str, Any], old: bool = False) -> tuple[int, ...]:
+    """Return `Teacher.for_steps` of the facts of a manifest. old: one_step, where they do not say."""
+    return tuple(facts.get("for_steps") or [1] * facts.get("one_step", old))
 
 
 def run_of(folder: str | os.PathLike[str]) -> tuple[Path, str]:
@@ -252,7 +280,7 @@ def load(path: str | os.PathLike[str], key: str) -> Teacher:
         net,
         network_digest(net),
         facts["round"],
-        one_step=facts.get("one_step", False),
+        for_steps=steps_of(facts),
         features=tuple(facts.get("features", ())),
         samples=facts.get("samples"),
         names=names_of(facts),
@@ -277,7 +305,7 @@ def _exported(found: Teacher, folder: Path, key: str, sealed: dict[str, Any]) ->
     return replace(
         found,
         round=facts["round"],
-        one_step=facts.get("one_step", old),
+        for_steps=steps_of(facts, old),
         features=tuple(facts.get("features", ())),
         names=names_of(facts),
         latents=facts.get("latents"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowmatch.config import UserError
 from flowmatch.data import prompts as lists
@@ -26,7 +27,15 @@ from flowmatch.models.pipeline import is_pipeline, open_pipeline
 from flowmatch.models.rows import Stored
 from flowmatch.models.schedule import Schedule, ZeroTerminal, betas_of
 from flowmatch.models.script import Script
-from flowmatch.models.teachers import TRAINED, Teacher, checkpoint_of, load_made, read_made, run_of
+from flowmatch.models.teachers import (
+    TRAINED,
+    Teacher,
+    checkpoint_of,
+    load_made,
+    read_made,
+    run_of,
+    steps_of,
+)
 from flowmatch.models.text_velocity import TextVelocity
 from flowmatch.models.velocity import Velocity
 from flowmatch.runs import manifest
@@ -156,6 +165,11 @@ class TextTeacher(Teacher):
             return self.schedule
         return ZeroTerminal(betas_of(self.pipe.scheduler))
 
+    def student_grid(self, steps: int) -> Tensor:
+        """Return the times of so many Euler steps of a student of it, float64 [steps + 1]."""
+        schedule = self.student_schedule()
+        return super().student_grid(steps) if schedule is None else schedule.grid(steps)
+
     def own_schedule(self) -> Schedule | None:
         """Return the schedule of the pipeline's own network: None for a flow."""
         if self.script.kind == "flow":
@@ -271,7 +285,7 @@ def with_network(
         net=net,
         digest=facts["net"] if adapted else network_digest(net),
         round=facts["round"],
-        one_step=facts.get("one_step", False),
+        for_steps=steps_of(facts),
         features=tuple(facts.get("features", ())),
         schedule=schedule,
     )

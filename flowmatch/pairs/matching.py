@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flowmatch.config import UserError
+from flowmatch.config import UserError, step_words
 from flowmatch.data.dataset import Data
 from flowmatch.models import diffusion, two_time
 from flowmatch.models.teachers import Teacher
@@ -95,8 +95,10 @@ def check_finish(start: Teacher, path: str, for_steps: list[int]) -> None:
             f"{where} is straight in {start.windows} windows (objective.name=segments): one step from "
             "within does not reach the data; start from another student"
         )
-    if start.one_step and for_steps != [1]:
-        faults.append(f"for_steps={for_steps}: {where} is for one step only; use [1]")
+    if (known := start.for_steps) and not set(for_steps) <= set(known):
+        faults.append(
+            f"for_steps={for_steps}: {where} is for {step_words(known)} only; use {list(known)}"
+        )
     if faults:
         raise UserError(faults)
 

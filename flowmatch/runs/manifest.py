@@ -187,7 +187,8 @@ def odd_fact(facts: Mapping[str, Any], stage: Any) -> str:
     for name in sorted(FACTS.keys() & facts.keys()):
         value = facts[name]
         wrong = type(value) not in FACTS[name] or (name == "round" and value < 0)
-        if wrong or (name == "features" and not all(isinstance(each, str) for each in value)):
+        kind = {"features": str, "for_steps": int}.get(name)  # of the items of a list
+        if wrong or (kind is not None and any(type(each) is not kind for each in value)):
             return f"{name}={value!r}"
     return ""
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from flowmatch.flow import noise, times
-from flowmatch.flow.config import TimesConfig
 from flowmatch.flow.coupling import Batch, Coupling
 from flowmatch.flow.trajectories import Lines
 
@@ -46,7 +45,7 @@ class Drawn:
 def draw(
     stream: Stream,
     coupling: Coupling,
-    t_config: TimesConfig,
+    t_config: times.Times,
     label_drop: float,
     null_label: int | None,
     seed: int,
@@ -62,7 +61,7 @@ def draw(
     Args:
         stream: Returns the data of some counters.
         coupling: Pairs noise with data.
-        t_config: Density of the times.
+        t_config: Density of the times, or the grids that they are from.
         label_drop: Share of labels that become the null label.
         null_label: The null label, or None for a network without labels.
         seed: Seed of the run.

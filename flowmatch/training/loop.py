@@ -18,8 +18,8 @@ from torch import Tensor
 
 from flowmatch.config import UserError, require
 from flowmatch.flow import objectives, path
-from flowmatch.flow.config import TimesConfig
 from flowmatch.flow.coupling import Coupling
+from flowmatch.flow.times import Times
 from flowmatch.flow.trajectories import Lines
 from flowmatch.models import precision
 from flowmatch.models.velocity import Velocity
@@ -156,7 +156,7 @@ def fit(
     coupling: Coupling,
     run: RunFolder,
     config: FitConfig,
-    t_config: TimesConfig,
+    t_config: Times,
     objective: objectives.Objective | Learner,
     *,
     seed: int,
@@ -177,7 +177,7 @@ def fit(
         coupling: Pairs noise with data.
         run: The run folder.
         config: The training loop.
-        t_config: Density of the times.
+        t_config: Density of the times, or the grids that they are from.
         objective: From `objectives.build`, or a `Learner`; a module in it is on the device already.
         seed: Seed of the noise, the times, the label drop and the dropout masks.
         device: "auto", "cpu", "cuda", "xpu" or "mps".

@@ -53,6 +53,7 @@ class Preview:
         times: Of the held-out loss, in [0, 1).
         decode: Makes pictures of states; None where they are pictures, points or latents.
         lines: Makes other ends of pairs with states, as in the loop.
+        grids: Times of each of `steps`, [N + 1]; uniform where there are none.
     """
 
     x0: Tensor
@@ -63,6 +64,7 @@ class Preview:
     times: Sequence[float] = TIMES
     decode: Decode | None = None
     lines: Lines | None = None
+    grids: Sequence[Tensor] = ()
 
 
 def count(shape: tuple[int, ...]) -> int:
@@ -126,7 +128,7 @@ def of_noise(
 def of_pairs(
     first: Any,
     unseen: Sequence[tuple[Any, np.ndarray]],
-    one_step: bool,
+    grids: Sequence[Tensor] = (),
     decode: Decode | None = None,
     lines: Lines | None = None,
 ) -> Preview:
@@ -135,7 +137,7 @@ def of_pairs(
     Args:
         first: A set (`PairData`), of which the first pairs are drawn where none are held out.
         unseen: Sets, and the ids of their pairs that training does not see; the first is used.
-        one_step: Whether the network learns t = 0 alone, and samples in one step.
+        grids: Of the samplers whose times alone the network learns, [N + 1] each.
         decode: As in `Preview`.
         lines: Likewise.
     """
@@ -145,10 +147,39 @@ def of_pairs(
         shown = {name: x[: count(data.shape)] for name, x in held.items()}
     else:
         held, shown = None, first.batch(np.arange(min(len(first), count(first.shape))))
-    steps, times = ((1,), (0.0,)) if one_step else ((1, 2, 4), TIMES)
-    if lines is not None and lines.windows:
-        steps = (lines.windows,)
-    return Preview(shown["x0"], shown.get("label"), steps, shown["x1"], held, times, decode, lines)
+    x0, label, ends = shown["x0"], shown.get("label"), shown["x1"]
+    made = Preview(x0, label, (1, 2, 4), ends, held, TIMES, decode, lines)
+    if grids:
+        at = sorted({float(t) for grid in grids for t in grid[:-1]})
+        return replace(made, steps=[len(grid) - 1 for grid in grids], times=at, grids=grids)
+    return replace(made, steps=(lines.windows,)) if lines is not None and lines.windows else made
+
+
+def planned(
+    every: int | None,
+    start: Any,
+    run: str,
+    first: Any,
+    unseen: Sequence[tuple[Any, np.ndarray]],
+    grids: Sequence[Tensor] = (),
+    lined: Lines | None = None,
+) -> tuple[Preview | None, list[str]]:
+    """Choose what a stage on pairs draws and measures, and say so in its plan.
+
+    Args:
+        every: Updates from one preview to the next; None draws and measures nothing.
+        start: The `Teacher` or `TextTeacher` from whose weights it starts.
+        run: Its folder, from which the VAE of latents is sought.
+        first: As in `of_pairs`.
+        unseen: Likewise.
+        grids: Likewise.
+        lined: `lines` of `of_pairs`.
+    """
+    if every is None:
+        return None, []
+    decode, why = decoder(start, autoencoder.of_run(run, start.latents))
+    made = of_pairs(first, unseen, grids, decode, lined)
+    return made, lines(made, every, why)
 
 
 def decoder(teacher: Any, vae: Any = None) -> tuple[Decode | None, str]:
@@ -220,10 +251,13 @@ class Viewer:
 
     def _rows(self) -> dict[str, np.ndarray]:
         preview, rows = self.preview, {}
-        for n in preview.steps:
+        laid = [SamplerConfig(grid="list", points=grid.tolist()) for grid in preview.grids]
+        for n, how in zip(
+            preview.steps, laid or [SamplerConfig()] * len(preview.steps), strict=True
+        ):
             x = self._batches(
-                lambda x0, label, n=n: self.v.sample(
-                    x0, SamplerConfig(), n, _cond(label), seed=0, ids=range(len(x0))
+                lambda x0, label, n=n, how=how: self.v.sample(
+                    x0, how, n, _cond(label), seed=0, ids=range(len(x0))
                 )
             )
             rows[f"{n} step{'s' * (n > 1)}"] = self._shown(x)

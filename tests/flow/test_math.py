@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowmatch.config import UserError, validate
-from flowmatch.flow import coupling, losses, path, times
+from flowmatch.flow import coupling, grids, losses, path, times
 from flowmatch.flow.config import LossConfig, ObjectiveConfig, TimesConfig
 
 
@@ -58,6 +58,16 @@ def test_times_follow_their_density(config):
 def test_a_share_of_one_is_distillation():
     t = times.sample(torch.rand(100, dtype=torch.float64), TimesConfig(zero=1.0))
     assert (t == 0).all()
+
+
+def test_the_times_of_few_steps_are_those_of_each_number_as_often():
+    u = (torch.arange(1200, dtype=torch.float64) + 0.5) / 1200
+    laid = [grids.uniform_grid(1), grids.uniform_grid(2), torch.tensor([0.0, 0.25, 0.5, 0.75, 1])]
+    t, count = times.sample(u, laid).unique(return_counts=True)
+    assert t.dtype == torch.float32
+    assert t.tolist() == [0, 0.25, 0.5, 0.75]
+    assert count.tolist() == [400 + 200 + 100, 100, 200 + 100, 100]
+    assert (times.sample(u, laid[:1]) == times.sample(u, TimesConfig(zero=1.0))).all()
 
 
 def test_losses_are_per_sample():

@@ -88,7 +88,7 @@ def test_every_kind_of_network_is_exported_and_checked(tmp_path, kind, capsys):
 def test_a_card_promises_no_more_steps_than_the_student_has(kind, one_step):
     name, arguments, shape, classes, pipeline = KINDS[kind]
     net = networks.build(NetConfig(name=name, **arguments), shape, classes, 0)
-    student = teachers.Teacher(net, "d" * 64, 1, one_step=one_step)
+    student = teachers.Teacher(net, "d" * 64, 1, for_steps=(1,) * one_step)
     chosen = model_card.kind_of(student)
     assert chosen.name == pipeline
     text = model_card.text(student, chosen, "", {1: {"exact": 0.0}}, Origin())

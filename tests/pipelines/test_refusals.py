@@ -160,6 +160,7 @@ def test_a_damaged_pipeline_is_refused_in_a_line(tmp_path, name):
         (lambda facts: facts.update(round=-1), "round=-1"),
         (lambda facts: facts.update(features=[1]), "features=[1]"),
         (lambda facts: facts.update(one_step=0), "one_step=0"),
+        (lambda facts: facts.update(for_steps=["1"]), "for_steps=['1']"),
     ],
 )
 def test_a_manifest_of_odd_facts_is_refused_in_a_line(tmp_path, change, said):

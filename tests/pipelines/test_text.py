@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from flowmatch.config import UserError
 from flowmatch.data.config import PromptsConfig
+from flowmatch.export import text_export
 from flowmatch.flow import noise
 from flowmatch.models import own_run, text
 from flowmatch.models.config import CallConfig
@@ -20,6 +21,7 @@ from flowmatch.models.watch import run as run_pipeline
 from flowmatch.pairs import matching
 from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import manifest
+from flowmatch.training import loop
 from pipelines import encode_prompts, generate_pairs, reflow
 from tests import forked
 from tests.stages import run
@@ -98,8 +100,11 @@ def test_noise_that_is_not_stored_is_drawn_again(made):
     assert drawn.layout.tar_bytes <= whole.layout.tar_bytes
 
 
-def test_reflow_trains_in_the_pipelines_own_terms(made):
-    """The student's velocity at the start, by hand in the terms of its class; then five updates."""
+def test_reflow_trains_in_the_pipelines_own_terms(made, monkeypatch):
+    """The student's velocity at the start, by hand in the terms of its class; then five updates.
+
+    They are at the times of one and two steps: t = 0 and 1/2, or the trailing timesteps of DDIM.
+    """
     name, folder = made
     listed, call = PromptsConfig(path=f"{folder}/prompts.txt"), CallConfig(**call_of(name))
     teacher = text.load(folder / "pipe", "start", listed, call)
@@ -120,14 +125,28 @@ def test_reflow_trains_in_the_pipelines_own_terms(made):
             out = teacher.net(sample=y, timestep=steps, **arguments)[0]
             data, fresh = a * y - s * out, s * y + a * out
             assert torch.allclose(ours, data - fresh, atol=1e-5)
-    fit = ["fit.steps=5", "fit.batch_size=4", "fit.log_every=1"]
+    fit, seen = ["fit.steps=5", "fit.batch_size=4", "fit.log_every=1", "for_steps=[1,2]"], []
+
+    def watched(*values, inner=loop.draw, **more):
+        seen.append(inner(*values, **more))
+        return seen[-1]
+
+    monkeypatch.setattr(loop, "draw", watched)
     run(
         reflow,
         *words(name, folder, f"start={folder}/pipe", f"pairs={folder}/pairs"),
         f"run_dir={folder}/reflow",
         *fit,
     )
+    t = torch.cat([drawn.t for drawn in seen]).double()
+    if teacher.script.kind == "flow":
+        assert set(t.tolist()) == {0.0, 0.5}
+    else:
+        T = len(teacher.student_schedule().times)
+        steps = teacher.student_schedule().timestep(t)
+        assert {round(float(step), 3) for step in steps} == set(text_export.trailing(T, 2))
     sealed = manifest.read(folder / "reflow", "reflow")
+    assert sealed["facts"]["for_steps"] == [1, 2]
     assert sealed["config"]["fit"]["label_drop"] == 0
     assert sealed["facts"]["form"] == ("velocity" if teacher.script.kind == "flow" else "v")
     student = text.load(folder / "reflow", "start", listed, call, pipeline=str(folder / "pipe"))

@@ -102,7 +102,7 @@ def test_each_recipe_is_trained_and_scored_and_the_table_is_the_mean_of_its_seed
     assert mixed["pairs.0"] in pairs
     assert mixed["pairs.1"] == manifest.digest(root / "inverted")
     assert manifest.read(root / "inverted", "x")["config"]["solver"]["name"] == "midpoint"
-    assert manifest.read(root / "distil/seed_1/reflow_2", "x")["facts"]["one_step"]
+    assert manifest.read(root / "distil/seed_1/reflow_2", "x")["facts"]["for_steps"] == [1]
     assert manifest.read(root / "plain/seed_1/reflow_1", "x")["config"]["seed"] == 1
 
     table = (root / "table.md").read_text()

@@ -15,6 +15,7 @@ from flowmatch.models.digest import module_digest
 from flowmatch.models.velocity import Velocity
 from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import manifest
+from flowmatch.training import loop
 from pipelines import evaluate, export, generate_pairs, reflow, train_classifier, train_flow
 from tests import stages
 from tests.pairset import make_teacher
@@ -181,9 +182,9 @@ def test_a_one_step_student_is_known_as_one_everywhere(base, tmp_path, capsys):
     run(reflow, *reflow_words(base, tmp_path / "reflow"))
     start = f"start={tmp_path}/reflow"
     run(reflow, *reflow_words(base, tmp_path / "distil", start, "times={zero: 1.0}"))
-    assert "for one step only: all times are 0" in capsys.readouterr().out
-    assert facts(tmp_path / "distil")["one_step"] is True
-    assert "one_step" not in facts(tmp_path / "reflow")
+    assert "for one step only, at their times" in capsys.readouterr().out
+    assert facts(tmp_path / "distil")["for_steps"] == [1]
+    assert "for_steps" not in facts(tmp_path / "reflow")
 
     for stage, key in ((generate_pairs, "teacher"), (evaluate, "teacher")):
         words = [f"run_dir={tmp_path}/no", f"{key}={tmp_path}/distil"]
@@ -194,21 +195,78 @@ def test_a_one_step_student_is_known_as_one_everywhere(base, tmp_path, capsys):
     models = [f"teacher={base}/flow", f"student={tmp_path}/distil"]
     run(evaluate, f"run_dir={tmp_path}/evaluate", *models, *SCORED, "steps=[1,2]")
     result = json.loads((tmp_path / "evaluate/metrics.json").read_text())
-    assert result["student"]["one_step"] is True
+    assert result["student"]["for_steps"] == [1]
     said = "trained for one step only; its rows with more steps are not meaningful"
     for name in ("table.md", "report.html"):
         assert said in (tmp_path / "evaluate" / name).read_text()
 
     student = [f"student={tmp_path}/distil", f"evaluation={tmp_path}/evaluate"]
     with pytest.raises(UserError, match="the student is for one step only; use steps="):
-        run(export, f"run_dir={tmp_path}/export", *student)
-    run(export, f"run_dir={tmp_path}/export", *student, "steps=[1]")
+        run(export, f"run_dir={tmp_path}/export", *student, "steps=[1,2]")
+    run(export, f"run_dir={tmp_path}/export", *student)
     index = json.loads((tmp_path / "export/model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]  # exact for one
     card = (tmp_path / "export/README.md").read_text()
     assert "in exactly one Euler step" in card
     assert "any number of steps, with the small error" not in card
     assert said in card
+
+
+def test_a_student_for_some_steps_learns_at_their_times_alone(base, tmp_path, monkeypatch, capsys):
+    """And says so: in its manifest, its evaluation and its export, whose schedulers are these grids."""
+    seen = []
+
+    def watched(*values, inner=loop.draw, **more):
+        seen.append(inner(*values, **more))
+        return seen[-1]
+
+    monkeypatch.setattr(loop, "draw", watched)
+    pairs = f"pairs=[{{path: {base}/pairs, held_out: 8}}]"
+    words = ["for_steps=[2,4]", "fit.sample_every=6", pairs]
+    run(reflow, *reflow_words(base, tmp_path / "reflow", *words))
+    assert "for 2 and 4 steps only, at their times" in capsys.readouterr().out
+    times = torch.cat([drawn.t for drawn in seen])
+    assert set(times.tolist()) == {0.0, 0.25, 0.5, 0.75}
+    assert facts(tmp_path / "reflow")["for_steps"] == [2, 4]
+    assert teachers.load(tmp_path / "reflow", "x").for_steps == (2, 4)
+    held = PairData(base / "pairs").batch(range(56, 64))
+    v, total = Velocity(networks.load(tmp_path / "reflow/net", "x")), 0.0
+    for t in (0, 0.25, 0.5, 0.75):
+        with torch.no_grad():
+            found = v(path.interpolate(held["x0"], held["x1"], t), t)
+        total += float((found - (held["x1"] - held["x0"])).square().mean()) / 4
+    line = json.loads((tmp_path / "reflow/held_out.jsonl").read_text())
+    assert line["held_out_loss"] == pytest.approx(total, rel=1e-4)
+
+    for bad, fault in {
+        "[3,2]": "expected rising numbers",
+        "[0]": "expected rising numbers",
+    }.items():
+        with pytest.raises(UserError, match=fault):
+            run(reflow, *reflow_words(base, tmp_path / "no", f"for_steps={bad}"))
+    with pytest.raises(UserError, match=r"for_steps=\[1\]: sets the times; leave times out, or at"):
+        run(reflow, *reflow_words(base, tmp_path / "no", "for_steps=[1]", "times.name=uniform"))
+    with pytest.raises(UserError, match="teacher= is for 2 and 4 steps only: .*no flow to follow"):
+        run(generate_pairs, f"run_dir={tmp_path}/no", f"teacher={tmp_path}/reflow", "shards=1")
+    models = [f"teacher={base}/flow", f"student={tmp_path}/reflow"]
+    run(evaluate, f"run_dir={tmp_path}/evaluate", *models, *SCORED, "steps=[1,2]")
+    said = "The student was trained for 2 and 4 steps only; its other rows are not meaningful."
+    for name in ("table.md", "report.html"):
+        assert said in (tmp_path / "evaluate" / name).read_text()
+    student = f"student={tmp_path}/reflow"
+    with pytest.raises(
+        UserError, match=r"the student is for 2 and 4 steps only; use steps=\[2, 4\]"
+    ):
+        run(export, f"run_dir={tmp_path}/no", student, "steps=[1,2]")
+    run(export, f"run_dir={tmp_path}/export", student)
+    made = sorted(folder.name for folder in (tmp_path / "export").glob("scheduler*"))
+    assert made == ["scheduler", "scheduler_2", "scheduler_4", "scheduler_flowmatch"]
+    card = (tmp_path / "export/README.md").read_text()
+    for told in ("in 2 and 4 steps, equal", "takes 2 and 4 steps, with", "num_inference_steps=2"):
+        assert told in card
+    for wrong in ("any number of steps", "num_inference_steps=1)", "scheduler_1", "in one step"):
+        assert wrong not in card
+    assert teachers.load(tmp_path / "export", "x").for_steps == (2, 4)
 
 
 def test_stage_one_refuses_the_time_of_distillation(tmp_path):

@@ -399,6 +399,8 @@ def test_meanflow_goes_from_pairs_to_a_stock_export(tmp_path):
     with pytest.raises(UserError) as error:
         run(reflow, *words, MEANFLOW, *bad)
     said = str(error.value)
+    with pytest.raises(UserError, match=r"for_steps=\[2\]: objective.name=meanflow learns to step"):
+        run(reflow, *words, MEANFLOW, "for_steps=2")
     for part in (
         "fit.precision='bf16'",
         "loss.name=feature compares data",

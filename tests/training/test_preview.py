@@ -134,8 +134,8 @@ def test_stage_three_shows_the_teachers_ends_and_measures_pairs_that_it_holds_ou
     tile = 7 * 8 + pictures.GAP
     assert sheet.size == (pictures.LABEL + 10 * tile, 4 * tile)
     data = PairData(tmp_path / "pairs")
-    alone = preview.of_pairs(data, [], one_step=True)
-    assert (alone.steps, alone.times, alone.held) == ((1,), (0.0,), None)
+    alone = preview.of_pairs(data, [], [torch.tensor([0.0, 1.0])])
+    assert (alone.steps, alone.times, alone.held) == ([1], [0.0], None)
     assert torch.equal(alone.ends, data.batch(np.arange(10))["x1"])
     held = data.batch(np.arange(20, 32))
     wanted = ((held["x1"][0, 0] / 2 + 0.5).clamp(0, 1) * 255).round().numpy()

@@ -130,8 +130,8 @@ def test_segments_are_known_by_their_steps_up_to_the_card(base, tmp_path, capsys
 
     place = [f"run_dir={tmp_path}/export", f"student={tmp_path}/student"]
     with pytest.raises(UserError, match=r"straight in each of 2 windows .* use steps=\[2\]"):
-        run(export, *place)
-    run(export, *place, "steps=[2]")
+        run(export, *place, "steps=[1,2]")
+    run(export, *place)
     card = (tmp_path / "export/README.md").read_text()
     assert "in 2 equal Euler steps, or a multiple" in card
     assert "num_inference_steps=2" in card
@@ -165,5 +165,15 @@ def test_what_does_not_fit_is_refused_in_a_line(base, tmp_path):
         run(reflow, *words(base, tmp_path / "no", "cmt", pairs="plain"))
     with pytest.raises(UserError, match=r"is for 2 equal steps .* make pairs with states=\[0.5\]"):
         run(reflow, *words(base, tmp_path / "no", "segments", pairs="odd"))
+    with pytest.raises(
+        UserError, match=r"for_steps=\[1, 2, 4\]: .* 2 windows, which one step do not"
+    ):
+        run(reflow, *words(base, tmp_path / "no", "segments", "for_steps=[1,2,4]"))
+    with pytest.raises(UserError, match=r"for_steps=\[1\]: objective.name=cmt is for times along"):
+        run(reflow, *words(base, tmp_path / "no", "cmt", "for_steps=[1]"))
+    run(reflow, *words(base, tmp_path / "more", "segments", "for_steps=[4]", "fit.steps=1"))
+    known = manifest.read(tmp_path / "more", "x")["facts"]
+    assert known["for_steps"] == [4]
+    assert "windows" not in known
     run(reflow, *words(base, tmp_path / "odd", "cmt", pairs="odd"))
     assert "windows" not in manifest.read(tmp_path / "odd", "x")["facts"]
