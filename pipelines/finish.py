@@ -113,7 +113,7 @@ class Plan(folder.Plan):
 
 def plan(config: FinishConfig) -> Plan:
     """Check the config, open the pairs, and load the student."""
-    from flowmatch.evaluation import features, matched_features
+    from flowmatch.evaluation import decoded, matched_features
     from flowmatch.models import teachers
     from flowmatch.pairs import matching, mixture
     from flowmatch.pairs.mixture import Mixture
@@ -127,8 +127,7 @@ def plan(config: FinishConfig) -> Plan:
     def check_features() -> None:
         if config.method.name != "dmd":
             matched_features.check(config.features)
-        if config.loss.features is not None:
-            features.check(config.loss.features, "loss.features")
+        decoded.check(config.loss)
 
     def load_start() -> "Teacher":
         start = teachers.load(config.start, "start")
@@ -158,15 +157,17 @@ def plan(config: FinishConfig) -> Plan:
     )
     inputs = {"start": start.digest} | matched.inputs
     inputs |= {f"pairs.{number}": found.digest for number, found in enumerate(sets)}
-    seen_features = {*start.features, *matched.digests}
-    for found in sets:
-        seen_features.update(found.sealed["facts"].get("features", ()))  # of its teacher
-    module = None
-    if config.loss.features is not None:
-        module, inputs["features"], digest = features.perceptual(
-            config.loss.features, "loss.features", micro, start.shape, place, config.seed
-        )
-        seen_features.add(digest)
+    see = decoded.of_loss(
+        config.loss,
+        start,
+        config.start,
+        sets,
+        micro,
+        precision=config.fit.precision,
+        device=place,
+        seed=config.seed,
+    )
+    inputs |= see.inputs
     if data is not None:
         inputs["data"] = data.digest
     if teacher is not None:
@@ -187,13 +188,14 @@ def plan(config: FinishConfig) -> Plan:
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / stream.count:.1f} epochs",
         f"samples in {steps} step{'s' * (config.for_steps != [1])} {how}; weight of the pairs "
         f"{config.anchor:g}",
+        *see.lines,
         *start.lines,
     ]
     last = max(found.sealed["facts"]["round"] for found in sets)
     every, laid = config.fit.sample_every, [start.student_grid(n) for n in config.for_steps]
     shown, told = preview.planned(every, start, config.start, sets[0], unseen, laid)
-    round = max(start.round, last + 1)
-    more = (stream, start, module, matched, data, round, seen_features, teacher, shown)
+    round, used = max(start.round, last + 1), {*see.digests, *matched.digests}
+    more = (stream, start, see.module, matched, data, round, used, teacher, shown)
     return Plan(config, inputs, lines + told, *more)
 
 

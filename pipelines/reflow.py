@@ -154,7 +154,7 @@ class Plan(folder.Plan):
 
 def plan(config: ReflowConfig) -> Plan:
     """Check the config, open the pairs, and load the start."""
-    from flowmatch.evaluation import features
+    from flowmatch.evaluation import decoded
     from flowmatch.flow import objectives, trajectories
     from flowmatch.models import adapters
     from flowmatch.pairs import matching, mixture
@@ -165,10 +165,6 @@ def plan(config: ReflowConfig) -> Plan:
         device = process.device_of(config)
         loop.check(config.fit, device, process.world_size())
         return device
-
-    def check_features() -> None:
-        if config.loss.features is not None:
-            features.check(config.loss.features, "loss.features")
 
     def load_start() -> "Teacher":
         start = load(config, process.worker_device(process.device_of(config)))
@@ -186,7 +182,7 @@ def plan(config: ReflowConfig) -> Plan:
             config.prompts is not None,
             config.for_steps,
         ),
-        check_features,
+        lambda: decoded.check(config.loss),
         load_start,
         *(
             partial(mixture.open_set, number, entry, config.objective.on_states)
@@ -213,20 +209,17 @@ def plan(config: ReflowConfig) -> Plan:
     inputs |= {f"pairs.{number}": data.digest for number, data in enumerate(sets)}
     if config.prompts is not None:
         inputs["prompts"] = start.facts["prompts"]["digest"]
-    digests = {*start.features}
-    for data in sets:
-        digests.update(data.sealed["facts"].get("features", ()))  # of its teacher
-    module = None
-    if config.loss.features is not None:
-        module, inputs["features"], digest = features.perceptual(
-            config.loss.features,
-            "loss.features",
-            micro,
-            start.shape,
-            process.worker_device(device),
-            config.seed,
-        )
-        digests.add(digest)
+    see = decoded.of_loss(
+        config.loss,
+        start,
+        config.start,
+        sets,
+        micro,
+        precision=config.fit.precision,
+        device=process.worker_device(device),
+        seed=config.seed,
+    )
+    inputs |= see.inputs
     cuts, unseen = stream.leave_out(config.pairs)
     count = stream.count
     config = config.model_copy(update={"fit": config.fit.over(count)})
@@ -242,12 +235,13 @@ def plan(config: ReflowConfig) -> Plan:
         *(writer.lines(net) if writer else ()),
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / count:.1f} epochs{only}",
         *(lined.told if lined else ()),
+        *see.lines,
         *start.lines,
     ]
     last = max(data.sealed["facts"]["round"] for data in sets)
     every = config.fit.sample_every
     shown, told = preview.planned(every, start, config.start, sets[0], unseen, laid, lined)
-    more = (net, stream, module, last + 1, digests, start, writer, shown, lined, laid)
+    more = (net, stream, see.module, last + 1, see.digests, start, writer, shown, lined, laid)
     return Plan(config, inputs, lines + told, *more)
 
 

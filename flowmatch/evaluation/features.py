@@ -239,7 +239,13 @@ def check(path: str, key: str) -> None:
 
 
 def perceptual(
-    path: str, key: str, batch: int, shape: tuple[int, ...], device: str, seed: int = 0
+    path: str,
+    key: str,
+    batch: int,
+    shape: tuple[int, ...],
+    device: str,
+    seed: int = 0,
+    whole: tuple[int, ...] | None = None,
 ) -> tuple[nn.Module, str, str]:
     """Load the features that a feature loss compares.
 
@@ -250,6 +256,7 @@ def perceptual(
         shape: Of an image, (C, H, W).
         device: Where the features are computed.
         seed: Of random weights.
+        whole: Shape of the images that a classifier was trained on, where `shape` is that of crops.
 
     Returns:
         The frozen module; the digest of `path`, or of random weights; the digest of the classifier
@@ -266,7 +273,7 @@ def perceptual(
     if path.endswith(".pt2") or Path(path).is_file():
         digest = manifest.sha256_file(path)
         return Exported(path, key, batch, shape, device), digest, digest
-    classifier, _ = load(path, key, shape)
+    classifier, _ = load(path, key, whole or shape)
     own_digest = module_digest(classifier)
     return Perceptual(classifier).to(device), manifest.digest(path), own_digest
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pydantic
 
@@ -87,6 +87,30 @@ class LossConfig(Config):
         validate_default=True,
     )
     eps: float = option(1e-3, "normalised, feature with power>0: eps, in units of |v|^2", gt=0)
+
+    crop: int | None = option(
+        None,
+        "feature: side of the square of each sample, at a random place, on which features are compared, "
+        "in values (of latents, in theirs); default: all of it",
+        ge=1,
+    )
+    checkpointing: bool = option(
+        False,
+        "feature, on latents: decode them one by one and again in the backward pass, with the memory "
+        "of one picture",
+        run=True,
+    )
+    vae: LocalPath | None = option(
+        None,
+        "feature, on latents: the VAE that decodes them (default: that of the run of encode, or of the "
+        "pipeline)",
+        run=True,
+    )
+
+    @pydantic.field_validator("crop", "checkpointing", "vae")
+    @classmethod
+    def _of_feature(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        return used(cls, value, info, "name", "feature")
 
     @pydantic.field_validator("c", "power", "eps")
     @classmethod

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,15 @@ from flowmatch.flow.path import data_prediction, velocity
 NEAREST = 1e-2  # smallest 1 - t by which the feature loss divides
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # (v, target), [B, ...] each -> [B]
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # (v, x, x0, x1, t) -> [B]
+
+
+class Loss(Protocol):
+    """The errors of a velocity v at x = x_t, for the pair x0, x1."""
+
+    def __call__(
+        self, v: Tensor, x: Tensor, x0: Tensor, x1: Tensor, t: Tensor, *, u: Tensor | None = None
+    ) -> Tensor:
+        """Compute one number for each sample, [B]. u: uniform numbers in [0, 1), for crops, [B]."""
 
 
 def squared(a: Tensor, b: Tensor) -> Tensor:
@@ -66,6 +75,24 @@ def normalised(v: Tensor, target: Tensor, power: float, eps: float) -> Tensor:
     return weighed(squared(v, target), power, eps)
 
 
+def cut(x: Tensor, side: int, u: Tensor) -> Tensor:
+    """Cut a square out of each sample, every place as likely.
+
+    Args:
+        x: Samples, [B, C, H, W].
+        side: Of the squares, at most H and W.
+        u: Uniform numbers in [0, 1), [B]; the place in sample i is a function of u[i] alone.
+
+    Returns:
+        [B, C, side, side].
+    """
+    high, wide = x.shape[2] - side + 1, x.shape[3] - side + 1
+    place = (u * (high * wide)).long().clamp(max=high * wide - 1)
+    offset, row = torch.arange(side, device=x.device), torch.arange(len(x), device=x.device)
+    down, right = (place // wide)[:, None] + offset, (place % wide)[:, None] + offset  # [B, side]
+    return x[row[:, None, None], :, down[:, :, None], right[:, None, :]].movedim(-1, 1)
+
+
 def feature_loss(
     v: Tensor,
     x: Tensor,
@@ -74,6 +101,8 @@ def feature_loss(
     t: Tensor,
     module: nn.Module,
     *,
+    u: Tensor | None = None,
+    crop: int | None = None,
     c: float = 0.5,
     power: float = 0.0,
     eps: float = 1e-3,
@@ -92,6 +121,8 @@ def feature_loss(
         t: Times in [0, 1], [B].
         module: Frozen; turns [B, ...] into features of any shape [B, ...], such as the maps of an image
             classifier. Gradients go through it.
+        u: Uniform numbers in [0, 1) that choose the crops, [B]; needed with `crop`.
+        crop: Side of the square of each sample, [C, H, W], that the module sees; None for all of it.
         c: Constant of pseudo-Huber, where `power` is 0.
         power: p, in [0, 1].
         eps: Constant of `weighed`, where `power` is more than 0.
@@ -105,18 +136,22 @@ def feature_loss(
     if not v.shape == x.shape == x0.shape == x1.shape or t.shape != x.shape[:1]:
         shapes = ", ".join(str(list(value.shape)) for value in (v, x, x0, x1, t))
         raise UserError(f"v, x, x0, x1, t are {shapes}; expected one shape [B, ...], and t [B]")
+    found, target = data_prediction(x, v, t), velocity(x0, x1)
+    if crop is not None:
+        assert u is not None
+        found, x1 = cut(found, crop, u), cut(x1, crop, u)
     with torch.no_grad():
         wanted = module(x1)
-    predicted = module(data_prediction(x, v, t))
+    predicted = module(found)
     if predicted.ndim < 2 or len(predicted) != len(x):
         raise UserError(
             f"the feature module returns {list(predicted.shape)}; expected [{len(x)}, ...]"
         )
     left = (1 - t).clamp(min=NEAREST)
     if power:
-        square = t * squared(v, velocity(x0, x1)) + squared(predicted, wanted) / left.square()
+        square = t * squared(v, target) + squared(predicted, wanted) / left.square()
         return weighed(square, power, eps)
-    return t * pseudo_huber(v, velocity(x0, x1), c) + pseudo_huber(predicted, wanted, c) / left
+    return t * pseudo_huber(v, target, c) + pseudo_huber(predicted, wanted, c) / left
 
 
 def distance(config: LossConfig) -> Distance:
@@ -137,10 +172,11 @@ def build(config: LossConfig, module: nn.Module | None = None) -> Loss:
         module: Of the feature loss: frozen, in eval mode.
 
     Returns:
-        loss(v, x, x0, x1, t) -> [B], of a velocity v at x = x_t, for the pair x0, x1.
+        The loss.
     """
     if config.name == "feature":
         assert module is not None
-        return partial(feature_loss, module=module, c=config.c, power=config.power, eps=config.eps)
+        how: dict[str, Any] = config.model_dump(include={"c", "power", "eps", "crop"})
+        return partial(feature_loss, module=module, **how)
     measure = distance(config)
-    return lambda v, x, x0, x1, t: measure(v, velocity(x0, x1))
+    return lambda v, x, x0, x1, t, *, u=None: measure(v, velocity(x0, x1))

@@ -134,7 +134,7 @@ def build(config: ObjectiveConfig, loss: LossConfig, module: nn.Module | None = 
             mask_seed: int,
         ) -> Tensor:
             x = path.interpolate(x0, x1, t)
-            return measure(v(x, t, cond), x, x0, x1, t)
+            return measure(v(x, t, cond), x, x0, x1, t, u=u)
 
         return velocity
     distance = losses.distance(loss)

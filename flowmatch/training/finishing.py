@@ -126,7 +126,7 @@ class Finish(Learner):
             twice = None if cond is None else {key: torch.cat([c, c]) for key, c in cond.items()}
             both = v(torch.cat([x, batch.x0]), torch.cat([t, batch.t]), twice)
             own, paired = both.split(len(x))
-            apart = self.loss(paired, batch.x0, batch.x0, batch.x1, batch.t)
+            apart = self.loss(paired, batch.x0, batch.x0, batch.x1, batch.t, u=batch.u)
         else:
             own = v(x, t, cond)
             apart = torch.zeros_like(t)

@@ -100,10 +100,11 @@ def test_noise_that_is_not_stored_is_drawn_again(made):
     assert drawn.layout.tar_bytes <= whole.layout.tar_bytes
 
 
-def test_reflow_trains_in_the_pipelines_own_terms(made, monkeypatch):
+def test_reflow_trains_in_the_pipelines_own_terms(made, monkeypatch, capsys):
     """The student's velocity at the start, by hand in the terms of its class; then five updates.
 
-    They are at the times of one and two steps: t = 0 and 1/2, or the trailing timesteps of DDIM.
+    They are at the times of one and two steps: t = 0 and 1/2, or the trailing timesteps of DDIM. The
+    loss sees the pictures that the pipeline's VAE decodes.
     """
     name, folder = made
     listed, call = PromptsConfig(path=f"{folder}/prompts.txt"), CallConfig(**call_of(name))
@@ -137,7 +138,9 @@ def test_reflow_trains_in_the_pipelines_own_terms(made, monkeypatch):
         *words(name, folder, f"start={folder}/pipe", f"pairs={folder}/pairs"),
         f"run_dir={folder}/reflow",
         *fit,
+        "loss={name: feature, features: random, power: 1.0}",
     )
+    assert "decoded by AutoencoderKL in float32" in capsys.readouterr().out
     t = torch.cat([drawn.t for drawn in seen]).double()
     if teacher.script.kind == "flow":
         assert set(t.tolist()) == {0.0, 0.5}
