@@ -12,7 +12,10 @@ STAGES = {  # stage -> its config, and the section of an experiment that holds i
     "train_flow": ("FlowConfig", "flow"),
     "generate_pairs": ("PairsConfig", "pairs"),
     "encode_prompts": ("EncodeConfig", "conditions"),
-    "train_classifier": ("ClassifierConfig", "features, classifier"),
+    "train_classifier": (
+        "ClassifierConfig",
+        "features, classifier, panel_classifier, panel_encoder",
+    ),
     "reflow": ("ReflowConfig", "reflow"),
     "finish": ("FinishConfig", "finish"),
     "evaluate": ("EvaluateConfig", "evaluate"),

@@ -86,6 +86,42 @@ def test_they_agree_with_the_measures_of_the_table_across_chunks(monkeypatch):
     assert float(kept[0]) == pytest.approx(float(torch.pdist(fake[:69]).mean()))
 
 
+def test_each_measure_sees_what_it_is_for():
+    """On the pixels of digits: held-out real ones, copies, a class left out, blur, and repetition."""
+    digits = dataset.load(DataConfig(source="digits", labels=True))
+    batch = dataset.reference(digits, 1797, 0)
+    x, label = batch["x1"], batch["label"]
+    training, test, other = x[:600], x[600:1200].flatten(1), x[1200:1797]
+    blurred = torch.nn.functional.avg_pool2d(other, 3, 1, 1)
+    repeated = training[:20].repeat(30, 1, 1, 1) + 0.01 * normal(600, 0, 64).view(-1, 1, 8, 8)
+    sets = {
+        "real": other,
+        "copies": training,
+        "nine": other[label[1200:1797] != 3],
+        "blurred": blurred,
+        "repeated": repeated,
+    }
+    real, found = cloud(test, 1), {}
+    for name, images in sets.items():
+        fake = cloud(images.flatten(1))
+        found[name] = values(real, fake)
+        found[name]["nearest"] = float(panel.nearest(fake, training.flatten(1).double())[0])
+        found[name]["diversity"] = float(panel.diversity(fake)[0])
+    good = found.pop("real")
+    assert min(good[name] for name in ("precision", "recall", "density", "coverage")) > 0.85
+    assert all(
+        each["frechet"] > good["frechet"] for name, each in found.items() if name != "copies"
+    )
+    assert found["copies"]["nearest"] < 1e-5 < good["nearest"]
+    assert found["copies"]["precision"] > 0.85  # which alone does not see them
+    assert found["nine"]["coverage"] < good["coverage"] - 0.05
+    assert found["nine"]["precision"] > 0.85
+    assert found["blurred"]["precision"] < good["precision"] - 0.1
+    assert found["repeated"]["recall"] < 0.2
+    assert found["repeated"]["coverage"] < 0.5
+    assert found["repeated"]["diversity"] < good["diversity"]
+
+
 def test_a_resample_is_the_set_that_it_draws():
     real, fake = cloud(normal(50, 0), 1), cloud(normal(40, 1))
     again = [x.x.repeat_interleave(x.weights[7].long(), 0) for x in (real, fake)]
@@ -105,24 +141,29 @@ def test_a_resample_is_the_set_that_it_draws():
 
 
 def test_intervals_cover_the_truth_of_normal_sets():
-    """In 9 dimensions; that of the Frechet distance is for sets of the same size, here 500."""
+    """In 9 dimensions; that of the Frechet distance is for sets of the same size, here 500 and 90."""
     trials, shift = 60, 0.5
     length = 2**0.5 * math.gamma(5) / math.gamma(4.5)  # E|x|
-    found = {"frechet": [], "diversity": [], "nearest": []}
+    found = {"frechet": [], "small": [], "diversity": [], "nearest": []}
     for trial in range(trials):
         real, fake = (cloud(normal(500, 2 * trial + i, 9), i) for i in (0, 1))
         moved = cloud(fake.x + shift)
         found["frechet"].append(interval(panel.frechet(real, moved), centred=True))
+        few = [cloud(x.x[:90], i) for i, x in enumerate((real, fake))]
+        found["small"].append(interval(panel.frechet(*few), centred=True))
         found["diversity"].append(interval(panel.diversity(fake)))
         origin = torch.zeros(1, 9, dtype=torch.float64)
         found["nearest"].append(interval(panel.nearest(fake, origin)))
-    mean = sum(each["value"] for each in found["frechet"]) / trials
+    mean, small = (
+        sum(each["value"] for each in found[name]) / trials for name in ("frechet", "small")
+    )
     assert 0 < mean - 9 * shift**2 < 0.3  # by chance sets lie farther apart than their sources
-    truths = {"frechet": mean, "diversity": 2**0.5 * length, "nearest": length}
+    assert small > 0.3  # of one source
+    truths = {"frechet": mean, "small": small, "diversity": 2**0.5 * length, "nearest": length}
     for name, truth in truths.items():
         hits = sum(each["low"] <= truth <= each["high"] for each in found[name])
         assert hits >= 53, f"{name}: {hits} of {trials} intervals of 95% cover {truth:.3g}"
-        assert all(each["high"] - each["low"] < 0.5 * truth for each in found[name])
+        assert name == "small" or all(x["high"] - x["low"] < 0.5 * truth for x in found[name])
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +242,20 @@ def test_the_values_of_a_row_are_those_of_its_features(made):
         known = features.embed(dataset.reference(sets[1], 40, 0)["x1"], net)
         near = torch.cdist(real, known).min(1).values.mean()
         assert floor["nearest"]["value"] == pytest.approx(float(near))
+    net, _ = encoders.load(made / "encoder", "judges", (1, 8, 8))
+    space = spaces.Space("autoencoder", "residual", "denoising", module=net)
+    judge = panel.Panel([space], test, sets[1], 40, 0, apart=False)
+    row = judge.add("teacher", 0.5 * test[:15])["autoencoder"]
+    real, fake = (features.embed(x, net) for x in (test, 0.5 * test[:15]))
+    radii = [metrics.radii(x, scoring.NEIGHBOURS) for x in (real, fake)]
+    wanted = {
+        "frechet": metrics.frechet(real, fake),
+        "precision": metrics.covered(fake, real, radii[0]),
+        "recall": metrics.covered(real, fake, radii[1]),
+        "nearest": float(torch.cdist(fake, known).min(1).values.mean()),
+        "diversity": float(torch.pdist(fake).mean()),
+    }
+    assert {name: row[name]["value"] for name in wanted} == pytest.approx(wanted)
 
 
 def test_a_panel_without_judges_trains_them_and_without_labels_says_so(made, monkeypatch, capsys):
