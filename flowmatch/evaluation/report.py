@@ -2,6 +2,7 @@
 
 import html
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,7 @@ def table(content: tables.Table) -> str:
     def row(cells: Sequence[tables.Cell], tag: str = "td", kind: str = "") -> str:
         kind = f' class="{kind}"' if kind else ""
         texts = [cell if isinstance(cell, str) else versus(*cell) for cell in cells]
-        texts = [text.replace(" [", " <span>[").replace("]", "]</span>") for text in texts]
+        texts = [re.sub(r" (\[[^]]*\])", r" <span>\1</span>", text) for text in texts]
         return f"<tr{kind}>{''.join(f'<{tag}>{text}</{tag}>' for text in texts)}</tr>"
 
     rows = [row(content.head, "th"), *map(row, content.rows), row(content.floor, kind="last")]

@@ -52,10 +52,14 @@ def made(folder, images):
         },
         "floor": {"distance": 0.5, "samples": 10, **more},
     }
+    cell = dict.fromkeys(("value", "low", "high"), 0.75)
+    measured = dict.fromkeys(tables.PANEL, cell)
+    space = {"network": "residual", "explained": 0.5, "floor": measured}
     samples, paths, folders = {}, {}, {}
     for name, first in (("teacher", 40.0), ("student", 2.0)):
         rows = [row(1, first, **more), row(None, 1.0, **more)]
         result[name] = {"round": 0, "normalised": 0.125, "rows": rows}
+        space[name] = [{"steps": r["steps"], **measured} for r in rows]
         samples[name] = {r["steps"]: torch.rand(20, *shape) * 2 - 1 for r in rows}
         paths[name] = (torch.linspace(0, 1, 9), torch.randn(9, 32, *shape))
         (folder / name).mkdir()
@@ -63,6 +67,9 @@ def made(folder, images):
         (folder / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
         (folder / name / "config.yaml").write_text(f"run_dir: of the {name}\n")
         folders[name] = str(folder / name)
+    if images:
+        result["protocol"]["real_samples"] = 20
+        result["panel"] = {"spaces": {"code": space}, "resamples": 200, "neighbours": 5}
     return report.page(
         "a <b>name</b>",
         result,
@@ -124,6 +131,8 @@ def test_the_page_says_what_was_measured(pages):
         assert said in text
     assert re.search(r"\s1\s+1\s+40\s+2\s+2.00", text)
     assert re.search(r"real against real\s+0.5\s", text)
+    assert re.search(r"student, converged\s+0.75\s+\[0.75, 0.75\]", text)
+    assert "20 samples against 20 images that the models were trained on" in text
 
 
 def test_logs_that_are_not_there_are_left_out(tmp_path):
