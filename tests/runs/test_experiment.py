@@ -109,6 +109,22 @@ def test_sections_share_keys_and_read_the_folders_beside_them():
     assert inverted.teacher == "runs/mine/flow"
 
 
+def test_the_judges_of_a_panel_are_trained_where_it_is_asked_for():
+    judges = {"panel_classifier": {"seed": 2}, "panel_encoder": {"task": "denoising", "seed": 3}}
+    assert not {*judges} & {*make(**judges).chain(1)}
+    assert config(make(**judges), "evaluate").judges == []
+    for word in ("evaluate.panel=full", "panel=full"):
+        mine = make(word, **judges)
+        assert mine.chain(1)[-4:] == [*judges, "evaluate", "export"]
+        folders = ["runs/mine/panel_classifier", "runs/mine/panel_encoder"]
+        assert config(mine, "evaluate").judges == folders
+    assert config(mine, "panel_classifier").data.labels
+    assert not config(mine, "panel_encoder").data.labels
+    assert config(make("panel=full"), "evaluate").judges == []  # which trains them itself
+    named = make("evaluate.panel=full", "evaluate.judges=[panel_encoder, /x/y]", **judges)
+    assert config(named, "evaluate").judges == [folders[1], "/x/y"]
+
+
 def test_inputs_name_sections_and_folders_and_follow_them():
     words = ["reflow.run_dir=/x/r", "reflow.pairs=[pairs, {path: inverted, weight: 0.1}, s3://b/c]"]
     mine = make(*words, "evaluate.features=values", "name=other", "data.path=z")
