@@ -1,10 +1,10 @@
 """Convert a set of pairs to the format of another trainer.
 
 One part a shard; any number of processes may share OUT, on one machine or several. Repeat the command to
-go on; the process that finds all parts made joins them, reads some samples of each part back, compares
+go on; the process that finds all parts made joins them, reads some samples of each shard back, compares
 them with their pairs, and writes manifest.json. The formats: fastgen (webdataset tars of .pth members),
-self-forcing (an LMDB, needs lmdb), fastvideo (a .pt file a sample), diffsynth (a table and PNGs), npy
-(webdataset tars of .npy members).
+self-forcing (an LMDB, one part in all; needs lmdb), fastvideo (a .pt file a sample), diffsynth (a table
+and PNGs), npy (webdataset tars of .npy members).
 
 Exit status: 0, 2 for what cannot be converted, 75 after a signal.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from flowmatch.bridge import parts
 from flowmatch.bridge.conversion import STAGE, Conversion
 from flowmatch.bridge.formats import FORMATS
-from flowmatch.config import UserError, expanded, one_line
+from flowmatch.config import UserError, counted, expanded, one_line
 from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import manifest, process, stopping, storage
 from flowmatch.runs.command import exit_codes
@@ -83,7 +83,8 @@ def convert(call: argparse.Namespace) -> None:
     work = Conversion(data, to, Path(out), table, decode, names, call.lease_seconds, inputs)
     refuse_other(work)
     notes = work.check()
-    said = f"{len(data):,} pairs of {list(data.shape)} as {to.name}, in {data.shards} parts"
+    cut = counted(len(work.shares), "part")
+    said = f"{len(data):,} pairs of {list(data.shape)} as {to.name}, in {cut}"
     for line in [said, *notes]:
         process.say(f"convert: {one_line(line)}")
     if call.dry_run:
@@ -138,12 +139,12 @@ def refuse_other(work: Conversion) -> None:
     sealed = manifest.find(work.store, "OUT", [STAGE])
     if names and sealed is None and not parts.begun(work.store):
         raise UserError(f"OUT={work.out} holds other files, such as {names[0]}; use another folder")
-    parts.missing(work.store, range(work.data.shards + 1), work.fingerprint)
+    parts.missing(work.store, range(len(work.shares) + 1), work.fingerprint)
 
 
 def finished(work: Conversion) -> bool:
     """Return whether the folder is sealed, and has all of its files in their sizes."""
-    every = range(work.data.shards + 1)
+    every = range(len(work.shares) + 1)
     sealed = manifest.find(work.store, "OUT", [STAGE])
     return sealed is not None and not parts.missing(
         work.store, every, work.fingerprint, joined=True

@@ -10,6 +10,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from flowmatch.config import UserError
 
 Index = list[tuple[str, dict[str, tuple[int, int]]]]  # tar, and member -> its offset and size
 COUNTS, ABOUT = "shard_count.json", "index.json"
-BUFFER = 2**20  # bytes that are written at once; tarfile hands over 16 KiB
+WHOLE = 2**40  # bytes of a member that are handed over at once: all
 PATH = 4  # points of a path that FastGen's knowledge distillation in several steps reads
 
 
@@ -62,9 +63,17 @@ def index_of(folder: Path) -> Index:
 
 def npy(array: np.ndarray) -> bytes:
     """Return an array as the bytes of a .npy file."""
+    head = npy_head(array.dtype.str, array.shape)
+    return b"".join((head, np.ascontiguousarray(array).data.cast("B")))
+
+
+@cache
+def npy_head(kind: str, shape: tuple[int, ...]) -> bytes:
+    """Return the header of a .npy file; kind: the dtype, as `dtype.str`."""
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-    return b"".join((file.getvalue(), np.ascontiguousarray(array).data.cast("B")))
+    entries = {"descr": kind, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, entries)
+    return file.getvalue()
 
 
 class TarReader:
@@ -167,7 +176,7 @@ class TarReader:
 class Tars:
     """A format of webdataset tars."""
 
-    half = pictures = False
+    half = pictures = whole = False
 
     def __init__(self, name: str, members: dict[str, str]):
         self.name, self.members = name, members
@@ -197,9 +206,11 @@ class Tars:
         import webdataset
 
         with (
-            open(folder / f"{k:06d}.tar", "wb", BUFFER) as file,
+            open(folder / f"{k:06d}.tar", "wb") as file,
+            tarfile.TarFile(fileobj=file, mode="w", copybufsize=WHOLE) as stream,
             webdataset.TarWriter(file, encoder=False, mtime=0) as tar,
         ):
+            tar.tarstream = stream  # in place of its own, which copies in small pieces
             for number, sample in enumerate(samples, first):
                 tar.write({"__key__": f"{number:08d}"} | self._members(sample))
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from scripts.bench.convert import converting
 from scripts.bench.large import large
 from scripts.bench.own_run import own_run
 from scripts.bench.pairs import generation, reading
@@ -27,6 +28,7 @@ FIGURES = {
     "train": training,
     "pairs": generation,
     "read": reading,
+    "convert": converting,
     "processes": processes,
     "start": start_up,
     "memory": memory,

@@ -22,13 +22,18 @@ EXPECTED = {
         *("split, checkpoint in memory", "split, checkpoint"),
     ],
     "own_run": ["pairs through a pipeline"],
+    "convert": [
+        f"convert to {to}, {clock}"
+        for to in ("npy", "fastgen", "self-forcing", "fastvideo")
+        for clock in ("time", "CPU time", "CPU time of the writing thread")
+    ],
 }
 
 
 @pytest.mark.parametrize(
     "names",
     [
-        ["train", "pairs", "read", "own_run"],
+        ["train", "pairs", "read", "own_run", "convert"],
         pytest.param(["processes", "start", "memory", "large"], marks=pytest.mark.slow),
     ],
     ids=["here", "processes"],
