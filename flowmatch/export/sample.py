@@ -79,7 +79,8 @@ def sample(
         A line that says what was written.
 
     Raises:
-        UserError: where there is no export, a file of it has changed, or a number is out of range.
+        UserError: where there is no export, a file of it has changed, a number is out of range, or `out`
+            lies in a sealed folder.
     """
     ranges = {"steps": (steps, 1, 1000), "count": (count, 1, 100_000), "seed": (seed, 0, 2**63 - 1)}
     faults = [
@@ -97,7 +98,11 @@ def sample(
                 f"{export} is an adapter alone: sample it with the code of its README.md"
             )
         raise UserError(f"{export}: not an export: it has no model_index.json")
-    if (sealed := manifest.find(folder, "export")) is not None:
+    sealed = manifest.find(folder, "export")
+    inside = sealed is not None and out.resolve().is_relative_to(folder.resolve())
+    if inside or manifest.sealed(out):
+        raise UserError(f"--out={out} lies in a sealed folder; name another one")
+    if sealed is not None:
         manifest.verify(folder, "export", sealed)
     if sealed is not None and "ways" in sealed["facts"]:
         from flowmatch.export import text_sample

@@ -61,6 +61,15 @@ def test_a_file_where_the_folder_should_be_is_refused_before_sampling(made, tmp_
         sample(str(made), 1, tmp_path / "file" / "x", 1, 0)
 
 
+def test_samples_are_not_put_into_a_sealed_folder(made, tmp_path):
+    manifest.seal(tmp_path, stage="reflow", config={}, inputs={}, outputs=[], round=1)
+    before = sorted(made.rglob("*"))
+    for out in (made, made / "unet" / "new", tmp_path):
+        with pytest.raises(UserError, match=f"--out={out} lies in a sealed folder"):
+            sample(str(made), 1, out, 1, 0)
+    assert sorted(made.rglob("*")) == before
+
+
 @pytest.mark.parametrize("index", ["", "[]", "{}", '{"_class_name": []}', '{"_class_name": "X"}'])
 def test_what_is_no_pipeline_is_refused(tmp_path, index):
     (tmp_path / "model_index.json").write_text(index)
