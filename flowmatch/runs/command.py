@@ -166,6 +166,7 @@ def _check_bare(given: Sequence[tuple[str, Any]], section: str, model: type[Conf
 @contextmanager
 def exit_codes(name: str, dry_run: bool = False) -> Iterator[None]:
     """Print the faults of a body and exit with 2; in a dry run an input not made yet is a remark."""
+    environment.hush()
     try:
         yield
     except NotReady as error:

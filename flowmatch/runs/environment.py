@@ -4,6 +4,8 @@ The config alone decides. What would change the result is refused by its name, w
 Accelerate would read and a stage does not want is taken away, and named in a line.
 """
 
+import functools
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -44,6 +46,25 @@ WAYS = {"MIXED_PRECISION": "fit.precision", "USE_CPU": "device", "TORCH_DEVICE":
 PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FORK_LAUNCHED")
 USUAL = ("ACCELERATE_DYNAMO_",)  # the launcher always writes these; they belong to the backend
 KEPT = ("ACCELERATE_CPU_AFFINITY", "ACCELERATE_LOG_LEVEL")  # how it runs, not what it computes
+
+# logger -> the remark of it that diffusers and peft cause where torchao is installed: they import all of
+# it, and flowmatch uses neither its kernels for GPUs nor files with its tensors
+NEEDLESS = {
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+    "torch.utils._pytree": "%s is an Enum subclass",
+    "torchao": "Failed to load ",
+}
+
+
+@functools.cache  # once
+def hush() -> None:
+    """Leave out the remarks of NEEDLESS, and no other."""
+
+    def needed(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(NEEDLESS[record.name])
+
+    for name in NEEDLESS:
+        logging.getLogger(name).addFilter(needed)
 
 
 def check(config: Config | None = None) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,3 +231,17 @@ def test_those_that_need_no_group_need_no_address(tmp_path):
     assert (again.returncode, again.stderr.count("\n")) == (2, 2)
     chain = forked.run(["flowmatch", "run", "ring"], env=array)
     assert chain.stderr.startswith("run: rank 1: WORLD_SIZE=2: the chain starts the processes")
+
+
+@pytest.mark.slow
+def test_only_needless_remarks_of_libraries_are_left_out():
+    """In a process that has imported nothing yet: peft and diffusers import torchao."""
+    code = "import peft, diffusers.models.modeling_utils; "
+    code += "import logging; logging.getLogger('torchao').warning('x')"
+    quiet = f"from flowmatch.runs import environment; environment.hush(); {code}"
+    said = [
+        subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+        for words in (code, quiet)
+    ]
+    assert "Unable to import `torchao`" in said[0].stderr
+    assert said[1].stderr == "x\n"
