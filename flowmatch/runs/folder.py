@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TextIO, TypeVar
 
 from flowmatch import config as configs
 from flowmatch.config import UserError
-from flowmatch.runs import checkpoints, lines, manifest, storage
+from flowmatch.runs import checkpoints, lines, manifest, storage, trusted
 from flowmatch.runs.checkpoints import Checkpoints
 from flowmatch.runs.config import StageConfig
 from flowmatch.runs.files import Scratch, sync, worker, write_atomic
@@ -49,6 +49,9 @@ class RunFolder:
             traces = ("config.yaml", "metrics.jsonl", "checkpoints")
             self.checkpoints.begun = any((self.folder / name).exists() for name in traces)
             write_config(self.config, self.inputs)
+            stopped = self.checkpoints.begun and not manifest.sealed(self.folder)
+            if stopped and not hasattr(self.config, "fit"):  # training says where it resumes
+                say(f"{self.name}: {self.folder} was not finished: begins again from its start")
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -144,7 +147,7 @@ def finished(
         early = folder.read_all(["config.yaml"])[0] if sealed is not None else None
         if sealed is None or early is None:
             return False
-        written, _ = read_config(folder, early, type(config))
+        written, _, _ = read_config(folder, early, type(config))
         config = config.as_written(written)
         whole = [c.model_dump(exclude={"device"}) for c in (written, config)]
         content = configs.complete(sealed["config"], type(config))
@@ -234,9 +237,15 @@ def compare(name: str, plan: Plan) -> tuple[bool, bool]:
         text, damaged = lines.read_text(early)
         if damaged:
             say(f"{name}: {lines.told(folder / 'config.yaml', damaged)}")
-        written, before_inputs = read_config(folder, text, type(config))
+        written, before_inputs, code = read_config(folder, text, type(config))
         old = configs.content(written)
         changed = _differences(old, before_inputs, config, plan.inputs)
+        now = trusted.digests()
+        changed += [
+            f"(code) {module}: its files have changed since"
+            for module, digest in code.items()
+            if now.get(module, digest) != digest
+        ]
         if going is not None:  # the checkpoint decides
             changed = [line for line in changed if not line.startswith("fit.steps:")]
         if changed and sealed is None and _holds_nothing(folder):
@@ -303,14 +312,16 @@ def _refuse(folder: Store, changed: list[str]) -> None:
         )
 
 
-def read_config(folder: Store, text: str | bytes, model: type[S]) -> tuple[S, dict[str, str]]:
-    """Read the text of a run folder's config.yaml, and the digests of its inputs."""
+def read_config(
+    folder: Store, text: str | bytes, model: type[S]
+) -> tuple[S, dict[str, str], dict[str, str]]:
+    """Read the text of a run folder's config.yaml, the digests of its inputs and of trusted code."""
     import yaml
 
     try:
         values = yaml.safe_load(text)
-        inputs = values.pop("inputs")
-        return configs.validate(model, values), inputs
+        inputs, code = values.pop("inputs"), dict(values.pop("code", {}))
+        return configs.validate(model, values), inputs, code
     except (
         yaml.YAMLError,
         KeyError,
@@ -327,8 +338,10 @@ def read_config(folder: Store, text: str | bytes, model: type[S]) -> tuple[S, di
 
 
 def write_config(config: StageConfig, inputs: Mapping[str, str]) -> None:
-    """Write config.yaml: the resolved config, and the digests of the inputs under `inputs`."""
+    """Write config.yaml: the resolved config, and the digests of `inputs` and of trusted `code`."""
     digests = ["inputs:"] if inputs else ["inputs: {}"]
     digests += [f"  {name}: {digest}" for name, digest in sorted(inputs.items())]
+    if code := trusted.digests():
+        digests += ["code:", *(f"  {name}: {digest}" for name, digest in sorted(code.items()))]
     text = configs.dump(config) + "\n".join(digests) + "\n"
     storage.at(config.run_dir).write("config.yaml", text)

@@ -40,7 +40,8 @@ def read_yaml(file: str) -> dict[str, Any]:
             raise UserError(f"{file}: {key}={value!r}: '${{...}}' is not replaced; write the value")
     assert isinstance(values, dict)
     if Path(file).name == "config.yaml":  # of a run folder: the digests that `begin` compares
-        values.pop("inputs", None)
+        for digests in ("inputs", "code"):
+            values.pop(digests, None)
     return {str(key): value for key, value in values.items()}
 
 

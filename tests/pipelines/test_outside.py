@@ -183,6 +183,24 @@ def test_ranks_agree_on_the_code_that_is_trusted(home):
     assert {"(version) peft", "(version) torchao", "(version) pillow"} <= after.keys()
 
 
+def test_a_run_goes_on_with_the_code_that_it_was_begun_with(home, capsys):
+    array_of("x.npy", 16, 2, 8)
+    words = ["run_dir=flow", "data={source: arrays, path: x.npy}", "net.name=mine.nets:AnyNet"]
+    words += [*FIT, "trust=mine.nets"]
+    stages.run(train_flow, *words)
+    whole, code = Path("flow/manifest.json").read_bytes(), home / "mine" / "nets.py"
+    code.write_text(CODE.replace("torch.relu", "torch.tanh"))
+    capsys.readouterr()
+    stages.run(train_flow, *words)  # finished, by the code of then
+    assert "is sealed: nothing to do" in capsys.readouterr().out
+    Path("flow/manifest.json").unlink()
+    with pytest.raises(UserError, match=r"(?s)set them back.*\(code\) mine.nets: its files have"):
+        stages.run(train_flow, *words)
+    code.write_text(CODE)
+    stages.run(train_flow, "flow/config.yaml", "trust=mine.nets")
+    assert Path("flow/manifest.json").read_bytes() == whole
+
+
 def test_the_chain_passes_trust_to_its_processes(home):
     array_of("x.npy", 16, 2, 8)
     values = {

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -43,6 +44,17 @@ def test_a_sealed_folder_is_left_alone_and_says_so(tmp_path, capsys):
     assert work(config(tmp_path))
     assert not work(config(tmp_path, every=7))  # a run field: nothing to refuse
     assert "is sealed: nothing to do" in capsys.readouterr().out
+
+
+def test_a_stage_without_checkpoints_says_that_it_begins_again(tmp_path, capsys):
+    began = "toy: .*stage was not finished: begins again from its start"
+    with pytest.raises(RuntimeError), RunFolder("toy", config(tmp_path), {"data": "abc"}):
+        raise RuntimeError("stopped")
+    assert not re.search(began, capsys.readouterr().out)
+    assert work(config(tmp_path))
+    assert re.search(began, capsys.readouterr().out)
+    with RunFolder("toy", config(tmp_path), {"data": "abc"}):  # sealed: a lost picture is made
+        assert not re.search(began, capsys.readouterr().out)
 
 
 def test_a_folder_sealed_before_a_field_was_there_is_left_alone(tmp_path, capsys):
