@@ -6,6 +6,7 @@ arXiv 2106.09685). B begins at 0, so that a new adapter changes nothing.
 
 import copy
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,10 +220,22 @@ class Writer:
         words: dict[str, Any] = {f"{self.component}_lora_layers": tensors}
         words |= {f"{self.component}_lora_adapter_metadata": ranks}
         self.pipeline.save_lora_weights(folder, **words)
+        order_metadata(folder / DIFFUSERS)
         write_comfyui(tensors, self.component, self.config, folder)
         files = [DIFFUSERS, COMFYUI]
         allow_readers(*(folder / name for name in files))
         return sorted(files)
+
+
+def order_metadata(path: Path) -> None:
+    """Sort the metadata of a safetensors file by name: safetensors writes them in any order."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    head = json.loads(content[8:end])
+    head["__metadata__"] = dict(sorted(head["__metadata__"].items()))
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def writer(config: LoraConfig, start: Any) -> Writer:
