@@ -19,7 +19,6 @@ from flowmatch.config import (
     UserError,
     counted,
     option,
-    require,
     required,
     step_words,
     together,
@@ -159,7 +158,7 @@ def plan(config: ReflowConfig) -> Plan:
     from flowmatch.models import adapters
     from flowmatch.pairs import matching, mixture
     from flowmatch.pairs.mixture import Mixture
-    from flowmatch.training import loop, preview
+    from flowmatch.training import adapted, loop, preview
 
     def check_loop() -> str:
         device = process.device_of(config)
@@ -173,7 +172,7 @@ def plan(config: ReflowConfig) -> Plan:
 
     device, _, _, _, start, *sets = together(
         check_loop,
-        lambda: check_lora(config),
+        lambda: adapted.check(config.lora, config.fit, config.objective.name),
         lambda: objectives.check(
             config.objective,
             config.loss,
@@ -204,7 +203,7 @@ def plan(config: ReflowConfig) -> Plan:
     writer = None
     if config.lora is not None:
         writer = adapters.writer(config.lora, start)
-        adapters.add(net, config.lora, config.seed)
+        adapted.add(net, config.lora, writer, config.seed)
     inputs = {"start": start.digest}
     inputs |= {f"pairs.{number}": data.digest for number, data in enumerate(sets)}
     if config.prompts is not None:
@@ -336,18 +335,6 @@ def network(start: "Teacher", config: ReflowConfig) -> Any:
             "the flow before it"
         )
     return start.net
-
-
-def check_lora(config: ReflowConfig) -> None:
-    """Raise UserError where peft is missing, or an adapter would leave new layers untrained."""
-    if config.lora is None:
-        return
-    require("peft", "text", "lora")
-    if config.objective.name == "meanflow":
-        raise UserError(
-            "lora: objective.name=meanflow adds a second time to the network, which an adapter leaves "
-            "untrained; leave one of them out"
-        )
 
 
 STAGE = command.Stage("reflow", ReflowConfig, plan, run, __doc__, grouped=True)

@@ -88,6 +88,35 @@ def add(net: Any, config: LoraConfig, seed: int) -> None:
         parameter.data = parameter.data.float()  # peft gives them the dtype of their layer
 
 
+def quantise(net: Any) -> None:
+    """Round the frozen linear layers of a network with an adapter to int8, in place.
+
+    Each row of a weight W becomes round(W / s), with s = max |W| / 127.5. torchao computes with W in the
+    dtype of the input, and keeps that copy of it for the backward pass.
+    """
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    asked = Int8WeightOnlyConfig(set_inductor_config=False)
+    quantize_(net, asked, filter_fn=lambda module, name: _rounded(module))
+
+
+def _rounded(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and not module.weight.requires_grad
+
+
+def saving(net: nn.Module) -> int:
+    """Return the bytes that `quantise` would save of a network."""
+    weights = [module.weight for module in net.modules() if _rounded(module)]
+    return sum(bytes_of(w) - w.numel() - 4 * len(w) for w in weights if not hasattr(w, "qdata"))
+
+
+def bytes_of(tensor: Any) -> int:
+    """Return the bytes that a tensor takes; of one that is quantised, those of its parts."""
+    if hasattr(tensor, "qdata"):
+        return bytes_of(tensor.qdata) + bytes_of(tensor.scale)
+    return int(tensor.numel() * tensor.element_size())
+
+
 def trained(net: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained, by name."""
     return {name: p for name, p in net.named_parameters() if p.requires_grad}

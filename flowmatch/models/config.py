@@ -45,6 +45,12 @@ class LoraConfig(Config):
         "load_lora_weights and ComfyUI read it (always whole where the pipeline reads no adapters, and "
         "for a network that reads no prompts)",
     )
+    quantize: Literal["int8"] | None = option(
+        None,
+        "int8: hold the frozen linear layers rounded, a byte a weight and a scale a row (torchao); "
+        "needs fit.checkpointing=true and one process. The adapter is written for the layers as they "
+        "are in the files of start",
+    )
 
     @property
     def scale(self) -> float:

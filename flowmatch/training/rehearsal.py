@@ -58,7 +58,7 @@ class Sizes:
 def sizes(net: Any, config: FitConfig) -> Sizes:
     """Compute the sizes of a run from its network."""
     trained = sum(p.numel() for p in adapters.trained(net).values())
-    frozen = sum(p.numel() * p.element_size() for p in net.parameters() if not p.requires_grad)
+    frozen = sum(adapters.bytes_of(p) for p in net.parameters() if not p.requires_grad)
     return Sizes(
         frozen, trained, 2 if config.optimizer == "adamw_8bit" else 8, len(config.ema) or 1
     )
@@ -99,6 +99,9 @@ def _way(net: Any, config: FitConfig, found: Sizes, has: int) -> str:
         ways.append("lora={rank: 16} with fit.precision=bf16")
     if found.trained < count and config.precision != "bf16" and found.state / 2 <= has:
         ways.append("fit.precision=bf16")
+    saved = 0 if config.shard else adapters.saving(net)
+    if found.trained < count and world_size() == 1 and saved and found.state - saved <= has:
+        ways.append("lora.quantize=int8 with fit.checkpointing=true")
     if not ways or found.trained == count:
         ways.append(f"fit.shard=true over {math.ceil(found.state / (0.8 * has))} processes or more")
     return f"use {', or '.join(ways)}"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import accelerate
@@ -14,7 +15,7 @@ from flowmatch.config import UserError
 from flowmatch.data.config import PromptsConfig
 from flowmatch.export.sample import sample
 from flowmatch.models import adapters, networks, text
-from flowmatch.models.config import CallConfig, LoraConfig
+from flowmatch.models.config import CallConfig, LoraConfig, NetConfig
 from flowmatch.models.pipeline import open_pipeline
 from flowmatch.models.watch import run as run_pipeline
 from flowmatch.runs import manifest
@@ -92,6 +93,71 @@ def test_the_adapter_alone_is_trained_saved_and_loaded_by_the_stock_pipeline(mad
     assert loaded.round == sealed["facts"]["round"] == 1
     assert sealed["facts"]["lora"]["rank"] == 3
     by_comfyui(open_pipeline(folder / "pipe", "teacher"), name, net, merged)
+
+
+def test_an_adapter_of_layers_in_int8_is_nearly_that_of_the_network(made, capsys):
+    name, folder = made
+    more = ["fit.steps=6", "fit.save_every=3", "fit.checkpointing=true", "fit.lr=0.003"]
+    for place, key in (("floats", "null"), ("int8", "int8")):
+        run(reflow, *reflow_words(name, folder, place, *more, f"lora.quantize={key}"))
+    losses, tensors = zip(*(result_of(folder / place) for place in ("floats", "int8")), strict=True)
+    assert losses[0] != losses[1]
+    assert np.allclose(*losses, rtol=0.05)
+    ups = [
+        torch.cat([t.flatten() for n, t in sorted(one.items()) if "lora_B" in n]) for one in tensors
+    ]
+    assert float((ups[0] - ups[1]).norm() / ups[0].norm()) < 0.3  # they begin at 0
+    place = folder / "int8"
+    part = load_file(place / "checkpoints/step_00000006/net.safetensors")
+    assert all(".lora_" in key and t.dtype == torch.float32 for key, t in part.items())
+    opened = open_pipeline(folder / "pipe", "teacher")
+    opened.load_lora_weights(place / "net")
+    merged = sampled(student(name, folder, "int8").pipe, name)  # into the weights of the files
+    assert torch.allclose(merged, sampled(opened, name), atol=2e-5 * float(merged.abs().max()))
+    whole = (place / "net" / adapters.DIFFUSERS).read_bytes()
+    for gone in (place / "manifest.json", place / "net" / adapters.DIFFUSERS):
+        gone.unlink()
+    shutil.rmtree(place / "checkpoints/step_00000006")
+    run(reflow, *reflow_words(name, folder, "int8", *more, "lora.quantize=int8"))
+    assert (place / "net" / adapters.DIFFUSERS).read_bytes() == whole
+
+
+def result_of(place):
+    """The losses of a run, and its adapter."""
+    lines = (place / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    return losses, load_file(place / "net" / adapters.DIFFUSERS)
+
+
+def test_a_frozen_layer_in_int8_takes_a_byte_a_weight_and_is_refused_where_it_is_no_gain(made):
+    name, folder = made
+    net = networks.build(
+        NetConfig(name="UNet2DModel", **UNET | {"add_attention": True}), (1, 8, 8), None, 0
+    )
+    adapters.add(net, LoraConfig(rank=2), 0)
+    layers = {
+        n: m for n, m in net.named_modules() if type(m) is torch.nn.Linear and ".lora_" not in n
+    }
+    weights = {n: m.weight.detach().clone() for n, m in layers.items()}
+    adapters.quantise(net)
+    for layer, w in weights.items():
+        rounded = net.get_submodule(layer).weight
+        assert adapters.bytes_of(rounded) == w.numel() + 4 * len(w)
+        step = w.abs().amax(1, keepdim=True) / 127.5
+        assert (
+            float(((rounded.dequantize() - w).abs() / step).max()) < 1.01
+        )  # the largest is cut off
+    assert all(type(p.data) is torch.Tensor for p in adapters.trained(net).values())
+    for words_, fault in [
+        ([], "needs fit.checkpointing=true"),
+        (["fit.checkpointing=true", "fit.compile=true"], "cannot be combined with fit.compile"),
+        (["fit.checkpointing=true", "lora.merge=true"], "net/ would be the whole network"),
+    ]:
+        with pytest.raises(UserError, match=fault):
+            run(
+                reflow,
+                *reflow_words(name, folder, "no", "fit.steps=1", "lora.quantize=int8", *words_),
+            )
 
 
 def by_comfyui(pipe, name, net, merged):

@@ -114,6 +114,18 @@ def test_what_cannot_fit_is_refused_with_the_key(made, monkeypatch):
         monkeypatch.setattr(rehearsal, "room", lambda device, has=has: int(has * count))
         with pytest.raises(UserError, match=re.escape(way)):
             plan.measure()
+    more = ["lora={rank: 1}", "fit.precision=bf16", "fit.checkpointing=true"]
+    for key in ("null", "int8"):
+        words = reflow_words(name, folder, *more, f"lora.quantize={key}")
+        config, _ = load(reflow.ReflowConfig, words)
+        net = reflow.plan(config).net
+        if key == "null":
+            need = rehearsal.sizes(net, config.fit).state
+            monkeypatch.setattr(rehearsal, "room", lambda device, has=need - 1: has)
+            with pytest.raises(UserError, match="lora.quantize=int8 with fit.checkpointing"):
+                rehearsal.check_room(net, config.fit, "cpu")
+        else:
+            rehearsal.check_room(net, config.fit, "cpu")
     monkeypatch.setattr(rehearsal, "room", lambda device: 10**12)
 
     def full(*words, **more):
