@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL
 
 from flowmatch.config import UserError
 from flowmatch.evaluation import decoded, features
-from flowmatch.flow import losses
-from flowmatch.flow.config import LossConfig
+from flowmatch.flow import losses, objectives
+from flowmatch.flow.config import LossConfig, ObjectiveConfig
 from flowmatch.models.autoencoder import Autoencoder
 from flowmatch.runs import manifest
 from flowmatch.training import loop
@@ -87,6 +87,9 @@ def test_a_decoder_that_does_nothing_leaves_the_loss_as_it_is(crop):
     one = slope(config, decoded.Decoded(Same(), 1.0, 0.0, seen, checkpointing=True), values)
     for found in (through, one):
         torch.testing.assert_close(found, plain)
+    goal = objectives.build(ObjectiveConfig(), config, seen)  # the places are those of its numbers
+    v, _, *rest = values
+    torch.testing.assert_close(goal(lambda x, t, cond: v, None, *rest, None, 0).detach(), plain[0])
     scaled = slope(config, decoded.Decoded(Same(), [2.0] * 4, 0.5, seen), values)
     assert not torch.allclose(scaled[0], plain[0], rtol=1e-2)
     if crop is not None:  # another place is another loss
