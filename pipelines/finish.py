@@ -1,9 +1,9 @@
 """A short last stage: train a student on samples that it makes itself, with its pairs as an anchor.
 
 Each update makes samples in one of `for_steps` numbers of Euler steps, and moves their distribution
-towards that of the stored x1, or of real images with `data`. The loss of reflow on the pairs at t = 0,
-times `anchor`, keeps each noise where the teacher carried it. The result is a student like that of
-reflow.
+towards that of the stored x1, or of real images with `data`. The loss of reflow on the pairs, at the
+same times and weighed by `anchor`, keeps each noise where the teacher carried it. The result is a
+student like that of reflow.
 """
 
 from dataclasses import dataclass, replace
@@ -65,7 +65,9 @@ class FinishConfig(StageConfig):
     data: DataConfig | None = option(
         None, "real images to compare with; default: the x1 of the pairs", shared=False
     )
-    anchor: float = option(1.0, "weight of the loss on the pairs at t = 0; 0: none", ge=0)
+    anchor: float = option(
+        1.0, "weight of the loss on the pairs, at the times of for_steps; 0: none", ge=0
+    )
     loss: LossConfig = option(LossConfig(name="pseudo_huber"), "loss on the pairs")
 
     @pydantic.field_validator("for_steps")

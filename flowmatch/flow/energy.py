@@ -61,10 +61,11 @@ class Energy:
         """Begin with some generated features, [N, D]."""
         self.newest = f.detach().float()[-self.window :]
 
-    def add(self, f: Tensor) -> None:
-        """Count a batch of generated features, [B, D]."""
+    def add(self, f: Tensor, age: int = 1) -> None:
+        """Count a batch of generated features, [B, D], the first for `age` batches."""
         finite = f.isfinite().all()  # else the run stops, and keeps these
-        kept = torch.cat([self.newest, f.detach().float()])[-self.window :]
+        most = max(self.window // age, min(2 * len(f), self.window))
+        kept = torch.cat([self.newest, f.detach().float()])[-most:]
         self.newest = (
             torch.where(finite, kept, self.newest) if len(kept) == len(self.newest) else kept
         )

@@ -76,9 +76,9 @@ class Moments:
         """Begin with the moments of some generated features, [N, D]."""
         self._count(f, 1.0)
 
-    def add(self, f: Tensor) -> None:
-        """Count a batch of generated features, [B, D]."""
-        self._count(f, min(1.0, len(f) / self.window))
+    def add(self, f: Tensor, age: int = 1) -> None:
+        """Count a batch of generated features, [B, D], the first for `age` batches, as that many."""
+        self._count(f, min(1.0, age * len(f) / self.window))
 
     @torch.no_grad()
     def _count(self, f: Tensor, share: float) -> None:

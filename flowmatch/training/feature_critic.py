@@ -19,7 +19,7 @@ class Matcher(Protocol):
     def fresh(self) -> Any: ...
     def errors(self, f: Tensor) -> Tensor: ...
     def fill(self, f: Tensor) -> None: ...
-    def add(self, f: Tensor) -> None: ...
+    def add(self, f: Tensor, age: int = 1) -> None: ...
     def tensors(self) -> dict[str, Tensor]: ...
     def restore(self, saved: dict[str, Tensor]) -> None: ...
 
@@ -60,6 +60,8 @@ class Features(Critic):
         for name, module in self.modules.items():
             found = (module(batch["x1"].to(device)).flatten(1) for batch in self.data())
             targets[name] = self.make(found)
+        # updates since each point came up last: a rare one forgets as fast as the others
+        self.ages = saved.pop("ages", torch.zeros(len(where), dtype=torch.int64))
         self.cells = {place: {n: t.fresh() for n, t in targets.items()} for place in where}
         for place, cell in self.cells.items():
             made = [] if saved else self._samples(device, plain, place)
@@ -94,14 +96,17 @@ class Features(Critic):
 
     def learn(self, place: Place) -> Tensor | None:
         """As in `Critic`: count the samples, in the order of the global batch."""
+        self.ages = self.ages + 1
+        which = list(self.cells).index(place)
         for number, matcher in enumerate(self.cells[place].values()):
             parts = [self.accelerator.gather(self.found[i][number]) for i in sorted(self.found)]
-            matcher.add(torch.cat(parts))
+            matcher.add(torch.cat(parts), int(self.ages[which]))
+        self.ages[which] = 0
         return None
 
     def tensors(self) -> dict[str, Tensor]:
         """As in `Critic`."""
-        return {
+        return {"ages": self.ages} | {
             f"{_key(place)}/{name}/{part}": tensor
             for place, cell in self.cells.items()
             for name, matcher in cell.items()

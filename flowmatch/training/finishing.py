@@ -4,7 +4,7 @@ An update is for one number N of Euler steps and one point t = k / N of their gr
 seed and the step. The network's own steps lead fresh noise to the state x there, without a gradient
 (backward simulation: DMD2, Yin et al. 2024, arXiv 2405.14867; for all points of the grid: TDM, Luo
 et al. 2025, arXiv 2503.06674). x + (1 - t) v(x, t) is the sample that a critic compares with the data;
-at the last point of the grid it is the sample of N steps. Beside that the pairs' own loss at t = 0
+at the last point of the grid it is the sample of N steps. Beside that the pairs' own loss at the same t
 keeps each noise where the teacher carried it.
 """
 
@@ -91,7 +91,7 @@ class Finish(Learner):
     Args:
         for_steps: Numbers of Euler steps that the network is for.
         critic: Compares samples with data.
-        anchor: Weight of the pairs' loss at t = 0.
+        anchor: Weight of the pairs' loss.
         loss: Of the pairs.
         seed: Of the points of the grids.
     """
@@ -124,9 +124,9 @@ class Finish(Learner):
         t = torch.full_like(batch.t, k / n)
         if self.anchor:  # one pass for both, as DDP asks for it
             twice = None if cond is None else {key: torch.cat([c, c]) for key, c in cond.items()}
-            both = v(torch.cat([x, batch.x0]), torch.cat([t, batch.t]), twice)
-            own, paired = both.split(len(x))
-            apart = self.loss(paired, batch.x0, batch.x0, batch.x1, batch.t, u=batch.u)
+            line = path.interpolate(batch.x0, batch.x1, t)
+            own, paired = v(torch.cat([x, line]), torch.cat([t, t]), twice).split(len(x))
+            apart = self.loss(paired, line, batch.x0, batch.x1, t, u=batch.u)
         else:
             own = v(x, t, cond)
             apart = torch.zeros_like(t)

@@ -89,6 +89,16 @@ def test_matchers_go_on_from_what_they_saved_and_keep_what_is_finite(kind):
     assert not torch.equal(one.errors(f), kept)
     other.restore({name: tensor.clone() for name, tensor in one.tensors().items()})
     assert torch.equal(other.errors(f), one.errors(f))
+    f = normal(16, 5)
+    for number, share, kept in [(1, 0.125, 128), (2, 0.25, 64), (8, 1.0, 32)]:  # of a rare cell
+        cell = one.fresh()
+        cell.add(f, number)
+        if kind is Moments:
+            mean = torch.lerp(one.mean, f.double().mean(0), share)
+            torch.testing.assert_close(cell.mean, mean)
+        else:
+            assert torch.equal(cell.newest[-16:], f)
+            assert len(cell.newest) == kept
     before = one.tensors()
     one.add(torch.full((64, 2), float("nan")))
     for name in ("mean", "second", "newest"):
