@@ -66,7 +66,7 @@ class FinishConfig(StageConfig):
         None, "real images to compare with; default: the x1 of the pairs", shared=False
     )
     anchor: float = option(
-        1.0, "weight of the loss on the pairs, at the times of for_steps; 0: none", ge=0
+        0.1, "weight of the loss on the pairs, at the times of for_steps; 0: none", ge=0
     )
     loss: LossConfig = option(LossConfig(name="pseudo_huber"), "loss on the pairs")
 
@@ -301,7 +301,7 @@ def critic(plan: Plan, how: FitConfig) -> "Critic":
     config: FinishConfig = plan.config
     if plan.teacher is not None:
         fake = replace(plan.teacher, net=copy.deepcopy(plan.teacher.net))
-        how = how.model_copy(update={"lr": config.method.fake_lr or how.lr})
+        how = how.model_copy(update={"lr": config.method.fake_lr or 10 * how.lr})
         velocities = plan.teacher.velocity(), fake.velocity()
         return score_critic.Scores(*velocities, config.method.fake_updates, how)
 

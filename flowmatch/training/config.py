@@ -28,7 +28,10 @@ class MethodConfig(Config):
         1, "dmd: updates of the velocity of the samples, for each of the student", ge=1, le=16
     )
     fake_lr: float | None = option(
-        None, "dmd: learning rate of that velocity, constant; default: fit.lr", gt=0
+        None,
+        "dmd: learning rate of that velocity, constant; default: ten times fit.lr, because it has to "
+        "follow the student",
+        gt=0,
     )
 
     @pydantic.field_validator("window", "fake_updates", "fake_lr")

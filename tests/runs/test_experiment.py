@@ -141,6 +141,20 @@ def test_inputs_name_sections_and_folders_and_follow_them():
     assert config(make(without=["classifier"]), "evaluate").classifier is None
 
 
+def test_a_finish_reads_the_student_its_pairs_and_what_its_method_compares():
+    mine = make(finish={"fit": FIT})
+    found = config(mine, "finish")
+    assert (found.start, found.pairs[0].path) == ("runs/mine/reflow", "runs/mine/pairs")
+    assert (found.features, found.teacher, found.data) == (["runs/mine/features"], None, None)
+    mine.apply("finish.method", "dmd")
+    found = config(mine, "finish")
+    assert (found.features, found.teacher) == (["random"], "runs/mine/flow")
+    mine.apply("evaluate.student", "finish")
+    assert config(mine, "evaluate").student == "runs/mine/finish"
+    assert "finish" not in mine.chain(1)
+    assert config(make(finish={"fit": FIT}), "finish_2").start == "runs/mine/reflow_2"
+
+
 def test_a_teacher_from_elsewhere_takes_the_place_of_stage_one():
     mine = make(teacher="google/ddpm-cifar10-32", without=["flow", "net"])
     assert config(mine, "pairs").teacher == "google/ddpm-cifar10-32"

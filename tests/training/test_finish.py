@@ -57,7 +57,7 @@ def weights(folder):
     return networks.load(Path(folder) / "net", "net").state_dict()
 
 
-@METHODS
+@pytest.mark.parametrize("name", ["moments", pytest.param("kernel", marks=pytest.mark.slow), "dmd"])
 def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(base, tmp_path, name):
     more = [f"method.name={name}", "fit.micro_batch=8"]
     train(base, tmp_path / "whole", 1, *more)
