@@ -127,7 +127,7 @@ def plan(config: FinishConfig) -> Plan:
         return device
 
     def check_features() -> None:
-        if config.method.name != "dmd":
+        if config.method.features:
             matched_features.check(config.features)
         decoded.check(config.loss)
 
@@ -150,7 +150,7 @@ def plan(config: FinishConfig) -> Plan:
     micro, _ = loop.split_batch(config.fit, process.world_size())
     weights = [entry.weight for entry in config.pairs]
     place = process.worker_device(device)
-    names = [] if teacher else config.features
+    names = config.features if config.method.features else []
     _, _, stream, matched = together(
         lambda: matching.check_match(start, sets),
         lambda: matching.check_target(start, data, teacher, str(config.teacher)),
@@ -179,9 +179,10 @@ def plan(config: FinishConfig) -> Plan:
     seen = config.fit.steps * config.fit.batch_size
     steps = ", ".join(map(str, config.for_steps))
     target = "stored x1" if data is None else f"{len(data):,} samples of data"
-    how = f"beside {target}: {config.method.name} of {', '.join(names)}"
+    how = f"beside {target}: {config.method.features} of {', '.join(names)}"
     if teacher is not None:
-        how = f"by dmd, with the velocity of {config.teacher} and a copy that learns"
+        besides = f"; {config.method.moments:g} times {how}" if names else ""
+        how = f"by dmd, with the velocity of {config.teacher} and a copy that learns{besides}"
     lines = [
         f"{stream.count:,} pairs of {list(start.shape)} in {counted(len(sets), 'set')}, "
         f"{'with labels' if start.classes else 'no labels'}",
@@ -213,18 +214,17 @@ def check_fit(config: FinishConfig) -> None:
         faults.append(
             "fit.compile=true: a finish evaluates the network in batches of several sizes; leave it out"
         )
-    if config.method.name == "dmd":
+    if not config.method.features:
         usual = FinishConfig.model_fields["features"].get_default()
         given = {"features": config.features != usual, "data": config.data is not None}
         faults += [
-            f"{key} has no effect with method.name=dmd, which compares velocities; leave it out"
+            f"{key} has no effect with method.name=dmd, which compares velocities; leave it "
+            "out, or set method.moments"
             for key, used in given.items()
             if used
         ]
-        if config.fit.precision == "fp16":
-            faults.append(
-                "fit.precision='fp16': method.name=dmd has a second loss; use bf16 or fp32"
-            )
+    if config.method.name == "dmd" and config.fit.precision == "fp16":
+        faults.append("fit.precision='fp16': method.name=dmd has a second loss; use bf16 or fp32")
     if not config.anchor and config.loss != FinishConfig.model_fields["loss"].get_default():
         faults.append("loss has no effect with anchor=0; leave one of them out")
     if faults:
@@ -296,14 +296,16 @@ def critic(plan: Plan, how: FitConfig) -> "Critic":
     import numpy as np
 
     from flowmatch.flow import energy, moments, noise
-    from flowmatch.training import feature_critic, score_critic
+    from flowmatch.training import feature_critic, finishing, score_critic
+    from flowmatch.training.finishing import Critic
 
     config: FinishConfig = plan.config
+    weighed: list[tuple[float, Critic]] = []
     if plan.teacher is not None:
         fake = replace(plan.teacher, net=copy.deepcopy(plan.teacher.net))
         how = how.model_copy(update={"lr": config.method.fake_lr or 10 * how.lr})
         velocities = plan.teacher.velocity(), fake.velocity()
-        return score_critic.Scores(*velocities, config.method.fake_updates, how)
+        weighed.append((1, score_critic.Scores(*velocities, config.method.fake_updates, how)))
 
     def pairs() -> feature_critic.Samples:
         yield from map(
@@ -315,14 +317,17 @@ def critic(plan: Plan, how: FitConfig) -> "Critic":
         order = noise.Order(len(plan.data), config.seed)(np.arange(len(plan.data)))
         yield from map(plan.data.batch, np.array_split(order, -(-len(order) // 256)))
 
-    kind = moments.Moments if config.method.name == "moments" else energy.Energy
-    return feature_critic.Features(
-        plan.matched.modules,
-        partial(kind, window=config.method.window),
-        pairs if plan.data is None else real,
-        pairs,
-        config.method.window,
-    )
+    if config.method.features:
+        kind = moments.Moments if config.method.features == "moments" else energy.Energy
+        made = feature_critic.Features(
+            plan.matched.modules,
+            partial(kind, window=config.method.window),
+            pairs if plan.data is None else real,
+            pairs,
+            config.method.window,
+        )
+        weighed.append((config.method.moments if weighed else 1, made))
+    return finishing.Sum(weighed)
 
 
 STAGE = command.Stage("finish", FinishConfig, plan, run, __doc__, grouped=True)

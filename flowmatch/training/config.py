@@ -17,6 +17,11 @@ class MethodConfig(Config):
         "matching distillation, by the teacher's velocity and one that learns that of the samples "
         "(three networks in memory)",
     )
+    moments: float = option(
+        0.0,
+        "dmd: weight of moments of `features` beside it, compared as by method.name=moments; 0: none",
+        ge=0,
+    )
     window: int = option(
         4096,
         "newest samples of the network that a batch is seen among: moments are averages over them, "
@@ -34,11 +39,26 @@ class MethodConfig(Config):
         gt=0,
     )
 
-    @pydantic.field_validator("window", "fake_updates", "fake_lr")
+    @property
+    def features(self) -> str:
+        """How features are compared: moments, kernel, or empty where they are not."""
+        if self.name == "dmd":
+            return "moments" if self.moments else ""
+        return self.name
+
+    @pydantic.field_validator("moments", "fake_updates", "fake_lr")
     @classmethod
     def _used(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        names = ("moments", "kernel") if info.field_name == "window" else ("dmd",)
-        return used(cls, value, info, "name", *names)
+        return used(cls, value, info, "name", "dmd")
+
+    @pydantic.field_validator("window")
+    @classmethod
+    def _seen(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        return (
+            value
+            if info.data.get("moments")
+            else used(cls, value, info, "name", "moments", "kernel")
+        )
 
 
 class FitConfig(Config):

@@ -85,6 +85,42 @@ class Seen:
     cond: Condition | None
 
 
+class Sum(Critic):
+    """Critics whose weighed errors are added. weighed: a weight and a critic each."""
+
+    def __init__(self, weighed: Sequence[tuple[float, Critic]]):
+        self.weighed = list(weighed)
+        self.noises = max(critic.noises for _, critic in self.weighed)
+
+    def begin(
+        self, accelerator: Any, plain: Velocity, where: list[Place], saved: dict[str, Tensor]
+    ) -> None:
+        """As in `Critic`."""
+        for number, (_, critic) in enumerate(self.weighed):
+            start = f"{number}/"
+            own = {k.removeprefix(start): t for k, t in saved.items() if k.startswith(start)}
+            critic.begin(accelerator, plain, where, own)
+
+    def errors(self, x: Tensor, seen: Seen, index: int) -> Tensor:
+        """As in `Critic`."""
+        found = [weight * critic.errors(x, seen, index) for weight, critic in self.weighed]
+        return torch.stack(found).sum(0)
+
+    def learn(self, place: Place) -> Tensor | None:
+        """As in `Critic`."""
+        told = [critic.learn(place) for _, critic in self.weighed]
+        finite = [each for each in told if each is not None]
+        return torch.stack(finite).all() if finite else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As in `Critic`."""
+        return {
+            f"{number}/{name}": tensor
+            for number, (_, critic) in enumerate(self.weighed)
+            for name, tensor in critic.tensors().items()
+        }
+
+
 class Finish(Learner):
     """The objective of a finish.
 

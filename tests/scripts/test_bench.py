@@ -33,8 +33,8 @@ EXPECTED = {
 @pytest.mark.parametrize(
     "names",
     [
-        ["train", "pairs", "read", "own_run"],
-        pytest.param(["processes", "start", "memory", "large", "convert"], marks=pytest.mark.slow),
+        ["train", "pairs", "read", "own_run", "convert"],
+        pytest.param(["processes", "start", "memory", "large"], marks=pytest.mark.slow),
     ],
     ids=["here", "processes"],
 )
