@@ -69,7 +69,7 @@ def test_the_wheel_makes_an_experiment_in_an_empty_folder(wheel, tmp_path):
     assert (venv / "bin/flowmatch").is_file()
     assert "mine.yaml" in call("new", "mine", "--from", "digits")
     plan = call("run", "mine.yaml", "--dry-run", "device=cpu")
-    assert "flow: 1797 samples of [1, 8, 8], no labels" in plan
+    assert "flow: 1198 samples of [1, 8, 8], no labels" in plan
     small = [
         *("flow.fit.steps=4", "flow.fit.warmup=2", "reflow.fit.steps=4", "reflow.fit.warmup=2"),
         *("pairs.shards=1", "pairs.shard_size=128", "pairs.solver.steps=2", "features.steps=20"),

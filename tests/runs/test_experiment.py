@@ -269,7 +269,7 @@ def test_a_typed_number_takes_the_place_of_the_one_that_the_file_derives(tmp_pat
         (["digits", ".fit=3"], "not a key"),
         (["digits", "=3"], "not a key"),
         (["digits", "pairs[0.path=x"], "not a key"),
-        (["digits", "fit.steps.0=3"], "fit.steps is 1200, not a list; give all of fit.steps="),
+        (["digits", "fit.steps.0=3"], "fit.steps is 500, not a list; give all of fit.steps="),
         (["digits", "--fit.lr=1e-3"], "keys have no dashes: fit.lr=1e-3"),
         (["digits", "pairs={path:x}"], "a blank is missing after the colon in 'path:x'"),
         (["digits", "pairs.0.pth=x"], "did you mean path?"),
