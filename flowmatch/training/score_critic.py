@@ -85,9 +85,8 @@ class Scores(Critic):
         used = [p for p in self.parameters if p.grad is not None]
         grads = [p.grad for p in used if p.grad is not None]
         flat = torch.cat([grad.reshape(-1) for grad in grads])
-        flat = self.accelerator.reduce(
-            flat, "mean"
-        )  # by hand: no wrapper, and one order of the sum
+        # by hand: without a wrapper, and in one order
+        flat = self.accelerator.reduce(flat, "mean")
         for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
             grad.copy_(part.view_as(grad))
         norm = torch.nn.utils.clip_grad_norm_(used, self.config.max_grad_norm)

@@ -45,8 +45,8 @@ def words(base, folder, *more):
 def train(base, folder, world, *more, codes=None, **environment):
     """Run the stage on some ranks, to its end."""
     if "method.name=dmd" in more:
-        both = [*MATCHED, "method.moments=0.5"]
-        more = (f"teacher={base}/flow", "method.fake_updates=2", *both, *more)
+        fake = ["method.fake_updates=2", "method.fake_lr=1e-2"]
+        more = (f"teacher={base}/flow", *fake, *MATCHED, "method.moments=0.5", *more)
     argv, log = [*words(base, folder, *more), "device=cpu"], Path(f"{folder}.log")
     started = ranks.start(world, argv, log, "finish", **environment)
     for rank in started:
