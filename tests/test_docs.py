@@ -107,6 +107,7 @@ def test_every_page_has_a_place_in_the_contents():
             listed |= {(page.parent / f"{name}.md").resolve() for name in names}
     generated = {GENERATED / f"{stage}.md" for stage in config_reference.STAGES}
     written = {page for page in PAGES if page.is_relative_to(DOCS)} - {DOCS / "index.md"}
+    written = {page for page in written if not page.is_relative_to(DOCS / "models")}  # cards
     assert listed == written | generated
 
 
