@@ -2,12 +2,13 @@
 
 python -m scripts.ablation NAME [--seeds 3] [--jobs 2] [--only A,B] [--table] [STAGE.key=value ...]
 
-Teacher, pairs and classifiers are made once; a recipe is one or more reflow stages, one after the other,
-that share the updates of the experiment's `reflow`. The seed is that of reflow: which pairs and times an
-update sees. Every seed is scored on the same noise by the same classifier. Each run is a stage's folder
-below runs/NAME/ablation: repeat the command, and finished runs are skipped. STAGE is one of flow pairs
-reflow classifier evaluate; reflow's keys hold for all recipes, except for what a recipe sets itself.
-run_dir, teacher, start, pairs, student and the seeds of reflow and of the classifiers are set by the
+Teacher, pairs and classifiers are made once. A recipe is one or more parts, one after the other: reflow
+stages, which share the updates of the experiment's `reflow`; finishes; and pairs of the student so far,
+on which the later parts train. The seed is that of the parts: which pairs and times an update sees.
+Every seed is scored on the same noise by the same classifier. Each run is a stage's folder below
+runs/NAME/ablation: repeat the command, and finished runs are skipped. STAGE is one of flow pairs reflow
+finish classifier evaluate; reflow's keys hold for all recipes, except for what a recipe sets itself.
+run_dir, teacher, start, pairs, student and the seeds of recipes and of the classifiers are set by the
 ablation and refused here; a recipe may name its own pairs. --table writes the table of the finished
 runs, and runs nothing.
 """
@@ -20,7 +21,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flowmatch.config import Config, UserError, option, required, together, validate
 from flowmatch.runs import manifest
@@ -28,23 +29,28 @@ from flowmatch.runs.command import load
 from flowmatch.runs.experiment import find_config
 from flowmatch.runs.files import write_atomic
 from flowmatch.runs.values import read_yaml
+from pipelines.finish import FinishConfig
+from pipelines.generate_pairs import PairsConfig
 from pipelines.reflow import ReflowConfig
 
-MODULES = {"flow": "train_flow", "pairs": "generate_pairs", "reflow": "reflow"}
+MODULES = {"flow": "train_flow", "pairs": "generate_pairs", "reflow": "reflow", "finish": "finish"}
 MODULES |= {"classifier": "train_classifier", "evaluate": "evaluate"}
 OWN = {stage: ["run_dir"] for stage in MODULES}  # the keys that each run gets here
 OWN["pairs"] += ["teacher"]
 OWN["reflow"] += ["start", "pairs", "seed"]
+OWN["finish"] += ["start", "teacher", "pairs", "seed"]
 OWN["classifier"] += ["seed"]
 OWN["evaluate"] += ["teacher", "student"]
+CONFIGS = {"reflow": ReflowConfig, "finish": FinishConfig, "pairs": PairsConfig}
 SHOWN = (1, 2, 4, 8, None)  # numbers of steps; None is converged
 
 
 class Part(Config):
-    """A reflow stage of a recipe. Later parts start from the one before."""
+    """A stage of a recipe. Later parts start from the student so far."""
 
-    share: float = option(1.0, "share of the updates of reflow", gt=0, le=1)
-    words: list[str] = option([], "key=value of reflow; {root} is the ablation's folder")
+    stage: Literal["reflow", "finish", "pairs"] = option("reflow", "the stage")
+    share: float = option(1.0, "of reflow: share of its updates", gt=0, le=1)
+    words: list[str] = option([], "key=value of the stage; {root} is the ablation's folder")
 
 
 class Recipe(Config):
@@ -52,7 +58,7 @@ class Recipe(Config):
 
     name: str = required("name of its folder")
     says: str = required("its description in the table")
-    parts: list[Part] = required("its reflow stages, in order")
+    parts: list[Part] = required("its stages, in order")
 
 
 class AblationConfig(Config):
@@ -62,6 +68,9 @@ class AblationConfig(Config):
         None,
         "key=value of two classifiers: one that scores ({root}/judge, seed 0), one for feature losses "
         "({root}/eyes, seed 1); none where no classifier scores",
+    )
+    pairs: list[str] | None = option(
+        None, "key=value of the pairs of all recipes ({root}/pairs); default: the experiment's own"
     )
     inverted: list[str] | None = option(
         None, "key=value of pairs: data integrated back to noise ({root}/inverted)"
@@ -98,18 +107,19 @@ class Ablation:
                     "and --runs say how many and where); leave it out"
                 )
             self.words[stage].append(rest)
+        self.pairs = self.runs / "pairs" if config.pairs is None else self.root / "pairs"
         self.base = [self.file, *config.words, *self.words["reflow"]]
         reflow, _ = load(ReflowConfig, self.base)
         assert reflow is not None
         self.steps = reflow.fit.steps
         for recipe in config.recipes:
-            total = sum(part.share for part in recipe.parts)
+            total = sum(part.share for part in recipe.parts if part.stage == "reflow")
             if abs(total - 1) > 1e-6:
                 raise UserError(
                     f"{recipe.name}: its parts share {total:g} of the updates; expected 1"
                 )
             for part in recipe.parts:
-                load(ReflowConfig, [*self.base, *self.words_of(part)])
+                load(CONFIGS[part.stage], self.words_of(part))
 
     def launch(self, stage: str, folder: Path, words: list[str]) -> None:
         """Run a stage in a process of its own; its output goes to a log beside its folder."""
@@ -123,10 +133,10 @@ class Ablation:
 
     def prepare(self) -> None:
         """Make what all recipes share: teacher, pairs, classifiers."""
-        flow, pairs = self.runs / "flow", self.runs / "pairs"
+        flow = self.runs / "flow"
         self.launch("flow", flow, [self.file, *self.words["flow"]])
-        words = [self.file, *self.words["pairs"], f"teacher={flow}"]
-        self.launch("pairs", pairs, words)
+        words = [self.file, *(self.config.pairs or []), *self.words["pairs"], f"teacher={flow}"]
+        self.launch("pairs", self.pairs, words)
         if self.config.inverted is not None:
             own = [*words, *self.config.inverted]
             self.launch("pairs", self.root / "inverted", own)
@@ -136,26 +146,34 @@ class Ablation:
                 words = [self.file, *own]
                 self.launch("classifier", self.root / name, words)
 
-    def words_of(self, part: Part) -> list[str]:
-        """Give the words of a part, its paths filled in."""
-        return [word.replace("{root}", str(self.root)) for word in part.words]
+    def words_of(self, part: Part, *inputs: str) -> list[str]:
+        """Give the words of a part, its paths filled in. inputs: what its own words may replace."""
+        base = self.base if part.stage == "reflow" else [self.file, *self.words[part.stage]]
+        steps = [f"fit.steps={round(part.share * self.steps)}"] * (part.stage == "reflow")
+        own = [word.replace("{root}", str(self.root)) for word in part.words]
+        return [*base, *inputs, *steps, *own]
 
     def folder(self, recipe: Recipe, seed: int, stage: str) -> Path:
         """Name the folder of a run."""
         return self.root / recipe.name / f"seed_{seed}" / stage
 
     def parts(self, recipe: Recipe, seed: int) -> list[Path]:
-        """Name the folders of a recipe's reflow stages, in order."""
-        return [self.folder(recipe, seed, f"reflow_{i + 1}") for i in range(len(recipe.parts))]
+        """Name the folders of a recipe's stages, in order."""
+        stages = [f"{part.stage}_{i + 1}" for i, part in enumerate(recipe.parts)]
+        return [self.folder(recipe, seed, stage) for stage in stages]
 
     def run(self, recipe: Recipe, seed: int) -> None:
         """Train and score a recipe with a seed."""
-        start = self.runs / "flow"
+        flow = self.runs / "flow"
+        start, pairs = flow, self.pairs
         for part, place in zip(recipe.parts, self.parts(recipe, seed), strict=True):
-            inputs = [f"start={start}", f"pairs=[{{path: {self.runs / 'pairs'}}}]", f"seed={seed}"]
-            steps = [f"fit.steps={round(part.share * self.steps)}"]
-            words = [*self.base, *inputs, *steps, *self.words_of(part)]
-            self.launch("reflow", place, words)
+            if part.stage == "pairs":
+                self.launch("pairs", place, self.words_of(part, f"teacher={start}"))
+                pairs = place
+                continue
+            inputs = [f"start={start}", f"pairs=[{{path: {pairs}}}]", f"seed={seed}"]
+            inputs += [f"teacher={flow}"] * (part.stage == "finish")
+            self.launch(part.stage, place, self.words_of(part, *inputs))
             start = place
         words = [self.file, *self.words["evaluate"]]
         words += [f"teacher={self.runs / 'flow'}", f"student={start}"]
@@ -175,7 +193,7 @@ class Ablation:
                 if manifest.sealed(place):
                     last = json.loads((place / "metrics.json").read_text())
                     found.append(last["student"])
-                    parts = self.parts(recipe, seed)
+                    parts = [p for p in self.parts(recipe, seed) if "pairs" not in p.name]
                     seconds.append(sum(map(seconds_of, parts)))
                     updates.add(sum(fit_of(part)["steps"] for part in parts))
             if found:

@@ -156,7 +156,7 @@ def test_mistakes_are_named_before_any_work(ring, tmp_path):
     with pytest.raises(UserError, match="times.zer: unknown key"):
         Ablation("ring.yaml", tmp_path, 1, [])
     assert not ring
-    assert set(MODULES) == {"flow", "pairs", "reflow", "classifier", "evaluate"}
+    assert set(MODULES) == {"flow", "pairs", "reflow", "finish", "classifier", "evaluate"}
 
 
 @pytest.mark.parametrize("name", ["digits", "fashion_mnist", "ring"])
