@@ -75,7 +75,8 @@ class Case:
 def case(seed: int, i: int) -> Case:
     """Make case i."""
     rng = np.random.default_rng([seed, STREAM, i])
-    kind = pick(rng, [*CHAIN, *CHAIN, "run", "run", "run", *OTHERS, "sample"])
+    chain = [section for section in CHAIN if any(section in found for found in SECTIONS.values())]
+    kind = pick(rng, [*chain, *chain, "run", "run", "run", *OTHERS, "sample"])
     if kind in OTHERS:
         words = list(pick(rng, OTHERS[kind]))
         for _ in range(int(rng.integers(1, 3))):

@@ -55,11 +55,11 @@ def test_a_sample_does_not_depend_on_its_batch():
 def test_seeds_samples_and_streams_differ():
     """No two of 3 seeds x 50 samples x all streams, 32-bit neighbours included, share noise."""
     streams = [value for name, value in vars(noise).items() if name.isupper()]
-    assert len(streams) == 12
+    assert len(streams) == 16
     ids = [*range(48), 2**32, 2**63 + 1]
     rows = [noise.normal(seed, ids, (8,), stream) for seed in (0, 1, 2**32) for stream in streams]
     values = np.concatenate(rows).ravel()
-    assert len(np.unique(np.concatenate(rows), axis=0)) == 3 * 50 * 12
+    assert len(np.unique(np.concatenate(rows), axis=0)) == 3 * 50 * 16
     assert abs(values.mean()) < 5 / len(values) ** 0.5
     assert abs(values.var() - 1) < 5 * (2 / len(values)) ** 0.5
 
