@@ -3,8 +3,8 @@
 One part a shard; any number of processes may share OUT, on one machine or several. Repeat the command to
 go on; the process that finds all parts made joins them, reads some samples of each shard back, compares
 them with their pairs, and writes manifest.json. The formats: fastgen (webdataset tars of .pth members),
-self-forcing (an LMDB, one part in all; needs lmdb), fastvideo (a .pt file a sample), diffsynth (a table
-and PNGs), npy (webdataset tars of .npy members).
+self-forcing (an LMDB, needs lmdb), fastvideo (a .pt file a sample), diffsynth (a table and PNGs), npy
+(webdataset tars of .npy members).
 
 Exit status: 0, 2 for what cannot be converted, 75 after a signal.
 """
@@ -83,7 +83,7 @@ def convert(call: argparse.Namespace) -> None:
     work = Conversion(data, to, Path(out), table, decode, names, call.lease_seconds, inputs)
     refuse_other(work)
     notes = work.check()
-    cut = counted(len(work.shares), "part")
+    cut = counted(data.shards, "part")
     said = f"{len(data):,} pairs of {list(data.shape)} as {to.name}, in {cut}"
     for line in [said, *notes]:
         process.say(f"convert: {one_line(line)}")
@@ -139,12 +139,12 @@ def refuse_other(work: Conversion) -> None:
     sealed = manifest.find(work.store, "OUT", [STAGE])
     if names and sealed is None and not parts.begun(work.store):
         raise UserError(f"OUT={work.out} holds other files, such as {names[0]}; use another folder")
-    parts.missing(work.store, range(len(work.shares) + 1), work.fingerprint)
+    parts.missing(work.store, range(work.data.shards + 1), work.fingerprint)
 
 
 def finished(work: Conversion) -> bool:
     """Return whether the folder is sealed, and has all of its files in their sizes."""
-    every = range(len(work.shares) + 1)
+    every = range(work.data.shards + 1)
     sealed = manifest.find(work.store, "OUT", [STAGE])
     return sealed is not None and not parts.missing(
         work.store, every, work.fingerprint, joined=True

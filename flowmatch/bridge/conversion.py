@@ -1,6 +1,5 @@
 """A set of pairs as a foreign format, part by part, by any number of workers, verified at its end."""
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -86,12 +85,6 @@ class Conversion:
         kept = self.data.sealed["facts"].get("id2label") or {}
         return self.names or [kept[str(k)] for k in range(len(kept)) if str(k) in kept]
 
-    @cached_property
-    def shares(self) -> list[range]:
-        """The shards of each part: one, or all of them for a format of one file."""
-        every = range(self.data.shards)
-        return [every] if self.to.whole else [every[k : k + 1] for k in every]
-
     @property
     def store(self) -> Store:
         """The folder."""
@@ -147,7 +140,7 @@ class Conversion:
 
     def run(self) -> None:
         """Make the missing parts, join them, verify the whole, and seal it."""
-        store, last = self.store, len(self.shares)
+        store, last = self.store, self.data.shards
         store.make(parts.META)
         parts.sweep(store)
         self._claim(range(last), self._left, self._build)
@@ -158,7 +151,7 @@ class Conversion:
 
     def _left(self, store: Store, numbers: Sequence[int], fingerprint: str) -> list[int]:
         """List the parts that are not made, of which another worker may have joined some by now."""
-        joined = not parts.missing(store, [len(self.shares)], fingerprint)
+        joined = not parts.missing(store, [self.data.shards], fingerprint)
         return parts.missing(store, numbers, fingerprint, joined)
 
     def _claim(self, numbers: range, left: Any, build: Any) -> None:
@@ -177,20 +170,15 @@ class Conversion:
                 stopping.leave_if_asked()
 
     def _build(self, k: int, folder: Path) -> None:
-        shards = self.shares[k]
-        samples = itertools.chain.from_iterable(map(self._checked, shards))
-        self.to.write(folder, k, shards[0] * self.data.layout.shard_size, samples, self.facts)
-
-    def _checked(self, shard: int) -> Iterator[Sample]:
-        """Yield the samples of a shard, hash it meanwhile, and raise UserError where it is damaged."""
         size = self.data.layout.shard_size
-        with ThreadPoolExecutor(1, "hash") as pool:
-            checked = pool.submit(self.data.unchecked(shard))
-            yield from self.samples(range(shard * size, (shard + 1) * size))
+        samples = self.samples(range(k * size, (k + 1) * size))
+        with ThreadPoolExecutor(1, "hash") as pool:  # of what is read and written meanwhile
+            checked = pool.submit(self.data.unchecked(k))
+            self.to.write(folder, k, k * size, samples, self.facts)
             checked.result()
 
     def _join(self, k: int, built: Path) -> None:
-        sizes = [len(shards) * self.data.layout.shard_size for shards in self.shares]
+        sizes = [self.data.layout.shard_size] * self.data.shards
         self.to.join(self.out, built, sizes, self.facts)
 
     def samples(self, ids: range) -> Iterator[Sample]:
@@ -271,7 +259,7 @@ class Conversion:
             **{name: config[name] for name in ("solver", "guidance", "seed") if name in config},
             "teacher": self.data.sealed["inputs"].get("teacher"),
         }
-        side = self.store.read(parts.sidecar_name(len(self.shares)))
+        side = self.store.read(parts.sidecar_name(self.data.shards))
         files = (parts.facts_of(side) or {"files": {}})["files"]
         small = [name for name, bytes_ in files.items() if bytes_ < 2**26]
         manifest.seal(

@@ -26,7 +26,7 @@ Encode = Callable[[Tensor], Tensor]  # pictures [B, C, H, W] in [-1, 1] -> state
 class DiffSynth:
     """The format."""
 
-    name, half, pictures, whole = "diffsynth", False, True, False
+    name, half, pictures = "diffsynth", False, True
 
     def check(self, facts: Facts) -> list[str]:
         """As in `Format`."""

@@ -33,7 +33,7 @@ SAMPLES = "samples"
 class FastVideo:
     """The format."""
 
-    name, half, pictures, whole = "fastvideo", False, False, False
+    name, half, pictures = "fastvideo", False, False
 
     def check(self, facts: Facts) -> list[str]:
         """As in `Format`."""

@@ -108,10 +108,6 @@ class Format(Protocol):
     def pictures(self) -> bool:
         """Whether it holds x1 as a picture, and no states."""
 
-    @property
-    def whole(self) -> bool:
-        """Whether it is one file, which one worker writes as the only part."""
-
     def check(self, facts: Facts) -> list[str]:
         """Return what is left out or lost, in lines for the user; raise UserError for what cannot be."""
 

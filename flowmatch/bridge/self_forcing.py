@@ -30,7 +30,7 @@ PAGE = 4096
 class SelfForcing:
     """The format."""
 
-    name, half, pictures, whole = "self-forcing", True, False, True
+    name, half, pictures = "self-forcing", True, False
 
     def check(self, facts: Facts) -> list[str]:
         """As in `Format`."""
@@ -50,12 +50,10 @@ class SelfForcing:
     def write(
         self, folder: Path, k: int, first: int, samples: Iterable[Sample], facts: Facts
     ) -> None:
-        """As in `Format`."""
-        one = (1, *facts.shape[1:]) if len(facts.shape) == 3 else facts.shape[1:]
-        shape = (facts.count, len(facts.times) + 2, one[0], facts.shape[0], *one[1:])
-        row = np.empty((shape[1], *facts.shape), np.float16)
-        room = facts.count * (row.nbytes + 3 * PAGE + 16_384)  # a prompt of four pages
-        with opened(folder / "data.mdb", room) as env, Batches(env) as writer:
+        """As in `Format`: rows in a file of the part, which `join` brings together."""
+        room = facts.count * self._row(facts)
+        with opened(folder / f".part-{k:06d}.mdb", room) as env, Batches(env) as writer:
+            row = np.empty((len(facts.times) + 2, *facts.shape), np.float16)
             for number, sample in enumerate(samples, first):
                 row[0], row[-1] = sample.x0, sample.x1
                 if sample.states is not None:
@@ -65,11 +63,24 @@ class SelfForcing:
                 frames = np.ascontiguousarray(to_frames(row, len(facts.shape)))
                 writer.put(f"latents_{number}_data".encode(), frames.data.cast("B"))
                 writer.put(f"prompts_{number}_data".encode(), (sample.text or "").encode())
+
+    def join(self, folder: Path, built: Path, parts: list[int], facts: Facts) -> None:
+        """Bring the rows of all parts into one file, in the order of its keys."""
+        one = (1, *facts.shape[1:]) if len(facts.shape) == 3 else facts.shape[1:]
+        shape = (facts.count, len(facts.times) + 2, one[0], facts.shape[0], *one[1:])
+        names = [f".part-{k:06d}.mdb" for k in range(len(parts))]
+        room = facts.count * self._row(facts)
+        with opened(built / "data.mdb", room) as env, Batches(env) as writer:
+            for name in names:
+                with opened(folder / name) as part, part.begin(buffers=True) as rows:
+                    for key, value in rows.cursor():
+                        writer.put(bytes(key), value)
             writer.put(b"latents_shape", " ".join(map(str, shape)).encode())
             writer.put(b"prompts_shape", str(facts.count).encode())
 
-    def join(self, folder: Path, built: Path, parts: list[int], facts: Facts) -> None:
-        """Write nothing: there is one part."""
+    def _row(self, facts: Facts) -> int:
+        size = 2 * math.prod(facts.shape) * (len(facts.times) + 2)
+        return size + 3 * PAGE + 16_384  # a prompt of four pages
 
     def read(self, folder: Path, told: dict[str, Any]) -> "LmdbReader":
         """As in `Format`."""

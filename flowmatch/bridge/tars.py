@@ -176,7 +176,7 @@ class TarReader:
 class Tars:
     """A format of webdataset tars."""
 
-    half = pictures = whole = False
+    half = pictures = False
 
     def __init__(self, name: str, members: dict[str, str]):
         self.name, self.members = name, members
