@@ -54,6 +54,7 @@ def test_a_card_has_what_a_hub_shows(root):
     assert "samples.png" not in manifest.read(folder, "x")["outputs"]
 
 
+@pytest.mark.slow
 def test_a_licence_may_be_chosen_later(root, capsys):
     before = {p: p.stat().st_mtime_ns for p in (root / "export").rglob("*") if p.is_file()}
     with pytest.raises(UserError, match="license='Apache 2'"):

@@ -1,14 +1,13 @@
 """The students in docs/models: sampled as a user does, and compared with what is recorded of them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from flowmatch.export.sample import sample
 from flowmatch.runs import manifest
 
 MODELS = Path(__file__).parents[2] / "docs/models"
@@ -33,8 +32,7 @@ def test_a_student_samples_the_pictures_that_are_recorded(name, tmp_path):
     recorded = json.loads((folder / "figures.json").read_text())
     for steps, expected in recorded["steps"].items():
         out = tmp_path / steps
-        words = [folder, "--steps", steps, "--count", recorded["count"], "--out", out]
-        subprocess.run([sys.executable, "-m", "flowmatch", "sample", *map(str, words)], check=True)
+        sample(str(folder), int(steps), out, recorded["count"], 0)
         assert moments(pictures(out)) == pytest.approx(expected, rel=2e-3)
 
 

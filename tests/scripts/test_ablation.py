@@ -186,6 +186,7 @@ class Inline(ThreadPoolExecutor):
         return done
 
 
+@pytest.mark.slow
 def test_a_recipe_that_fails_leaves_the_others_their_rows(ring, tmp_path, monkeypatch, capsys):
     honest, fails = subprocess.run, ["plain/seed_0/evaluate"]
 

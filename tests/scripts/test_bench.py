@@ -33,8 +33,8 @@ EXPECTED = {
 @pytest.mark.parametrize(
     "names",
     [
-        ["train", "pairs", "read", "own_run", "convert"],
-        pytest.param(["processes", "start", "memory", "large"], marks=pytest.mark.slow),
+        ["train", "pairs", "read", "convert"],
+        pytest.param(["processes", "own_run", "start", "memory", "large"], marks=pytest.mark.slow),
     ],
     ids=["here", "processes"],
 )

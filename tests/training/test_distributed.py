@@ -204,6 +204,7 @@ def test_sigterm_to_one_rank_saves_where_all_stopped(whole, tmp_path):
     assert difference(tmp_path / "cut", whole[2]) == 0
 
 
+@pytest.mark.slow
 def test_two_runs_that_meet_by_mistake_do_not_train_one_model(tmp_path):
     """By hand, with one port, a learning rate and a folder of their own."""
     own = [[f"run_dir={tmp_path}/0"], [f"run_dir={tmp_path}/1", "fit.lr=0.1"]]

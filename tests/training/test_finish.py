@@ -23,7 +23,9 @@ SMALL = [
     *("for_steps=[1,2]", "fit.lr=1e-2"),
 ]
 MATCHED = ["features=[values,random]", "method.window=32"]
-METHODS = pytest.mark.parametrize("name", ["moments", "kernel", "dmd"])
+METHODS = pytest.mark.parametrize(  # dmd is trained with moments beside it
+    "name", ["dmd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("moments", "kernel"))]
+)
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,7 @@ def test_the_decay_alone_is_repeated():
         assert factor(7, 20, 4, decay, 3) == factor(7, 20, 4, decay)
 
 
+@pytest.mark.slow
 def test_a_constant_run_that_grows_is_the_longer_run(tmp_path):
     train(tmp_path / "whole", "fit.decay=constant", "fit.steps=60")
     train(tmp_path / "grown", "fit.decay=constant", "fit.steps=30")

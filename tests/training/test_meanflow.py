@@ -346,6 +346,7 @@ def reflow_words(root, name, start, *more):
 MEANFLOW = "objective.name=meanflow"
 
 
+@pytest.mark.slow
 def test_meanflow_goes_from_pairs_to_a_stock_export(tmp_path):
     net, shape, _ = KINDS["unet"]
     make_teacher(tmp_path / "flow", None, shape, **net)
