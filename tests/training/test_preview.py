@@ -165,7 +165,13 @@ def test_stage_three_shows_the_teachers_ends_and_measures_pairs_that_it_holds_ou
     assert len(ends) == 20
     assert not ends & {x.numpy().tobytes() for x in held["x1"]}
     with pytest.raises(UserError, match="held_out=32: the set has 32 pairs"):
-        run(reflow, f"run_dir={tmp_path}/no", *words[:1], pairs.replace("held_out: 12", "held_out: 32"), *fit)
+        run(
+            reflow,
+            f"run_dir={tmp_path}/no",
+            *words[:1],
+            pairs.replace("held_out: 12", "held_out: 32"),
+            *fit,
+        )
 
 
 def stage_config(tmp_path, *words):
