@@ -274,6 +274,7 @@ def train(
 
     config: FinishConfig = plan.config
     loss = losses.build(config.loss, plan.module)
+    grids = [plan.start.student_grid(n).tolist() for n in config.for_steps]
     return fit(
         plan.start.net,
         plan.stream,
@@ -281,7 +282,7 @@ def train(
         opened,
         how,
         TimesConfig(zero=1.0),
-        Finish(config.for_steps, critic(plan, how), config.anchor, loss, config.seed),
+        Finish(grids, critic(plan, how), config.anchor, loss, config.seed),
         seed=config.seed,
         device=config.device,
         preview=plan.preview,
@@ -295,39 +296,23 @@ def critic(plan: Plan, how: FitConfig) -> "Critic":
 
     import numpy as np
 
-    from flowmatch.flow import energy, moments, noise
-    from flowmatch.training import feature_critic, finishing, score_critic
-    from flowmatch.training.finishing import Critic
+    from flowmatch.flow import noise
+    from flowmatch.training import critics, loop, score_critic
 
     config: FinishConfig = plan.config
-    weighed: list[tuple[float, Critic]] = []
+    scores = None
     if plan.teacher is not None:
         fake = replace(plan.teacher, net=copy.deepcopy(plan.teacher.net))
         how = how.model_copy(update={"lr": config.method.fake_lr or 10 * how.lr})
         velocities = plan.teacher.velocity(), fake.velocity()
-        weighed.append((1, score_critic.Scores(*velocities, config.method.fake_updates, how)))
-
-    def pairs() -> feature_critic.Samples:
-        yield from map(
-            plan.stream, np.array_split(np.arange(plan.stream.count), -(-plan.stream.count // 256))
-        )
-
-    def real() -> feature_critic.Samples:
-        assert plan.data is not None
+        scores = score_critic.Scores(*velocities, config.method.fake_updates, how)
+    micro, _ = loop.split_batch(how, process.world_size())
+    real = None
+    if plan.data is not None:
         order = noise.Order(len(plan.data), config.seed)(np.arange(len(plan.data)))
-        yield from map(plan.data.batch, np.array_split(order, -(-len(order) // 256)))
-
-    if config.method.features:
-        kind = moments.Moments if config.method.features == "moments" else energy.Energy
-        made = feature_critic.Features(
-            plan.matched.modules,
-            partial(kind, window=config.method.window),
-            pairs if plan.data is None else real,
-            pairs,
-            config.method.window,
-        )
-        weighed.append((config.method.moments if weighed else 1, made))
-    return finishing.Sum(weighed)
+        real = critics.batches(plan.data.batch, order, micro)
+    pairs = critics.batches(plan.stream, np.arange(plan.stream.count), micro)
+    return critics.build(config.method, scores, plan.matched.modules, pairs, real)
 
 
 STAGE = command.Stage("finish", FinishConfig, plan, run, __doc__, grouped=True)

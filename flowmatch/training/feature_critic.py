@@ -63,23 +63,22 @@ class Features(Critic):
         # updates since each point came up last: a rare one forgets as fast as the others
         self.ages = saved.pop("ages", torch.zeros(len(where), dtype=torch.int64))
         self.cells = {place: {n: t.fresh() for n, t in targets.items()} for place in where}
-        for place, cell in self.cells.items():
+        for number, (place, cell) in enumerate(self.cells.items()):
             made = [] if saved else self._samples(device, plain, place)
             for name, matcher in cell.items():
                 if not saved:
                     matcher.fill(torch.cat([self.modules[name](x).flatten(1) for x in made]))
                     continue
-                start = f"{_key(place)}/{name}/"
+                start = f"{number}/{name}/"
                 own = {k.removeprefix(start): v for k, v in saved.items() if k.startswith(start)}
                 matcher.restore(own)
 
     def _samples(self, device: torch.device, plain: Velocity, place: Place) -> list[Tensor]:
         made: list[Tensor] = []
-        n, k = place
         for batch in self.pairs():
             cond = {"label": batch["label"].to(device)} if "label" in batch else None
             x = state_at(plain, batch["x0"].to(device), place, cond)
-            made.append(path.data_prediction(x, plain(x, k / n, cond), k / n))
+            made.append(path.data_prediction(x, plain(x, place[-1], cond), place[-1]))
             if sum(map(len, made)) >= self.count:
                 break
         return made
@@ -107,12 +106,8 @@ class Features(Critic):
     def tensors(self) -> dict[str, Tensor]:
         """As in `Critic`."""
         return {"ages": self.ages} | {
-            f"{_key(place)}/{name}/{part}": tensor
-            for place, cell in self.cells.items()
+            f"{number}/{name}/{part}": tensor
+            for number, cell in enumerate(self.cells.values())
             for name, matcher in cell.items()
             for part, tensor in matcher.tensors().items()
         }
-
-
-def _key(place: Place) -> str:
-    return "{}_{}".format(*place)

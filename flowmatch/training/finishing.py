@@ -1,15 +1,16 @@
 """A finish: the network learns from samples that it makes while it trains, with pairs as its anchor.
 
-An update is for one number N of Euler steps and one point t = k / N of their grid, both drawn from the
-seed and the step. The network's own steps lead fresh noise to the state x there, without a gradient
-(backward simulation: DMD2, Yin et al. 2024, arXiv 2405.14867; for all points of the grid: TDM, Luo
-et al. 2025, arXiv 2503.06674). x + (1 - t) v(x, t) is the sample that a critic compares with the data;
-at the last point of the grid it is the sample of N steps. Beside that the pairs' own loss at the same t
-keeps each noise where the teacher carried it.
+An update is for one number of Euler steps and one point t of their grid, both drawn from the seed and
+the step. The network's own steps lead fresh noise to the state x there, without a gradient (backward
+simulation: DMD2, Yin et al. 2024, arXiv 2405.14867; for all points of the grid: TDM, Luo et al. 2025,
+arXiv 2503.06674). x + (1 - t) v(x, t) is the sample that a critic compares with the data; at the last
+point of the grid it is the sample of all steps. Beside that the pairs' own loss at the same t keeps
+each noise where the teacher carried it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -22,29 +23,30 @@ from flowmatch.runs import parts
 from flowmatch.training.draw import Drawn
 from flowmatch.training.learner import Learner
 
-Place = tuple[int, int]  # (N, k): the point t = k / N of N steps
-START = (1, 0)  # of any number of steps
+Place = tuple[float, ...]  # a point of a grid: its time, after those that lead there from 0
 
 
-def places(for_steps: Sequence[int]) -> list[Place]:
-    """List the points of the grids of some numbers of steps; those at t = 0 are one."""
-    return [START, *((n, k) for n in for_steps for k in range(1, n))]
+def places(grids: Sequence[Sequence[float]]) -> list[Place]:
+    """List the points of some grids, without their ends; those at t = 0 are one.
+
+    Args:
+        grids: Times of N Euler steps each, [N + 1], from 0 to 1.
+    """
+    return list(dict.fromkeys(tuple(grid[: k + 1]) for grid in grids for k in range(len(grid) - 1)))
 
 
-def place_of(for_steps: Sequence[int], seed: int, step: int) -> Place:
-    """Draw the point of an update: N uniform among the numbers of steps, k uniform among 0 to N - 1."""
+def place_of(grids: Sequence[Sequence[float]], seed: int, step: int) -> Place:
+    """Draw the point of an update: the grid uniform among those given, the point among its own."""
     rng = noise.generator(seed, step, noise.FINISH_GRID)
-    n = for_steps[int(rng.integers(len(for_steps)))]
-    k = int(rng.integers(n))
-    return (n, k) if k else START
+    grid = grids[int(rng.integers(len(grids)))]
+    return tuple(grid[: int(rng.integers(len(grid) - 1)) + 1])
 
 
 @torch.no_grad()
 def state_at(v: Velocity, x: Tensor, place: Place, cond: Condition | None) -> Tensor:
     """Lead noise to a point of a grid by Euler steps of the network. x: [B, ...] -> [B, ...]."""
-    n, k = place
-    for i in range(k):
-        x = x + v(x, i / n, cond) / n
+    for t, after in pairwise(place):
+        x = x + (after - t) * v(x, t, cond)
     return x
 
 
@@ -125,7 +127,7 @@ class Finish(Learner):
     """The objective of a finish.
 
     Args:
-        for_steps: Numbers of Euler steps that the network is for.
+        grids: Times of each number of Euler steps that the network is for, from 0 to 1.
         critic: Compares samples with data.
         anchor: Weight of the pairs' loss.
         loss: Of the pairs.
@@ -133,9 +135,14 @@ class Finish(Learner):
     """
 
     def __init__(
-        self, for_steps: Sequence[int], critic: Critic, anchor: float, loss: Loss, seed: int
+        self,
+        grids: Sequence[Sequence[float]],
+        critic: Critic,
+        anchor: float,
+        loss: Loss,
+        seed: int,
     ):
-        self.for_steps, self.critic, self.anchor = for_steps, critic, anchor
+        self.grids, self.critic, self.anchor = grids, critic, anchor
         self.loss, self.seed, self.noises = loss, seed, 1 + critic.noises
         self.both: dict[int, Tensor] = {}  # mean errors of the micro-batches of an update
 
@@ -147,17 +154,16 @@ class Finish(Learner):
         # sums of both errors, and the number of updates
         self.sums = whole.pop("sums", torch.zeros(3, dtype=torch.float64)).to(device)
         torch.manual_seed(self.seed)  # of dropout
-        self.critic.begin(accelerator, plain, places(self.for_steps), whole)
+        self.critic.begin(accelerator, plain, places(self.grids), whole)
 
     def errors(
         self, v: Velocity, batch: Drawn, cond: Condition | None, step: int, index: int
     ) -> Tensor:
         """As in `Learner`."""
         assert batch.fresh is not None
-        place = place_of(self.for_steps, self.seed, step)
-        n, k = place
+        place = place_of(self.grids, self.seed, step)
         x = state_at(self.plain, batch.fresh[:, 0], place, cond)
-        t = torch.full_like(batch.t, k / n)
+        t = torch.full_like(batch.t, place[-1])
         if self.anchor:  # one pass for both, as DDP asks for it
             twice = None if cond is None else {key: torch.cat([c, c]) for key, c in cond.items()}
             line = path.interpolate(batch.x0, batch.x1, t)
@@ -176,7 +182,7 @@ class Finish(Learner):
         both = torch.stack(list(self.both.values())).mean(0).double()
         self.sums[:2] += self.accelerator.reduce(both, "mean")
         self.sums[2] += 1
-        return self.critic.learn(place_of(self.for_steps, self.seed, step))
+        return self.critic.learn(place_of(self.grids, self.seed, step))
 
     def read(self) -> dict[str, float]:
         """As in `Learner`."""

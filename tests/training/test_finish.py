@@ -96,11 +96,13 @@ def test_two_ranks_and_bf16_train_the_network_of_one(base, tmp_path, name):
 
 def test_samples_are_those_of_the_students_own_steps():
     """The points of all grids come up as often as they should; the last one ends where Euler does."""
-    drawn = [finishing.place_of([1, 2, 4], 3, step) for step in range(6000)]
-    assert drawn == [finishing.place_of([1, 2, 4], 3, step) for step in range(6000)]
+    grids = [[0.0, 1.0], [0.0, 0.5, 1.0], [0.0, 0.25, 0.5, 0.75, 1.0]]
+    drawn = [finishing.place_of(grids, 3, step) for step in range(6000)]
+    assert drawn == [finishing.place_of(grids, 3, step) for step in range(6000)]
     share = {place: drawn.count(place) / len(drawn) for place in set(drawn)}
-    expected = {(1, 0): 7 / 12, (2, 1): 1 / 6} | dict.fromkeys([(4, 1), (4, 2), (4, 3)], 1 / 12)
-    assert set(share) == set(finishing.places([1, 2, 4])) == set(expected)
+    four = (0.0, 0.25, 0.5, 0.75)
+    expected = {(0.0,): 7 / 12, (0.0, 0.5): 1 / 6} | {four[:k]: 1 / 12 for k in (2, 3, 4)}
+    assert set(share) == set(finishing.places(grids)) == set(expected)
     for place, value in expected.items():
         assert share[place] == pytest.approx(value, abs=0.025)
 
@@ -108,10 +110,10 @@ def test_samples_are_those_of_the_students_own_steps():
         return x * (1 + t)
 
     x0 = torch.randn(5, 2)
-    x = finishing.state_at(v, x0, (4, 3), None)
+    x = finishing.state_at(v, x0, four, None)
     expected = x0 * 1.25 * (1 + 1.25 / 4) * (1 + 1.5 / 4)
     torch.testing.assert_close(x, expected)
-    assert torch.equal(finishing.state_at(v, x0, (1, 0), None), x0)
+    assert torch.equal(finishing.state_at(v, x0, (0.0,), None), x0)
     fresh = noise.normal(0, [0], (4,), noise.FINISH)
     for stream in (noise.PAIR_NOISE, noise.TRAINING, noise.EVALUATION):
         assert not np.array_equal(fresh, noise.normal(0, [0], (4,), stream))
