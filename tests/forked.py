@@ -1,4 +1,4 @@
-"""Stages as real processes that need no seconds of imports: forks of a helper that has them all.
+"""Real processes that need no seconds of imports: forks of a helper that has them all.
 
 `run(["pipelines.train_flow", "CONFIG", "key=value"])` does what `python -m` does with these words.
 The helper is a process of its own, started once by each test process at the first call. It imports
@@ -10,6 +10,9 @@ environment of the helper (variables that are read at import are those of the fi
 session of its own, modules imported by the helper do not prove that the child imports them, and it ends
 after its atexit functions: to take apart what it shares with the helper would take most of its time.
 Tests of what a module imports, or of a GPU, start `python` instead.
+
+`Program` is a script in a fork of another helper, which has imported torch and diffusers alone: the
+fresh process in which an export is checked.
 """
 
 import atexit
@@ -34,6 +37,17 @@ from pathlib import Path
 
 PIPE, STDOUT, DEVNULL = subprocess.PIPE, subprocess.STDOUT, subprocess.DEVNULL
 ROOT = Path(__file__).parents[1]
+DIFFUSERS = [
+    "torch",
+    "diffusers.models.unets.unet_2d",
+    "diffusers.pipelines.consistency_models.pipeline_consistency_models",
+    "diffusers.pipelines.ddpm.pipeline_ddpm",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "diffusers.schedulers.scheduling_ddpm",
+    "diffusers.schedulers.scheduling_dpmsolver_multistep",
+    "diffusers.schedulers.scheduling_flow_match_euler_discrete",
+]
 LIBRARIES = """
     accelerate datasets fsspec omegaconf s3fs scipy.optimize sklearn.datasets torch torch.distributed
     torch.utils.data torch.utils.serialization torchdiffeq torchmetrics.image.fid tqdm.auto webdataset
@@ -67,6 +81,8 @@ class Popen:
         stdout, stderr: None (the caller's), PIPE, DEVNULL or an open file; stderr also STDOUT.
     """
 
+    KIND = "stages"
+
     def __init__(self, argv, *, cwd=ROOT, env=None, stdout=None, stderr=None):
         self.args, self.returncode = [str(word) for word in argv], None
         opened = []
@@ -81,7 +97,7 @@ class Popen:
             "env": dict(os.environ if env is None else env),
         }
         try:
-            socket.send_fds(_helper(), [json.dumps(request).encode()], [out, err, write])
+            socket.send_fds(_helper(self.KIND), [json.dumps(request).encode()], [out, err, write])
         finally:
             for file in opened:
                 os.close(file)
@@ -143,6 +159,29 @@ class Popen:
         for file in (self.stdout, self.stderr):
             if file is not None:
                 file.close()
+
+
+class Program(Popen):
+    """A script in a fork of a process that has imported torch and diffusers, but none of our modules.
+
+    Args:
+        argv: the interpreter, which is not used, and the path of a script.
+        stdin: PIPE: `communicate` writes a text to it.
+    """
+
+    KIND = "diffusers"
+
+    def __init__(self, argv, *, cwd, env, stdin, stdout, stderr, text):
+        assert (stdin, stdout, stderr, text) == (PIPE, PIPE, PIPE, True)
+        self._input = tempfile.TemporaryDirectory()
+        self.stdin, words = None, [Path(self._input.name) / "stdin", *argv[1:]]
+        os.mkfifo(words[0])
+        super().__init__(words, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
+
+    def communicate(self, text):
+        """Write the text, wait until the child ends; return (stdout, stderr)."""
+        (Path(self._input.name) / "stdin").write_text(text)
+        return super().communicate()
 
 
 def run(argv, *, cwd=ROOT, env=None, check=False, timeout=None):
@@ -224,17 +263,22 @@ def _output(wanted, own, opened):
     return None, wanted if isinstance(wanted, int) else wanted.fileno()
 
 
-_HELPERS = {}  # process id of the caller -> its helper: a fork of the tests starts one of its own
+_HELPERS = {}  # process id of the caller, kind -> helper: a fork of the tests starts its own
 
 
-def _helper():
-    """Start the helper at the first call; return the socket to it."""
-    if os.getpid() not in _HELPERS:
+def _helper(kind):
+    """Start the helper of a kind at the first call; return the socket to it."""
+    if (key := (os.getpid(), kind)) not in _HELPERS:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         single = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        cache = tempfile.TemporaryDirectory()
+        if (
+            kind == "diffusers"
+        ):  # read at import; each child copies the code of its folder there anew
+            single["HF_MODULES_CACHE"] = cache.name
         single["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's allocator has one
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.forked", str(theirs.fileno())],
+            [sys.executable, "-m", "tests.forked", kind, str(theirs.fileno())],
             cwd=ROOT,
             env=os.environ | single,
             stdin=subprocess.DEVNULL,
@@ -243,17 +287,18 @@ def _helper():
             start_new_session=True,
         )
         theirs.close()
-        _HELPERS[os.getpid()] = ours, process
-        atexit.register(_close, os.getpid())
-    return _HELPERS[os.getpid()][0]
+        _HELPERS[key] = ours, process, cache
+        atexit.register(_close, key)
+    return _HELPERS[key][0]
 
 
-def _close(owner):
+def _close(key):
     """End the helper, which kills what still runs."""
-    if owner == os.getpid():
-        control, process = _HELPERS.pop(owner)
+    if key[0] == os.getpid():
+        control, process, cache = _HELPERS.pop(key)
         control.close()
         process.wait()
+        cache.cleanup()
 
 
 def serve(control):
@@ -307,8 +352,8 @@ def _write(file, number):
         os.write(file, number.to_bytes(8, "big", signed=True))
 
 
-def become(argv, cwd, env):
-    """Be `python -m` with these words, in this forked process."""
+def become(kind, argv, cwd, env):
+    """Be `python -m` with these words, or `python` with a script, in this forked process."""
     import numpy as np
 
     os.setsid()
@@ -323,7 +368,11 @@ def become(argv, cwd, env):
     sys.argv[1:] = argv[1:]
     sys.modules.pop(module, None)  # `python -m` executes it once, as __main__
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if kind == "stages":
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            with open(module) as sys.stdin:
+                runpy.run_path(argv[1], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if not isinstance(end.code, int | None):
@@ -340,13 +389,13 @@ def become(argv, cwd, env):
     os._exit(code & 0xFF)
 
 
-def preload():
-    """Import what stages import; check that no import started a thread: a fork would not have it."""
+def preload(modules):
+    """Import modules; check that no import started a thread: a fork would not have it."""
     import torch
 
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # transformers misses torchvision, and says so
-    for name in MODULES:
+    for name in modules:
         try:
             importlib.import_module(name)
         except ImportError:  # the child that needs it says so
@@ -359,5 +408,6 @@ def preload():
 
 
 if __name__ == "__main__":
-    preload()
-    become(**serve(socket.socket(fileno=int(sys.argv[1]))))
+    kind = sys.argv.pop(1)
+    preload(MODULES if kind == "stages" else DIFFUSERS)
+    become(kind, **serve(socket.socket(fileno=int(sys.argv[1]))))

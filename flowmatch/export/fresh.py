@@ -10,6 +10,8 @@ from typing import Any
 
 from flowmatch.config import UserError
 
+start: Any = subprocess.Popen
+
 
 class Fresh:
     """A fresh process that cannot import flowmatch and samples the export.
@@ -28,7 +30,7 @@ class Fresh:
         }
         if cpu:
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        self.process = subprocess.Popen(
+        self.process = start(
             [sys.executable, str(program)],
             cwd=self.scratch.name,
             env=os.environ | environment,

@@ -85,8 +85,10 @@ def trained(folder, name):
     )
 
 
-def test_the_export_is_the_teachers_pipeline_with_the_students_network(made, tmp_path):
+def test_the_export_is_the_teachers_pipeline_with_the_students_network(made, tmp_path, request):
     name, folder, words = made
+    if name == SD3:
+        request.getfixturevalue("fresh_process")
     run(export, *words, f"run_dir={tmp_path}/export", "steps=[1,2]")
     out = tmp_path / "export"
     indices = [json.loads((p / "model_index.json").read_text()) for p in (folder / "pipe", out)]

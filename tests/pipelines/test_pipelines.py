@@ -60,7 +60,7 @@ KINDS = {
 @pytest.mark.parametrize(
     "kind", ["unet", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(KINDS)[1:])]
 )
-def test_every_kind_of_network_is_exported_and_checked(tmp_path, kind, capsys):
+def test_every_kind_of_network_is_exported_and_checked(fresh_process, tmp_path, kind, capsys):
     name, arguments, shape, classes, pipeline = KINDS[kind]
     trained(tmp_path / "reflow", name, arguments, shape, classes)
     run(export, f"run_dir={tmp_path}/export", f"student={tmp_path}/reflow", "steps=[1,2]")
