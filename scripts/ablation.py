@@ -9,8 +9,8 @@ Every seed is scored on the same noise by the same classifier. Each run is a sta
 runs/NAME/ablation: repeat the command, and finished runs are skipped. STAGE is one of flow pairs reflow
 finish classifier evaluate; reflow's keys hold for all recipes, except for what a recipe sets itself.
 run_dir, teacher, start, pairs, student and the seeds of recipes and of the classifiers are set by the
-ablation and refused here; a recipe may name its own pairs. --table writes the table of the finished
-runs, and runs nothing.
+ablation and refused here; a recipe may name its own pairs. evaluate.panel=full adds a table for each of
+its feature spaces. --table writes the tables of the finished runs, and runs nothing.
 """
 
 import argparse
@@ -43,6 +43,8 @@ OWN["classifier"] += ["seed"]
 OWN["evaluate"] += ["teacher", "student"]
 CONFIGS = {"reflow": ReflowConfig, "finish": FinishConfig, "pairs": PairsConfig}
 SHOWN = (1, 2, 4, 8, None)  # numbers of steps; None is converged
+SHARES = ("precision", "recall")
+JUDGES = ("panel_classifier", "panel_encoder")  # sections of the networks that judge a panel
 
 
 class Part(Config):
@@ -108,6 +110,8 @@ class Ablation:
                 )
             self.words[stage].append(rest)
         self.pairs = self.runs / "pairs" if config.pairs is None else self.root / "pairs"
+        judged = "panel=full" in self.words["evaluate"]
+        self.judges = [name for name in JUDGES if judged and name in values]
         self.base = [self.file, *config.words, *self.words["reflow"]]
         reflow, _ = load(ReflowConfig, self.base)
         assert reflow is not None
@@ -146,6 +150,10 @@ class Ablation:
                 words = [self.file, *own]
                 self.launch("classifier", self.root / name, words)
 
+        for name in self.judges:
+            words = [self.file, f"section={name}", *self.words["classifier"]]
+            self.launch("classifier", self.runs / name, words)
+
     def words_of(self, part: Part, *inputs: str) -> list[str]:
         """Give the words of a part, its paths filled in. inputs: what its own words may replace."""
         base = self.base if part.stage == "reflow" else [self.file, *self.words[part.stage]]
@@ -179,49 +187,86 @@ class Ablation:
         words += [f"teacher={self.runs / 'flow'}", f"student={start}"]
         if self.config.classifier is not None:
             words.append(f"classifier={self.root / 'judge'}")
+        if self.judges:
+            words.append(f"judges=[{', '.join(str(self.runs / name) for name in self.judges)}]")
         self.launch("evaluate", self.folder(recipe, seed, "evaluate"), words)
         with self.writing:  # recipes end at the same time: whoever writes last has read all
             self.table()
 
     def table(self) -> str:
         """Write table.md of the runs that are sealed; return it. Raises UserError where none is."""
-        rows, last, updates = [], None, set()
+        rows: list[tuple[str, list[dict[str, Any]]]] = []
+        lines, updates = [], set()
         for recipe in self.config.recipes:
             found, seconds = [], []
             for seed in range(self.seeds):
                 place = self.folder(recipe, seed, "evaluate")
                 if manifest.sealed(place):
-                    last = json.loads((place / "metrics.json").read_text())
-                    found.append(last["student"])
+                    found.append(json.loads((place / "metrics.json").read_text()))
                     parts = [p for p in self.parts(recipe, seed) if "pairs" not in p.name]
                     seconds.append(sum(map(seconds_of, parts)))
                     updates.add(sum(fit_of(part)["steps"] for part in parts))
             if found:
-                rows.append(line(recipe.says, found, f"{statistics.median(seconds):.0f}"))
-        if last is None:
+                rows.append((recipe.says, found))
+                students = [each["student"]["rows"] for each in found]
+                lines.append(line(recipe.says, students, f"{statistics.median(seconds):.0f}"))
+        if not rows:
             raise UserError(f"{self.root} holds no evaluation yet; run without --table")
+        last = rows[-1][1][-1]
         floor, protocol = last["floor"], last["protocol"]
         names = [f"@{steps}" if steps else "converged" for steps in SHOWN]
         head = ["recipe", "seeds", *names, "RMSE @1", "recall @1", "training, s"]
-        lines = [
-            f"| {' | '.join(head)} |",
-            "|---" * len(head) + "|",
-            line("teacher", [last["teacher"]]),
-        ]
+        lines = [*header(head), line("teacher", [last["teacher"]["rows"]]), *lines]
         steps = " or ".join(map(str, sorted(updates)))
-        text = "\n".join([*lines, *rows]) + (
+        text = "\n".join(lines) + (
             f"\n\n{protocol['distance']} distance, {protocol['samples']} samples, mean and standard "
             f"deviation over the seeds of reflow; real against real, {floor['samples']} each: "
             f"{floor['distance']:.3g}. RMSE: to the converged teacher on the same noise. {steps} "
             "updates a recipe, on the same pairs; the seconds are those of training alone, as logged.\n"
         )
+        text += "".join(
+            panel_table(space, rows) for space in last.get("panel", {"spaces": ()})["spaces"]
+        )
         write_atomic(self.root / "table.md", text)
         return text
 
 
-def line(says: str, found: list[dict[str, Any]], seconds: str = "") -> str:
-    """Write a row of the table. found: a model's part of metrics.json, a seed each."""
-    by_steps = [{row["steps"]: row for row in model["rows"]} for model in found]
+def panel_table(space: str, rows: list[tuple[str, list[dict[str, Any]]]]) -> str:
+    """Write the table of one feature space of a panel. rows: a recipe, and metrics.json of each seed."""
+
+    def of(found: list[dict[str, Any]], model: str) -> list[list[dict[str, Any]]]:
+        spaces = [each["panel"]["spaces"] for each in found if "panel" in each]
+        return [each[space][model] for each in spaces if space in each]
+
+    last = rows[-1][1][-1]["panel"]["spaces"][space]
+    names = [f"@{steps}" if steps else "converged" for steps in SHOWN]
+    lines = header(["recipe", "seeds", *names])
+    for says, models in [("teacher", [last["teacher"]])] + [(r, of(f, "student")) for r, f in rows]:
+        cells = [says, str(len(models))]
+        for steps in SHOWN:
+            at = [row for model in models for row in model if row["steps"] == steps]
+            value = {key: [row[key]["value"] for row in at] for key in ("frechet", *SHARES)}
+            shares = ", ".join(f"{statistics.mean(value[key]):.3f}" for key in SHARES if at)
+            cells.append(f"{spread(value['frechet'])} ({shares})" if at else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    real = last["floor"]
+    shares = ", ".join(f"{real[key]['value']:.3f}" for key in SHARES)
+    return (
+        f"\n## {space}, which no loss has used\n\n"
+        + "\n".join(lines)
+        + f"\n\nFrechet distance (precision, recall); real against real, {real['samples']} each: "
+        f"{real['frechet']['value']:.3g} ({shares}).\n"
+    )
+
+
+def header(names: list[str]) -> list[str]:
+    """Write the first lines of a table."""
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+
+
+def line(says: str, found: list[list[dict[str, Any]]], seconds: str = "") -> str:
+    """Write a row of the table. found: the rows of a model in metrics.json, a seed each."""
+    by_steps = [{row["steps"]: row for row in model} for model in found]
     cells = [says, str(len(found))]
     for steps in SHOWN:
         measured = [rows[steps]["distance"] for rows in by_steps if steps in rows]

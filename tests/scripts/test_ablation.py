@@ -14,7 +14,7 @@ import pytest
 
 from flowmatch.config import UserError
 from flowmatch.runs import manifest
-from scripts.ablation import MODULES, Ablation, line, main, spread
+from scripts.ablation import MODULES, Ablation, line, main, panel_table, spread
 
 ROOT = Path(__file__).parents[2]
 RECIPES = """
@@ -134,10 +134,33 @@ def test_each_recipe_is_trained_and_scored_and_the_table_is_the_mean_of_its_seed
 
 
 def test_a_row_shows_distance_rmse_and_recall_at_one_step():
-    one = {"rows": [{"steps": 1, "distance": 2.0, "rmse": 0.1, "recall": 0.9}]}
-    two = {"rows": [{"steps": 1, "distance": 4.0, "rmse": 0.3, "recall": 0.9}]}
+    one = [{"steps": 1, "distance": 2.0, "rmse": 0.1, "recall": 0.9}]
+    two = [{"steps": 1, "distance": 4.0, "rmse": 0.3, "recall": 0.9}]
     cells = [cell.strip() for cell in line("x", [one, two], "7").split("|")[1:-1]]
     assert cells == ["x", "2", "3 +- 1.4", "", "", "", "", "0.2 +- 0.14", "0.9 +- 0", "7"]
+
+
+def test_a_panel_has_distance_precision_and_recall_of_each_space():
+    def row(steps, *values):
+        names = ("frechet", "precision", "recall")
+        return {"steps": steps} | {
+            name: {"value": v} for name, v in zip(names, values, strict=True)
+        }
+
+    def seed(student):
+        real = row(0, 0.5, 0.97, 0.96) | {"samples": 60}
+        space = {
+            "teacher": [row(None, 1.5, 0.9, 0.8)],
+            "student": [row(1, *student)],
+            "floor": real,
+        }
+        return {"panel": {"spaces": {"encoder": space}}}
+
+    text = panel_table("encoder", [("ours", [seed((2.0, 0.8, 0.7)), seed((4.0, 0.9, 0.7))])])
+    assert "## encoder" in text
+    assert "| teacher | 1 |  |  |  |  | 1.5 (0.900, 0.800) |" in text
+    assert "| ours | 2 | 3 +- 1.4 (0.850, 0.700) |  |  |  |  |" in text
+    assert "real against real, 60 each: 0.5 (0.970, 0.960)." in text
 
 
 def test_mistakes_are_named_before_any_work(ring, tmp_path):
