@@ -6,19 +6,20 @@ same times and weighed by `anchor`, keeps each noise where the teacher carried i
 student like that of reflow.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pydantic
 
 from flowmatch.config import LocalPath, UserError, counted, option, required, together
-from flowmatch.data.config import DataConfig
+from flowmatch.data.config import DataConfig, PromptsConfig
 from flowmatch.flow.config import LossConfig, TimesConfig
+from flowmatch.models.config import CallConfig
 from flowmatch.pairs.config import PairsEntry
 from flowmatch.runs import command, folder, manifest, process
 from flowmatch.runs.config import StageConfig
-from flowmatch.training.config import FitConfig, MethodConfig
+from flowmatch.training.config import FitConfig, MethodConfig, keep_guidance
 
 if TYPE_CHECKING:
     from flowmatch.data.dataset import Data
@@ -59,7 +60,7 @@ class FinishConfig(StageConfig):
     teacher: LocalPath | None = option(
         None,
         "method.name=dmd: the flow whose pairs these are: a finished train_flow, or a flow model of "
-        "diffusers, of independent noise",
+        "diffusers, of independent noise; with prompts a pipeline, or a finished train_flow of one",
         run=True,
     )
     data: DataConfig | None = option(
@@ -69,6 +70,19 @@ class FinishConfig(StageConfig):
         0.1, "weight of the loss on the pairs, at the times of for_steps; 0: none", ge=0
     )
     loss: LossConfig = option(LossConfig(name="pseudo_huber"), "loss on the pairs")
+    pipeline: LocalPath | None = option(
+        None, "with prompts: the pipeline of the network of a run folder", run=True
+    )
+    prompts: PromptsConfig | None = option(
+        None, "the prompts of the pairs, for a pipeline that reads text"
+    )
+    call: CallConfig = option(CallConfig(), "with prompts: arguments of the pipeline's call")
+    conditions: LocalPath | None = option(
+        None,
+        "with prompts: a finished encode_prompts of them, so that no text encoder is loaded; default: "
+        "encode the prompts of each batch",
+        run=True,
+    )
 
     @pydantic.field_validator("for_steps")
     @classmethod
@@ -83,6 +97,11 @@ class FinishConfig(StageConfig):
         if not value or len(set(value)) != len(value):
             raise ValueError("expected one or more different features")
         return value
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _keep_guidance(cls, values: Any) -> Any:
+        return keep_guidance(values)
 
 
 @dataclass
@@ -100,6 +119,7 @@ class Plan(folder.Plan):
     round: int
     seen_features: set[str]
     teacher: "Teacher | None"  # of dmd
+    guidance: float | None  # of its velocity
     preview: "Preview | None"
 
     def measure(self) -> list[str]:
@@ -115,11 +135,12 @@ class Plan(folder.Plan):
 
 def plan(config: FinishConfig) -> Plan:
     """Check the config, open the pairs, and load the student."""
+    from flowmatch.data import dataset
     from flowmatch.evaluation import decoded, matched_features
-    from flowmatch.models import teachers
+    from flowmatch.models import students
     from flowmatch.pairs import matching, mixture
     from flowmatch.pairs.mixture import Mixture
-    from flowmatch.training import loop, preview
+    from flowmatch.training import critics, loop, preview
 
     def check_loop() -> str:
         device = process.device_of(config)
@@ -131,28 +152,36 @@ def plan(config: FinishConfig) -> Plan:
             matched_features.check(config.features)
         decoded.check(config.loss)
 
-    def load_start() -> "Teacher":
-        start = teachers.load(config.start, "start")
+    def load() -> "tuple[Teacher, Teacher | None]":
+        start, teacher = students.load_pair(
+            config.start,
+            config.teacher if config.method.name == "dmd" else None,
+            config.prompts,
+            config.call,
+            pipeline=config.pipeline,
+            rows=config.conditions,
+            device=process.worker_device(process.device_of(config)),
+        )
         matching.check_finish(start, config.start, config.for_steps)
         loop.check_net(config.fit, start.net, start.classes)
-        return start
+        return start, teacher
 
-    device, _, _, start, data, teacher, *sets = together(
+    device, _, _, _, (start, teacher), data, *sets = together(
         check_loop,
-        lambda: check_fit(config),
+        lambda: critics.check(config.method, config.fit),
+        lambda: check_use(config),
         check_features,
-        load_start,
-        lambda: open_data(config),
-        lambda: load_teacher(config),
+        load,
+        lambda: None if config.data is None else dataset.load(config.data),
         *(partial(mixture.open_set, n, entry, False) for n, entry in enumerate(config.pairs)),
     )
-    matching.check_unprompted(sets)
     micro, _ = loop.split_batch(config.fit, process.world_size())
     weights = [entry.weight for entry in config.pairs]
     place = process.worker_device(device)
     names = config.features if config.method.features else []
-    _, _, stream, matched = together(
+    _, guidance, _, stream, matched = together(
         lambda: matching.check_match(start, sets),
+        lambda: teacher and matching.guidance_of(sets, teacher, config.method.guidance),
         lambda: matching.check_target(start, data, teacher, str(config.teacher)),
         lambda: Mixture(list(zip(sets, weights, strict=True)), config.fit.batch_size, config.seed),
         lambda: matched_features.load(names, micro, start.shape, place, config.seed),
@@ -172,6 +201,8 @@ def plan(config: FinishConfig) -> Plan:
     inputs |= see.inputs
     if data is not None:
         inputs["data"] = data.digest
+    if config.prompts is not None:
+        inputs["prompts"] = start.facts["prompts"]["digest"]
     if teacher is not None:
         inputs["teacher"] = teacher.digest
     cuts, unseen = stream.leave_out(config.pairs)
@@ -182,10 +213,13 @@ def plan(config: FinishConfig) -> Plan:
     how = f"beside {target}: {config.method.features} of {', '.join(names)}"
     if teacher is not None:
         besides = f"; {config.method.moments:g} times {how}" if names else ""
-        how = f"by dmd, with the velocity of {config.teacher} and a copy that learns{besides}"
+        guided = "" if guidance == 1 else f", guided by {guidance:g},"
+        how = (
+            f"by dmd, with the velocity of {config.teacher}{guided} and a copy that learns{besides}"
+        )
     lines = [
         f"{stream.count:,} pairs of {list(start.shape)} in {counted(len(sets), 'set')}, "
-        f"{'with labels' if start.classes else 'no labels'}",
+        f"{'with prompts' if config.prompts else 'with labels' if start.classes else 'no labels'}",
         *cuts,
         f"{type(start.net).__name__} of {start.net.num_parameters():,} parameters, on {device}",
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / stream.count:.1f} epochs",
@@ -198,55 +232,30 @@ def plan(config: FinishConfig) -> Plan:
     every, laid = config.fit.sample_every, [start.student_grid(n) for n in config.for_steps]
     shown, told = preview.planned(every, start, config.start, sets[0], unseen, laid)
     round, used = max(start.round, last + 1), {*see.digests, *matched.digests}
-    more = (stream, start, see.module, matched, data, round, used, teacher, shown)
+    more = (stream, start, see.module, matched, data, round, used, teacher, guidance, shown)
     return Plan(config, inputs, lines + told, *more)
 
 
-def check_fit(config: FinishConfig) -> None:
-    """Raise UserError for what no finish can do in its training loop."""
-    faults = []
-    if config.fit.shard:
-        faults.append(
-            "fit.shard=true: a finish samples outside of the training step, which needs whole weights; "
-            "leave it out"
-        )
-    if config.fit.compile:
-        faults.append(
-            "fit.compile=true: a finish evaluates the network in batches of several sizes; leave it out"
-        )
+def check_use(config: FinishConfig) -> None:
+    """Raise UserError for keys that have no effect, or are missing."""
+    faults, usual = [], FinishConfig.model_fields
+    if config.method.name == "dmd" and config.teacher is None:
+        faults.append("method.name=dmd needs teacher=, the flow that made the pairs")
     if not config.method.features:
-        usual = FinishConfig.model_fields["features"].get_default()
-        given = {"features": config.features != usual, "data": config.data is not None}
+        given = {
+            "features": config.features != usual["features"].get_default(),
+            "data": config.data is not None,
+        }
         faults += [
             f"{key} has no effect with method.name=dmd, which compares velocities; leave it "
             "out, or set method.moments"
             for key, used in given.items()
             if used
         ]
-    if config.method.name == "dmd" and config.fit.precision == "fp16":
-        faults.append("fit.precision='fp16': method.name=dmd has a second loss; use bf16 or fp32")
-    if not config.anchor and config.loss != FinishConfig.model_fields["loss"].get_default():
+    if not config.anchor and config.loss != usual["loss"].get_default():
         faults.append("loss has no effect with anchor=0; leave one of them out")
     if faults:
         raise UserError(faults)
-
-
-def load_teacher(config: FinishConfig) -> "Teacher | None":
-    """Load the teacher of dmd; None for the other methods."""
-    from flowmatch.models import teachers
-
-    if config.method.name != "dmd":
-        return None
-    if config.teacher is None:
-        raise UserError("method.name=dmd needs teacher=, the flow that made the pairs")
-    return teachers.load(config.teacher, "teacher")
-
-
-def open_data(config: FinishConfig) -> "Data | None":
-    """Open the real images."""
-    from flowmatch.data import dataset
-
-    return None if config.data is None else dataset.load(config.data)
 
 
 def run(plan: Plan) -> None:
@@ -275,6 +284,12 @@ def train(
     config: FinishConfig = plan.config
     loss = losses.build(config.loss, plan.module)
     grids = [plan.start.student_grid(n).tolist() for n in config.for_steps]
+    field = plan.start.field(plan.start.net)
+    if config.prompts is not None and process.world_size() > 1:
+        from flowmatch.models import text
+
+        there = process.worker_device(process.device_of(config))
+        text.freeze_unused(plan.start.net.to(there), field, plan.start.shape)
     return fit(
         plan.start.net,
         plan.stream,
@@ -285,6 +300,7 @@ def train(
         Finish(grids, critic(plan, how), config.anchor, loss, config.seed),
         seed=config.seed,
         device=config.device,
+        field=field,
         preview=plan.preview,
         on_log=on_log,
     )
@@ -292,27 +308,20 @@ def train(
 
 def critic(plan: Plan, how: FitConfig) -> "Critic":
     """Build what compares samples with the data."""
-    import copy
-
     import numpy as np
 
     from flowmatch.flow import noise
-    from flowmatch.training import critics, loop, score_critic
+    from flowmatch.training import critics, loop
 
     config: FinishConfig = plan.config
-    scores = None
-    if plan.teacher is not None:
-        fake = replace(plan.teacher, net=copy.deepcopy(plan.teacher.net))
-        how = how.model_copy(update={"lr": config.method.fake_lr or 10 * how.lr})
-        velocities = plan.teacher.velocity(), fake.velocity()
-        scores = score_critic.Scores(*velocities, config.method.fake_updates, how)
     micro, _ = loop.split_batch(how, process.world_size())
     real = None
     if plan.data is not None:
         order = noise.Order(len(plan.data), config.seed)(np.arange(len(plan.data)))
         real = critics.batches(plan.data.batch, order, micro)
     pairs = critics.batches(plan.stream, np.arange(plan.stream.count), micro)
-    return critics.build(config.method, scores, plan.matched.modules, pairs, real)
+    method = config.method.model_copy(update={"guidance": plan.guidance})
+    return critics.build(method, how, plan.teacher, plan.matched.modules, pairs, real)
 
 
 STAGE = command.Stage("finish", FinishConfig, plan, run, __doc__, grouped=True)

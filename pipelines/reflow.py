@@ -29,7 +29,7 @@ from flowmatch.models.config import CallConfig, LoraConfig
 from flowmatch.pairs.config import PairsEntry
 from flowmatch.runs import command, folder, manifest, process
 from flowmatch.runs.config import StageConfig
-from flowmatch.training.config import FitConfig
+from flowmatch.training.config import FitConfig, keep_guidance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,14 +108,7 @@ class ReflowConfig(StageConfig):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _keep_guidance(cls, values: Any) -> Any:
-        """The student of guided pairs needs no null prompt: drop none, unless asked to."""
-        if (
-            isinstance(values, dict)
-            and values.get("prompts")
-            and isinstance(values.get("fit"), dict)
-        ):
-            return values | {"fit": {"label_drop": 0.0} | values["fit"]}
-        return values
+        return keep_guidance(values)
 
 
 @dataclass

@@ -1,10 +1,19 @@
 """Students of pipelines that read prompts: a network in the terms of its teacher's."""
 
+import copy
 import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from flowmatch.config import UserError
-from flowmatch.models.teachers import read_made
+from flowmatch.data.config import PromptsConfig
+from flowmatch.models import teachers, text
+from flowmatch.models.config import CallConfig
+from flowmatch.models.pipeline import is_pipeline
+from flowmatch.models.teachers import Teacher, read_made
 from flowmatch.models.text import TextTeacher, with_network
+from flowmatch.runs import manifest
 
 TERMS = (
     *("pipeline", "network", "sample", "time", "kind", "slope", "offset", "sign", "half"),
@@ -45,3 +54,56 @@ def load(teacher: TextTeacher, path: str | os.PathLike[str], key: str) -> TextTe
             f"{key}={path} is of another pipeline than teacher: {'; '.join(terms)}; name its own teacher"
         )
     return with_network(teacher, path, key, sealed)
+
+
+def load_pair(
+    start: str,
+    teacher: str | None,
+    prompts: PromptsConfig | None,
+    call: CallConfig,
+    *,
+    pipeline: str | None,
+    **more: Any,
+) -> tuple[Teacher, Teacher | None]:
+    """Load a student and perhaps its teacher; with prompts they share all but the network.
+
+    Args:
+        start: As in `teachers.load`, or in `text.load` with prompts.
+        teacher: Likewise; or None.
+        prompts: The prompts; None for networks that read none.
+        call: Arguments of the pipeline's call.
+        pipeline: As in `text.load`; no other than a teacher that is a pipeline.
+        more: As in `text.load`.
+
+    Returns:
+        Both.
+
+    Raises:
+        UserError: They do not belong together, or cannot be loaded.
+        NotReady: One is not made yet.
+    """
+    if prompts is None:
+        made = None if teacher is None else teachers.load(teacher, "teacher")
+        return teachers.load(start, "start"), made
+    if teacher is None:
+        return text.load(start, "start", prompts, call, pipeline=pipeline, **more), None
+    if _pipeline(teacher) and pipeline not in (None, teacher):
+        raise UserError(
+            f"pipeline={pipeline}: with method.name=dmd it is that of teacher={teacher}; leave it out"
+        )
+    pipe = text.load(teacher, "teacher", prompts, call, pipeline=pipeline, **more)
+    if is_pipeline(teacher):  # an export is one
+        made_by = manifest.find(teacher, "teacher", ("export", text.BUILT)) or {"facts": {}}
+        pipe = replace(pipe, round=made_by["facts"].get("round", 0))
+    if start == teacher:
+        return replace(pipe, net=copy.deepcopy(pipe.net)), pipe
+    if _pipeline(start):
+        raise UserError(
+            f"start={start} is another pipeline than teacher={teacher}; name a reflow of the teacher, "
+            "or the teacher itself"
+        )
+    return load(pipe, start, "start"), pipe
+
+
+def _pipeline(path: str) -> bool:
+    return is_pipeline(path) or not Path(path).exists()  # else a name on the hub

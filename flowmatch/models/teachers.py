@@ -84,6 +84,15 @@ class Teacher:
         """Return what makes the velocity of a student of `net`, or of its wrapper, in training."""
         return Velocity
 
+    def own_velocity(self, net: Any, guidance: float = 1.0) -> Velocity:
+        """Return the velocity of `net`, which predicts what the teacher's own network does."""
+        return replace(self, net=net).velocity(guidance)
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether few Euler steps of its network, as it is, are those of a student."""
+        return self.diffusion is None
+
     @property
     def student_facts(self) -> dict[str, Any]:
         """What the manifests of its pairs and of a student hold of it."""

@@ -139,6 +139,15 @@ class TextTeacher(Teacher):
         """Return what makes the velocity of `net`, which predicts what the pipeline's network does."""
         return self._field(net, self.own_schedule())
 
+    def own_velocity(self, net: Any, guidance: float = 1.0) -> Velocity:
+        """Return the velocity of `net`, which predicts what the pipeline's network does."""
+        return TextVelocity(net, self.script, self.conditions(), self.own_schedule(), guidance)
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether few Euler steps of its network, as it is, are those of a student."""
+        return self.script.kind == "flow" or self.schedule is not None
+
     def _field(self, net: Any, schedule: Schedule | None) -> Callable[[Any], Velocity]:
         table = self.conditions()
 

@@ -60,6 +60,16 @@ class TextVelocity(Velocity):
             v = without + self.guidance * (v - without)
         return v
 
+    def spread(self, t: Tensor) -> Tensor:
+        """As in `Velocity`; the times of a diffusion are those of its timesteps."""
+        if self.schedule is None:
+            return t
+        return self.schedule.spread(t if t.device.type == "mps" else t.double())
+
+    def weight(self, t: Tensor) -> Tensor:
+        """As in `Velocity`."""
+        return super().weight(t) if self.schedule is None else self.schedule.weight(t)
+
     def _evaluate(self, x: Tensor, t: Tensor, arguments: dict[str, Any]) -> Tensor:
         self.evaluations += 1
         own, device = next(self.net.parameters()).dtype, x.device.type

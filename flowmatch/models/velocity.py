@@ -150,6 +150,14 @@ class Velocity:
         out_null, out_cond = both.sample.to(x.dtype).chunk(2)
         return out_null + self.guidance * (out_cond - out_null)
 
+    def spread(self, t: Tensor) -> Tensor:
+        """Turn shares t in [0, 1] of the noise levels of its training, 1 the least noise, into times."""
+        return t
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Return the squared error of its network's prediction by that of the velocity, [B]. t: [B]."""
+        return torch.ones_like(t)
+
     def carry(self, x0: Tensor, solve: Solve, cond: Condition | None = None) -> Tensor:
         """Carry noise to data.
 

@@ -59,16 +59,43 @@ def check_match(start: Any, sets: list[PairData]) -> None:
         raise UserError(faults)
 
 
-def check_unprompted(sets: list[PairData]) -> None:
-    """Raise UserError where sets of pairs have prompts."""
-    if prompted := [data for data in sets if data.has_prompts]:
-        raise UserError(
-            [
-                f"{data.key}={data.folder} has prompts: a finish takes no pipeline that reads text; use "
-                "reflow"
-                for data in prompted
-            ]
-        )
+def guidance_of(sets: list[PairData], teacher: Teacher, asked: float | None) -> float:
+    """Return the guidance of a teacher that makes the distribution of some pairs.
+
+    Args:
+        sets: The sets.
+        teacher: The teacher.
+        asked: The guidance, where the user gives it; else that with which the pairs were made.
+
+    Raises:
+        UserError: That is not known, or not the same for all, or the teacher cannot be guided.
+    """
+    found = _guidance(sets) if asked is None else asked
+    teacher.own_velocity(teacher.net, found)
+    return found
+
+
+def _guidance(sets: list[PairData]) -> float:
+    known: dict[float, PairData] = {}
+    for data in sets:
+        made, facts = data.sealed["config"], data.sealed["facts"]
+        where, script = f"{data.key}={data.folder}", facts.get("script") or {}
+        own = made.get("solver", {}).get("name") == "own"
+        if own and facts["evaluations"] > script["steps"]:
+            raise UserError(
+                f"method.guidance: {where} are the guided run of a pipeline, call={facts.get('call')}; "
+                "set it to w of v = v_null + w (v_prompt - v_null), for most classes guidance_scale"
+            )
+        if (script and facts["round"]) or (data.has_prompts and "solver" not in made):
+            raise UserError(
+                f"method.guidance: {where} are of a student, or of another trainer, and do not say with "
+                "which guidance its teacher was followed; set it"
+            )
+        known[1.0 if own else made.get("guidance", 1.0)] = data
+    if len(known) > 1:
+        told = ", ".join(f"{data.key}={data.folder} with {w:g}" for w, data in known.items())
+        raise UserError(f"method.guidance: the pairs were made {told}; set it")
+    return next(iter(known))
 
 
 def check_finish(start: Teacher, path: str, for_steps: list[int]) -> None:
@@ -83,7 +110,7 @@ def check_finish(start: Teacher, path: str, for_steps: list[int]) -> None:
         UserError: They do not make its samples; all faults at once.
     """
     faults, where = [], f"start={path}"
-    if start.diffusion is not None:
+    if not start.can_sample:
         faults.append(f"{where} is a diffusion model; reflow it first")
     if two_time.argument(start.net) is not None:
         faults.append(

@@ -269,7 +269,8 @@ class Experiment:
             found["start"] = "tiny"
         whole = self.sections.get("flow", {}).get("start", "tiny" if self.has("tiny") else None)
         reads = "prompts" in values  # else the start of stage one is a network alone
-        if stage in ("generate_pairs", "reflow", "evaluate_prompts", "export") and whole and reads:
+        readers = ("generate_pairs", "reflow", "finish", "evaluate_prompts", "export")
+        if stage in readers and whole and reads:
             found["pipeline"] = whole  # that stage one trains a network of
         if stage == "encode_prompts" and whole:
             found["teacher"] = whole
@@ -278,9 +279,10 @@ class Experiment:
         elif stage == "reflow" and "teacher" in self.shared:
             found["start"] = self.shared["teacher"]
         later = k > 1 and stage in ("generate_pairs", "reflow")
-        if {"teacher", "prompts"} <= self.shared.keys() and (later or stage == "export"):
+        of_run = later or stage in ("finish", "export")
+        if {"teacher", "prompts"} <= self.shared.keys() and of_run:
             found["pipeline"] = self.shared["teacher"]  # of a run folder's network
-        if stage == "reflow" and self.has("conditions"):
+        if stage in ("reflow", "finish") and self.has("conditions"):
             found["conditions"] = "conditions"
         if stage == "finish":
             found["start"] = last

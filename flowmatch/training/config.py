@@ -39,6 +39,13 @@ class MethodConfig(Config):
         gt=0,
     )
 
+    guidance: float | None = option(
+        None,
+        "dmd: guidance of the teacher's velocity; default: that of the pairs, where their solver had it "
+        "(required where they are a pipeline's own guided run)",
+        gt=0,
+    )
+
     @property
     def features(self) -> str:
         """How features are compared: moments, kernel, or empty where they are not."""
@@ -46,7 +53,7 @@ class MethodConfig(Config):
             return "moments" if self.moments else ""
         return self.name
 
-    @pydantic.field_validator("moments", "fake_updates", "fake_lr")
+    @pydantic.field_validator("moments", "fake_updates", "fake_lr", "guidance")
     @classmethod
     def _used(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         return used(cls, value, info, "name", "dmd")
@@ -59,6 +66,17 @@ class MethodConfig(Config):
             if info.data.get("moments")
             else used(cls, value, info, "name", "moments", "kernel")
         )
+
+
+def keep_guidance(values: Any) -> Any:
+    """Set fit.label_drop=0 in a config with prompts: its student needs no null prompt.
+
+    Args:
+        values: The config, as it was read; a label_drop in it stays.
+    """
+    if isinstance(values, dict) and values.get("prompts") and isinstance(values.get("fit"), dict):
+        return values | {"fit": {"label_drop": 0.0} | values["fit"]}
+    return values
 
 
 class FitConfig(Config):

@@ -7,10 +7,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from flowmatch.config import UserError
 from flowmatch.flow import energy, moments
-from flowmatch.training.config import MethodConfig
+from flowmatch.models.teachers import Teacher
+from flowmatch.training.config import FitConfig, MethodConfig
 from flowmatch.training.feature_critic import Features, Samples
 from flowmatch.training.finishing import Critic, Sum
+from flowmatch.training.score_critic import Apart, Scores
 
 BATCH = 256  # samples that are read together before the first update
 
@@ -27,9 +30,32 @@ def batches(read: Callable[[Any], Any], ids: np.ndarray, size: int) -> Callable[
     return lambda: map(read, parts)
 
 
+def check(config: MethodConfig, fit: FitConfig) -> None:
+    """Check that a finish can be trained.
+
+    Raises:
+        UserError: Something of the training loop cannot be combined with it; all faults at once.
+    """
+    faults = []
+    if fit.shard:
+        faults.append(
+            "fit.shard=true: a finish samples outside of the training step, which needs whole weights; "
+            "leave it out"
+        )
+    if fit.compile:
+        faults.append(
+            "fit.compile=true: a finish evaluates the network in batches of several sizes; leave it out"
+        )
+    if config.name == "dmd" and fit.precision == "fp16":
+        faults.append("fit.precision='fp16': method.name=dmd has a second loss; use bf16 or fp32")
+    if faults:
+        raise UserError(faults)
+
+
 def build(
     config: MethodConfig,
-    scores: Critic | None,
+    fit: FitConfig,
+    teacher: Teacher | None,
     modules: dict[str, nn.Module],
     pairs: Callable[[], Samples],
     data: Callable[[], Samples] | None,
@@ -37,13 +63,18 @@ def build(
     """Build a critic.
 
     Args:
-        config: How samples are compared with the data.
-        scores: Compares them by velocities; with other methods None.
+        config: How samples are compared with the data; its guidance is set.
+        fit: The training loop.
+        teacher: Whose velocity tells the score of the data; None for methods without one.
         modules: Of the features, by name; as in `Features`.
         pairs: Yields batches of pairs, anew at each call.
         data: Likewise of real samples; None compares with the x1 of the pairs.
     """
-    weighed: list[tuple[float, Critic]] = [] if scores is None else [(1.0, scores)]
+    weighed: list[tuple[float, Critic]] = []
+    if teacher is not None:
+        how = fit.model_copy(update={"lr": config.fake_lr or 10 * fit.lr})
+        networks = Apart(teacher, config.guidance or 1.0)
+        weighed.append((1.0, Scores(networks, config.fake_updates, how)))
     if config.features:
         kind = moments.Moments if config.features == "moments" else energy.Energy
         make = partial(kind, window=config.window)

@@ -1,12 +1,14 @@
 """The critic of a finish by distribution matching: a second velocity learns that of the samples."""
 
-from contextlib import AbstractContextManager
-from typing import Any
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowmatch.flow import dmd, path
+from flowmatch.flow import dmd, losses, path
+from flowmatch.models.teachers import Teacher
 from flowmatch.models.velocity import Velocity
 from flowmatch.training.config import FitConfig
 from flowmatch.training.finishing import Critic, Place, Seen
@@ -15,21 +17,62 @@ from flowmatch.training.optimizers import OPTIMIZERS
 GOLDEN = 0.6180339887498949  # times of several updates are apart by it, modulo 1
 
 
+class Networks(Protocol):
+    """The networks of both velocities; each is used within a context of its own, gradients included."""
+
+    def begin(self, device: torch.device) -> dict[str, nn.Parameter]:
+        """Bring them to a device; return the parameters of that of the samples, by name."""
+
+    def real(self) -> AbstractContextManager[Velocity]:
+        """Provide the velocity of the data: the teacher's."""
+
+    def fake(self) -> AbstractContextManager[Velocity]:
+        """Provide the velocity of the samples."""
+
+
+class Apart(Networks):
+    """A teacher, and a copy of it.
+
+    Args:
+        teacher: The teacher.
+        guidance: Of its velocity; that of the samples has none.
+    """
+
+    def __init__(self, teacher: Teacher, guidance: float):
+        self.teacher = teacher.own_velocity(teacher.net, guidance)
+        self.copy = teacher.own_velocity(copy.deepcopy(teacher.net))
+
+    def begin(self, device: torch.device) -> dict[str, nn.Parameter]:
+        """As in `Networks`."""
+        teacher, own = self.teacher.net, self.copy.net
+        teacher.to(device).eval()  # type: ignore[attr-defined]
+        own.to(device).eval().requires_grad_(True)  # type: ignore[attr-defined]
+        return dict(own.named_parameters())  # type: ignore[attr-defined]
+
+    def real(self) -> AbstractContextManager[Velocity]:
+        """As in `Networks`."""
+        return nullcontext(self.teacher)
+
+    def fake(self) -> AbstractContextManager[Velocity]:
+        """As in `Networks`."""
+        return nullcontext(self.copy)
+
+
 class Scores(Critic):
     """Moves samples by the difference of two velocities (`flow.dmd`).
 
-    That of the data is the teacher's. That of the samples begins as a copy of it and learns, by flow
-    matching on each batch of samples, before the next one.
+    That of the data is the teacher's. That of the samples begins as a copy of it, without guidance, and
+    learns, by the teacher's own loss on each batch of samples, before the next one. Neither has dropout,
+    whose masks would need seeds.
 
     Args:
-        real: The teacher, on the device.
-        fake: A copy of it with a network of its own.
-        updates: Of the fake velocity, for each of the student.
-        config: Of the fake's optimizer: its learning rate, averages, weight decay and clipping.
+        networks: Of both.
+        updates: Of the velocity of the samples, for each of the student.
+        config: Of its optimizer: learning rate, averages, weight decay and clipping.
     """
 
-    def __init__(self, real: Velocity, fake: Velocity, updates: int, config: FitConfig):
-        self.real, self.fake, self.updates, self.config = real, fake, updates, config
+    def __init__(self, networks: Networks, updates: int, config: FitConfig):
+        self.networks, self.updates, self.config = networks, updates, config
         self.noises = 1 + updates
         self.made: dict[int, tuple[Tensor, Seen]] = {}  # of the micro-batches of an update
 
@@ -37,13 +80,10 @@ class Scores(Critic):
         self, accelerator: Any, plain: Velocity, where: list[Place], saved: dict[str, Tensor]
     ) -> None:
         """As in `Critic`."""
-        self.accelerator, device = accelerator, accelerator.device
-        net: Any = self.fake.net
-        self.real.net.to(device).eval()
-        net.to(device).eval().requires_grad_(True)  # no dropout: its masks would need seeds
-        self.named = dict(net.named_parameters())
+        self.accelerator = accelerator
+        self.named = self.networks.begin(accelerator.device)
         self.parameters = list(self.named.values())
-        self.adamw = OPTIMIZERS["adamw"](self.parameters, self.config, device)
+        self.adamw = OPTIMIZERS["adamw"](self.parameters, self.config, accelerator.device)
         if not saved:
             return
         with torch.no_grad():
@@ -60,23 +100,27 @@ class Scores(Critic):
     def errors(self, x: Tensor, seen: Seen, index: int) -> Tensor:
         """As in `Critic`."""
         self.made[index] = (x.detach(), seen)
-        t = dmd.times(seen.u)
-        y = path.interpolate(seen.noise[:, 0], x.detach(), t)
         with torch.no_grad(), self._half():
-            real, fake = (v(y, t, seen.cond) for v in (self.real, self.fake))
+            with self.networks.real() as v:
+                t = v.spread(dmd.times(seen.u))
+                y = path.interpolate(seen.noise[:, 0], x.detach(), t)
+                real = v(y, t, seen.cond)
+            with self.networks.fake() as v:
+                fake = v(y, t, seen.cond)
         return dmd.errors(x, dmd.direction(x, y, t, real, fake))
 
     def learn(self, place: Place) -> Tensor | None:
-        """As in `Critic`: flow matching on the samples of the update."""
+        """As in `Critic`: the teacher's loss on the samples of the update."""
         finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
         for number in range(self.updates):
             for x, seen in self.made.values():
-                t = dmd.times((seen.u + (number + 1) * GOLDEN) % 1)
                 noise = seen.noise[:, 1 + number]
-                with self._half():
-                    v = self.fake(path.interpolate(noise, x, t), t, seen.cond)
-                error = (v - path.velocity(noise, x)).square().mean()
-                (error / len(self.made)).backward()
+                with self.networks.fake() as v:
+                    t = v.spread(dmd.times((seen.u + (number + 1) * GOLDEN) % 1))
+                    with self._half():
+                        out = v(path.interpolate(noise, x, t), t, seen.cond)
+                    error = v.weight(t) * losses.mse(out, path.velocity(noise, x))
+                    (error.mean() / len(self.made)).backward()
             finite = finite & self._step(finite)
         return finite
 

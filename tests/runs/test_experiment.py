@@ -176,11 +176,24 @@ def test_stages_of_a_pipeline_that_reads_prompts_know_it():
     assert pairs.teacher == reflowed.start == "runs/mine/flow"
     assert config(mine, "pairs_2").teacher == config(mine, "reflow_2").start == "runs/mine/reflow"
     assert config(mine, "reflow_2").pipeline == "runs/mine/tiny"
+    scored = {"finish": {"fit": FIT, "method": "dmd"}, "conditions": {}}
+    mine.sections |= scored
+    ended = config(mine, "finish")
+    assert (ended.start, ended.pipeline) == ("runs/mine/reflow", "runs/mine/tiny")
+    assert (ended.teacher, ended.conditions) == ("runs/mine/flow", "runs/mine/conditions")
+    assert (ended.prompts, ended.fit.label_drop) == (reflowed.prompts, 0)
     own = Experiment(values | {"flow": {"fit": FIT, "start": "my/pipe"}}, "mine.yaml")
     assert config(own, "flow").start == config(own, "pairs").pipeline == "my/pipe"
     elsewhere = {key: value for key, value in values.items() if key != "flow"}
     own = Experiment(elsewhere | {"teacher": "my/pipe"}, "mine.yaml")
     assert config(own, "pairs").pipeline is None
+    own.sections |= scored
+    ended = config(own, "finish")
+    assert (ended.start, ended.teacher, ended.pipeline) == (
+        "runs/mine/reflow",
+        "my/pipe",
+        "my/pipe",
+    )
 
 
 def test_rounds_inherit_from_the_first_and_follow_the_one_before():
