@@ -15,7 +15,7 @@ import pydantic
 from flowmatch.config import LocalPath, UserError, counted, option, required, together
 from flowmatch.data.config import DataConfig, PromptsConfig
 from flowmatch.flow.config import LossConfig, TimesConfig
-from flowmatch.models.config import CallConfig
+from flowmatch.models.config import CallConfig, LoraConfig
 from flowmatch.pairs.config import PairsEntry
 from flowmatch.runs import command, folder, manifest, process
 from flowmatch.runs.config import StageConfig
@@ -24,6 +24,7 @@ from flowmatch.training.config import FitConfig, MethodConfig, keep_guidance
 if TYPE_CHECKING:
     from flowmatch.data.dataset import Data
     from flowmatch.evaluation.matched_features import Matched
+    from flowmatch.models.adapters import Writer
     from flowmatch.models.teachers import Teacher
     from flowmatch.pairs.mixture import Mixture
     from flowmatch.training.finishing import Critic
@@ -45,6 +46,12 @@ class FinishConfig(StageConfig):
         run=True,
     )
     fit: FitConfig = required("the training loop")
+    lora: LoraConfig | None = option(
+        None,
+        "train a new adapter of the start, as reflow.lora does; a start that is an adapter is trained "
+        "on; default: train all weights",
+        shared=False,
+    )
     for_steps: list[int] = option(
         [1], "numbers of Euler steps that the student is for, each as often as the others"
     )
@@ -120,6 +127,7 @@ class Plan(folder.Plan):
     seen_features: set[str]
     teacher: "Teacher | None"  # of dmd
     guidance: float | None  # of its velocity
+    writer: "Writer | None"  # of an adapter
     preview: "Preview | None"
 
     def measure(self) -> list[str]:
@@ -137,10 +145,9 @@ def plan(config: FinishConfig) -> Plan:
     """Check the config, open the pairs, and load the student."""
     from flowmatch.data import dataset
     from flowmatch.evaluation import decoded, matched_features
-    from flowmatch.models import students
     from flowmatch.pairs import matching, mixture
     from flowmatch.pairs.mixture import Mixture
-    from flowmatch.training import critics, loop, preview
+    from flowmatch.training import adapted, critics, loop, preview
 
     def check_loop() -> str:
         device = process.device_of(config)
@@ -152,21 +159,24 @@ def plan(config: FinishConfig) -> Plan:
             matched_features.check(config.features)
         decoded.check(config.loss)
 
-    def load() -> "tuple[Teacher, Teacher | None]":
-        start, teacher = students.load_pair(
+    def load() -> "tuple[Teacher, Teacher | None, Writer | None]":
+        start, teacher, writer = adapted.load_pair(
             config.start,
             config.teacher if config.method.name == "dmd" else None,
             config.prompts,
             config.call,
+            config.lora,
+            config.fit,
+            config.seed,
             pipeline=config.pipeline,
             rows=config.conditions,
             device=process.worker_device(process.device_of(config)),
         )
         matching.check_finish(start, config.start, config.for_steps)
         loop.check_net(config.fit, start.net, start.classes)
-        return start, teacher
+        return start, teacher, writer
 
-    device, _, _, _, (start, teacher), data, *sets = together(
+    device, _, _, _, (start, teacher, writer), data, *sets = together(
         check_loop,
         lambda: critics.check(config.method, config.fit),
         lambda: check_use(config),
@@ -214,14 +224,14 @@ def plan(config: FinishConfig) -> Plan:
     if teacher is not None:
         besides = f"; {config.method.moments:g} times {how}" if names else ""
         guided = "" if guidance == 1 else f", guided by {guidance:g},"
-        how = (
-            f"by dmd, with the velocity of {config.teacher}{guided} and a copy that learns{besides}"
-        )
+        other = "a copy" if writer is None else "a second adapter of its network"
+        how = f"by dmd, with the velocity of {config.teacher}{guided} and {other} that learns{besides}"
     lines = [
         f"{stream.count:,} pairs of {list(start.shape)} in {counted(len(sets), 'set')}, "
         f"{'with prompts' if config.prompts else 'with labels' if start.classes else 'no labels'}",
         *cuts,
         f"{type(start.net).__name__} of {start.net.num_parameters():,} parameters, on {device}",
+        *(writer.lines(start.net) if writer else ()),
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / stream.count:.1f} epochs",
         f"samples in {steps} step{'s' * (config.for_steps != [1])} {how}; weight of the pairs "
         f"{config.anchor:g}",
@@ -232,7 +242,7 @@ def plan(config: FinishConfig) -> Plan:
     every, laid = config.fit.sample_every, [start.student_grid(n) for n in config.for_steps]
     shown, told = preview.planned(every, start, config.start, sets[0], unseen, laid)
     round, used = max(start.round, last + 1), {*see.digests, *matched.digests}
-    more = (stream, start, see.module, matched, data, round, used, teacher, guidance, shown)
+    more = (stream, start, see.module, matched, data, round, used, teacher, guidance, writer, shown)
     return Plan(config, inputs, lines + told, *more)
 
 
@@ -270,7 +280,11 @@ def run(plan: Plan) -> None:
     with folder.RunFolder("finish", config, plan.inputs, facts) as opened:
         files = train(plan, opened, config.fit)
         if process.leads():
-            opened.seal(files, net=network_digest(networks.load(opened.folder / "net", "net")))
+            made = opened.folder / "net"
+            if plan.writer is None:
+                opened.seal(files, net=network_digest(networks.load(made, "net")))
+            else:
+                opened.seal(files, **plan.writer.facts(made))
 
 
 def train(
@@ -301,6 +315,7 @@ def train(
         seed=config.seed,
         device=config.device,
         field=field,
+        writer=plan.writer,
         preview=plan.preview,
         on_log=on_log,
     )
@@ -308,20 +323,13 @@ def train(
 
 def critic(plan: Plan, how: FitConfig) -> "Critic":
     """Build what compares samples with the data."""
-    import numpy as np
-
-    from flowmatch.flow import noise
     from flowmatch.training import critics, loop
 
     config: FinishConfig = plan.config
     micro, _ = loop.split_batch(how, process.world_size())
-    real = None
-    if plan.data is not None:
-        order = noise.Order(len(plan.data), config.seed)(np.arange(len(plan.data)))
-        real = critics.batches(plan.data.batch, order, micro)
-    pairs = critics.batches(plan.stream, np.arange(plan.stream.count), micro)
     method = config.method.model_copy(update={"guidance": plan.guidance})
-    return critics.build(method, how, plan.teacher, plan.matched.modules, pairs, real)
+    networks, samples = (plan.teacher, plan.start.net), (plan.stream, plan.data)
+    return critics.build(method, how, *networks, plan.matched.modules, *samples, micro, config.seed)
 
 
 STAGE = command.Stage("finish", FinishConfig, plan, run, __doc__, grouped=True)

@@ -7,7 +7,9 @@ arXiv 2106.09685). B begins at 0, so that a new adapter changes nothing.
 import copy
 import inspect
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,23 +151,58 @@ def merge(net: Any) -> None:
     net.register_to_config(_name_or_path="")  # the files there have other weights
 
 
-def apply(base: Any, folder: Path, config: dict[str, Any]) -> Any:
-    """Return a copy of a network with an adapter in its weights.
+def put(net: Any, folder: Path, config: dict[str, Any]) -> None:
+    """Freeze a network, and add an adapter that was trained, in place.
 
     Args:
-        base: The network that the adapter was trained on; it does not change.
+        net: The network that it was trained on.
         folder: Holds the adapter.
         config: The content of its `LoraConfig`.
     """
     from safetensors.torch import load_file
 
-    net = copy.deepcopy(base)
     add(net, LoraConfig(**config), 0)
     own = {name: name.replace(f".{NAME}.", ".") for name in net.state_dict() if is_adapters(name)}
     saved = {name.partition(".")[2]: t for name, t in load_file(folder / DIFFUSERS).items()}
     net.load_state_dict({name: saved[file] for name, file in own.items()}, strict=False)
+
+
+def apply(base: Any, folder: Path, config: dict[str, Any]) -> Any:
+    """Return a copy of a network with an adapter in its weights; the arguments are those of `put`."""
+    net = copy.deepcopy(base)
+    put(net, folder, config)
     merge(net)
     return net.eval()
+
+
+def another(net: nn.Module, seed: int) -> dict[str, nn.Parameter]:
+    """Return new tensors for the adapter of a network, by name, as `add` draws them."""
+    made = {}
+    with precision.seeded(seed):
+        for name, own in trained(net).items():
+            fresh = torch.zeros(own.shape)
+            if ".lora_A." in name:
+                nn.init.kaiming_uniform_(fresh, a=math.sqrt(5))
+            made[name] = nn.Parameter(fresh.to(own.device))
+    return made
+
+
+@contextmanager
+def exchanged(net: nn.Module, tensors: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Exchange tensors of the adapter of a network, which is in eval mode, inside the block."""
+    training, places = net.training, []
+    for name, tensor in tensors.items():
+        parent, _, last = name.rpartition(".")
+        module = net.get_submodule(parent)
+        places.append((module, last, getattr(module, last)))
+        setattr(module, last, tensor)
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(training)
+        for module, last, own in places:
+            setattr(module, last, own)
 
 
 def dtype_of(config: LoraConfig | None, products: str) -> torch.dtype:
@@ -267,8 +304,16 @@ def order_metadata(path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
-def writer(config: LoraConfig, start: Any) -> Writer:
-    """Return the writer of an adapter of a start, which has none yet (`Teacher`, `TextTeacher`)."""
+def writer(config: LoraConfig, start: Any, base: str = "") -> Writer:
+    """Return the writer of an adapter.
+
+    Args:
+        config: The adapter.
+        start: The `Teacher` or `TextTeacher` that is trained.
+        base: The digest of its network without an adapter, where it has one already.
+    """
+    if base:
+        return Writer(config, type(start.pipe), start.script.network, base)
     script = getattr(start, "script", None)
     if script is None or start.round:  # its files are no pipeline's
         return Writer(config)

@@ -198,6 +198,7 @@ def load(
     rows: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    merged: bool = True,
 ) -> TextTeacher:
     """Load a pipeline that reads prompts, and learn it.
 
@@ -214,6 +215,7 @@ def load(
             not loaded then, and nothing is run: the network stays on the CPU, the rows go to `device`.
         dtype: Of the weights of a teacher.
         device: Where it is watched; it stays there.
+        merged: Whether the adapter of a run folder is put into the weights; else it stands beside them.
 
     Returns:
         The teacher.
@@ -264,15 +266,25 @@ def load(
     )
     if trained is None:
         return teacher
-    student = with_network(teacher, path, key, trained)
+    student = with_network(teacher, path, key, trained, merged)
+    if student.net is teacher.net:
+        return replace(student, digest=manifest.fingerprint([teacher.digest, student.digest]))
     setattr(pipe, script.network, student.net)
     return replace(student, digest=pipeline_digest(pipe, script, absent))
 
 
 def with_network(
-    teacher: TextTeacher, path: str | os.PathLike[str], key: str, sealed: dict[str, Any]
+    teacher: TextTeacher,
+    path: str | os.PathLike[str],
+    key: str,
+    sealed: dict[str, Any],
+    merged: bool = True,
 ) -> TextTeacher:
-    """Load the network of a training stage, with all else of a pipeline, which stays as it is."""
+    """Load the network of a training stage, with all else of a pipeline, which stays as it is.
+
+    An adapter is put into the weights of a copy of the pipeline's network; or, unmerged, into the
+    network itself, which then has it beside its weights.
+    """
     weights, facts = next(teacher.net.parameters()), sealed["facts"]
     adapted = facts.get("base") is not None
     if adapted:
@@ -283,10 +295,14 @@ def with_network(
             )
         folder, name = run_of(path)
         manifest.verify(folder, key, sealed)
-        net = adapters.apply(teacher.net, folder / name, facts["lora"])
+        if merged:
+            net = adapters.apply(teacher.net, folder / name, facts["lora"])
+        else:
+            net = teacher.net
+            adapters.put(net, folder / name, facts["lora"])
     else:
         net = load_made(path, key, sealed).to(weights.device).eval()
-    if weights.dtype != torch.float32:
+    if weights.dtype != torch.float32 and net is not teacher.net:
         net.to(weights.dtype)
     schedule = ZeroTerminal(betas_of(teacher.pipe.scheduler)) if facts.get("form") == "v" else None
     return replace(

@@ -2,20 +2,29 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
 
 from flowmatch.config import UserError
-from flowmatch.flow import energy, moments
+from flowmatch.data.dataset import Data
+from flowmatch.flow import energy, moments, noise
 from flowmatch.models.teachers import Teacher
 from flowmatch.training.config import FitConfig, MethodConfig
 from flowmatch.training.feature_critic import Features, Samples
 from flowmatch.training.finishing import Critic, Sum
-from flowmatch.training.score_critic import Apart, Scores
+from flowmatch.training.score_critic import Apart, Scores, Shared
 
 BATCH = 256  # samples that are read together before the first update
+
+
+class Counted(Protocol):
+    """A stream that says how many samples it has."""
+
+    @property
+    def count(self) -> int: ...
+    def __call__(self, counters: np.ndarray) -> dict[str, Any]: ...
 
 
 def batches(read: Callable[[Any], Any], ids: np.ndarray, size: int) -> Callable[[], Samples]:
@@ -56,9 +65,12 @@ def build(
     config: MethodConfig,
     fit: FitConfig,
     teacher: Teacher | None,
+    student: Any,
     modules: dict[str, nn.Module],
-    pairs: Callable[[], Samples],
-    data: Callable[[], Samples] | None,
+    pairs: Counted,
+    data: Data | None,
+    batch: int,
+    seed: int,
 ) -> Critic:
     """Build a critic.
 
@@ -66,18 +78,25 @@ def build(
         config: How samples are compared with the data; its guidance is set.
         fit: The training loop.
         teacher: Whose velocity tells the score of the data; None for methods without one.
+        student: The network that is trained; that of the teacher, where it is trained as an adapter.
         modules: Of the features, by name; as in `Features`.
-        pairs: Yields batches of pairs, anew at each call.
-        data: Likewise of real samples; None compares with the x1 of the pairs.
+        pairs: Returns the pairs of some numbers.
+        data: Real samples; None compares with the x1 of the pairs.
+        batch: Largest number of samples in a pass of a network.
+        seed: Of the order of real samples, and of a second adapter.
     """
     weighed: list[tuple[float, Critic]] = []
     if teacher is not None:
         how = fit.model_copy(update={"lr": config.fake_lr or 10 * fit.lr})
-        networks = Apart(teacher, config.guidance or 1.0)
+        guidance, shared = config.guidance or 1.0, teacher.net is student
+        networks = Shared(teacher, guidance, seed + 1) if shared else Apart(teacher, guidance)
         weighed.append((1.0, Scores(networks, config.fake_updates, how)))
     if config.features:
         kind = moments.Moments if config.features == "moments" else energy.Energy
         make = partial(kind, window=config.window)
-        features = Features(modules, make, data or pairs, pairs, config.window)
+        stored = target = batches(pairs, np.arange(pairs.count), batch)
+        if data is not None:
+            target = batches(data.batch, noise.Order(len(data), seed)(np.arange(len(data))), batch)
+        features = Features(modules, make, target, stored, config.window)
         weighed.append((config.moments if weighed else 1.0, features))
     return Sum(weighed)

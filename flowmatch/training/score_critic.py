@@ -1,13 +1,15 @@
 """The critic of a finish by distribution matching: a second velocity learns that of the samples."""
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from flowmatch.flow import dmd, losses, path
+from flowmatch.models import adapters
 from flowmatch.models.teachers import Teacher
 from flowmatch.models.velocity import Velocity
 from flowmatch.training.config import FitConfig
@@ -56,6 +58,40 @@ class Apart(Networks):
     def fake(self) -> AbstractContextManager[Velocity]:
         """As in `Networks`."""
         return nullcontext(self.copy)
+
+
+class Shared(Networks):
+    """A network with the adapter of a student: without it the teacher, with another one its copy.
+
+    Args:
+        teacher: The teacher, whose network has the adapter.
+        guidance: As in `Apart`.
+        seed: Of the other adapter.
+    """
+
+    def __init__(self, teacher: Teacher, guidance: float, seed: int):
+        self.net, self.seed = teacher.net, seed
+        self.teacher = teacher.own_velocity(self.net, guidance)
+        self.copy = teacher.own_velocity(self.net)
+
+    def begin(self, device: torch.device) -> dict[str, nn.Parameter]:
+        """As in `Networks`."""
+        self.other = adapters.another(self.net.to(device), self.seed)
+        ups = {name: p for name, p in self.other.items() if ".lora_B." in name}
+        self.none = {n: nn.Parameter(torch.zeros_like(p), False) for n, p in ups.items()}
+        return self.other
+
+    @contextmanager
+    def real(self) -> Iterator[Velocity]:
+        """As in `Networks`."""
+        with adapters.exchanged(self.net, self.none):
+            yield self.teacher
+
+    @contextmanager
+    def fake(self) -> Iterator[Velocity]:
+        """As in `Networks`."""
+        with adapters.exchanged(self.net, self.other):
+            yield self.copy
 
 
 class Scores(Critic):

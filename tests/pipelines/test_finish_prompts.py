@@ -1,6 +1,7 @@
 """The finish of pipelines that read prompts: their velocities, resumed, on two ranks, refused."""
 
 import copy
+import gc
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,12 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from flowmatch.config import UserError
 from flowmatch.data.config import PromptsConfig
-from flowmatch.flow import dmd
-from flowmatch.models import networks, text
+from flowmatch.flow import dmd, path
+from flowmatch.models import adapters, text
 from flowmatch.models.config import CallConfig
+from flowmatch.models.pipeline import open_pipeline
 from flowmatch.pairs import matching
 from flowmatch.runs import manifest
 from flowmatch.training import finishing, score_critic
@@ -70,25 +73,33 @@ def by_hand(teacher, net, y, t, ids):
     return (z - s * noise) / a, noise
 
 
+def critic_of(networks_):
+    """The critic of one process, begun."""
+    fit = FitConfig(steps=1, batch_size=4, lr=0.01)
+    local = {"device": torch.device("cpu"), "autocast": nullcontext, "reduce": lambda x, kind: x}
+    critic = score_critic.Scores(networks_, 1, fit)
+    critic.begin(SimpleNamespace(**local), None, [(0.0,)], {})
+    return critic
+
+
+def seen_of(teacher):
+    """Samples' prompts, and random numbers of an update."""
+    torch.manual_seed(0)
+    noise = torch.randn(4, 2, *teacher.shape)
+    ids, u = torch.tensor([0, 3, 1, 3]), torch.tensor([0.0, 0.3, 0.6, 0.9])
+    return finishing.Seen((0.0,), noise, u, {"label": ids})
+
+
 def test_an_update_by_scores_is_that_of_the_pipelines_own_terms(made):
     """The direction of the samples, guided; then an update of the second velocity, with its own loss."""
     name, folder = made
     teacher = opened(name, folder)
-    networks_ = score_critic.Apart(teacher, 3.0)
-    fit = FitConfig(steps=1, batch_size=4, lr=0.01)
-    critic = score_critic.Scores(networks_, 1, fit)
-    local = SimpleNamespace(
-        device=torch.device("cpu"), autocast=nullcontext, reduce=lambda x, kind: x
-    )
-    critic.begin(local, None, [(0.0,)], {})
-    torch.manual_seed(0)
-    x, noise = torch.randn(4, *teacher.shape), torch.randn(4, 2, *teacher.shape)
-    ids, u = torch.tensor([0, 3, 1, 3]), torch.tensor([0.0, 0.3, 0.6, 0.9])
-    seen = finishing.Seen((0.0,), noise, u, {"label": ids})
-    found = critic.errors(x, seen, 0)
+    critic, seen = critic_of(score_critic.Apart(teacher, 3.0)), seen_of(teacher)
+    x, noise, ids, u = torch.randn(4, *teacher.shape), seen.noise, seen.cond["label"], seen.u
+    found, spread = critic.errors(x, seen, 0), critic.networks.teacher.spread
 
     net, null = copy.deepcopy(teacher.net), torch.full((4,), len(PROMPTS))
-    t = networks_.teacher.spread(dmd.times(u))
+    t = spread(dmd.times(u))
     assert len(set(t.tolist())) == 4
     y = (1 - t.float())[:, None, None, None] * noise[:, 0] + t.float()[:, None, None, None] * x
     with torch.no_grad():
@@ -99,13 +110,13 @@ def test_an_update_by_scores_is_that_of_the_pipelines_own_terms(made):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
     assert critic.learn((0.0,))
-    t = networks_.teacher.spread(dmd.times((u + score_critic.GOLDEN) % 1))
+    t = spread(dmd.times((u + score_critic.GOLDEN) % 1))
     y = (1 - t.float())[:, None, None, None] * noise[:, 1] + t.float()[:, None, None, None] * x
     _, out = by_hand(teacher, net, y, t, ids)
     target = x - noise[:, 1] if teacher.script.kind == "flow" else noise[:, 1]
     (out - target).square().mean().backward()
-    torch.nn.utils.clip_grad_norm_(net.parameters(), fit.max_grad_norm)
-    torch.optim.AdamW(net.parameters(), 0.01, (fit.beta1, fit.beta2), weight_decay=0).step()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), critic.config.max_grad_norm)
+    torch.optim.AdamW(net.parameters(), 0.01, (0.9, 0.99), weight_decay=0).step()
     for ours, theirs in zip(critic.parameters, net.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     moved = max(
@@ -191,44 +202,192 @@ def test_guidance_is_that_of_the_solver_of_the_pairs():
         guidance_of(set_of("ab2", 1.0, script=script, round=1))
 
 
-def train(name, folder, place, world, *more, codes=None, **environment):
-    """Run the stage on some ranks, to its end."""
-    argv = [*finish_words(name, folder, f"run_dir={place}", "fit.steps=4", *DMD), *more]
+@pytest.fixture(scope="module")
+def adapted_run(made):
+    """An adapter that reflow has trained."""
+    name, folder = made
+    more = ["fit.steps=4", "for_steps=[1,2]", f"run_dir={folder}/adapter", "lora.dropout=0.3"]
+    place = [f"start={folder}/pipe", f"pairs={folder}/pairs", f"conditions={folder}/rows"]
+    run(reflow, *words(name, folder, *place, *FIT, "lora={rank: 3, alpha: 6}", *more))
+    return name, folder
+
+
+def gradients(critic, student, field, seen):
+    """Errors of samples; gradients of the student, and of the second velocity after it, by name."""
+    x = torch.randn(4, *seen.noise.shape[2:], generator=torch.Generator().manual_seed(1))
+    t = torch.zeros(4, dtype=torch.float64)
+    student.train()
+    with adapters.exchanged(student, {}):  # without dropout
+        found = critic.errors(path.data_prediction(x, field(x, t, seen.cond), t), seen, 0)
+    assert student.training
+    found.mean().backward()
+    own = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    later = {}
+
+    def step(finite):
+        later.update((n, p.grad) for n, p in critic.named.items() if p.grad is not None)
+        return finite
+
+    critic._step = step
+    critic.learn((0.0,))
+    return found.detach(), own, later
+
+
+def test_the_update_of_an_adapter_is_that_of_three_networks_with_one_in_memory(adapted_run):
+    """Errors are equal; gradients are those of whole weights W, times the factors: dB = c dW A'."""
+    name, folder = adapted_run
+    more = ["fit.steps=1", "features=[values]"]
+    config, _ = ranks.command.load(finish.FinishConfig, adapter_words(name, folder, "no", *more))
+    before = {id(p) for p in gc.get_objects() if isinstance(p, torch.nn.Parameter)}
+    plan = finish.plan(config)
+    net = plan.start.net
+    critic = critic_of(score_critic.Shared(plan.teacher, 3.0, 1))
+    seen = seen_of(plan.teacher)
+    ours = gradients(critic, net, plan.start.field(net)(net), seen)
+    kinds = [
+        p for p in gc.get_objects() if isinstance(p, torch.nn.Parameter) and id(p) not in before
+    ]
+    sizes = [sum(p.numel() for p in ps) for ps in (kinds, net.parameters(), critic.parameters)]
+    assert sizes[1] <= sizes[0] <= sizes[1] + 2 * sizes[2], "one copy of the frozen weights"
+    assert plan.start.net is plan.teacher.net
+
+    teacher = opened(name, folder)
+    whole = opened(name, folder, "adapter", "start")
+    apart = critic_of(score_critic.Apart(teacher, 3.0))
+    theirs = gradients(apart, whole.net, whole.field(whole.net)(whole.net), seen)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-4, atol=1e-5)
+    tensors = dict(net.named_parameters()), critic.named
+    for small, large, found in zip(ours[1:], theirs[1:], tensors, strict=True):
+        assert small
+        assert all(".lora_" in key for key in small)
+        for key, grad in small.items():
+            layer, down = key.partition(".lora_")[0], ".lora_A." in key
+            other = found[
+                key.replace(".lora_A.", ".lora_B.") if down else key.replace(".lora_B.", ".lora_A.")
+            ]
+            dw = large[f"{layer}.weight"]
+            expected = 2 * (other.T @ dw if down else dw @ other.T)
+            torch.testing.assert_close(grad, expected.detach(), rtol=1e-3, atol=1e-5)
+    assert any(float(g.abs().max()) > 1e-3 for g in ours[1].values())
+
+
+def adapter_words(name, folder, place, *more):
+    base = finish_words(name, folder, *DMD, f"run_dir={folder}/{place}", *more)
+    return [w for w in base if not w.startswith("start=")] + [f"start={folder}/adapter"]
+
+
+def test_an_adapter_goes_on_as_an_adapter(adapted_run, capsys):
+    """What is saved, and that the stock class reads it; two updates change both factors."""
+    name, folder = adapted_run
+    run(finish, *adapter_words(name, folder, "on", "fit.steps=4"))
+    assert "and a second adapter of its network that learns" in capsys.readouterr().out
+    net, checkpoint = folder / "on/net", folder / "on/checkpoints/step_00000004"
+    assert sorted(p.name for p in net.iterdir()) == [adapters.COMFYUI, adapters.DIFFUSERS]
+    for part in ("net", "diffusion_pytorch_model", "optimizer"):
+        assert all(".lora_" in key for key in load_file(checkpoint / f"{part}.safetensors"))
+    learnt = load_file(checkpoint / "learner.safetensors")
+    fake = {key: t for key, t in learnt.items() if "/fake/" in key}
+    assert fake
+    assert all(".lora_" in key for key in fake)
+    assert min(float(t.abs().max()) for key, t in fake.items() if "lora_B" in key) > 1e-3
+    sealed, before = (manifest.read(folder / place, "start") for place in ("on", "adapter"))
+    for key in ("base", "lora", "script", "round", "form"):
+        assert sealed["facts"][key] == before["facts"][key]
+    assert sealed["facts"]["net"] != before["facts"]["net"]
+    one, other = (load_file(folder / run / "net" / adapters.DIFFUSERS) for run in ("on", "adapter"))
+    assert all(not torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+    merged = opened(name, folder, "on", "student").net
+    pipe = open_pipeline(folder / "pipe", "teacher")
+    pipe.load_lora_weights(net)
+    component = getattr(pipe, "unet", None) or pipe.transformer
+    arguments = opened(name, folder).conditions().rows(torch.tensor([0, 1]))
+    x, t = torch.randn(2, *opened(name, folder).shape), torch.tensor([500, 20])
+    with torch.no_grad():
+        both = [each(x, timestep=t, **arguments)[0] for each in (merged, component)]
+    torch.testing.assert_close(*both, rtol=1e-3, atol=1e-4)
+
+
+def test_adapters_that_share_no_network_are_refused(adapted_run, tmp_path):
+    name, folder = adapted_run
+    base, new = adapter_words(name, folder, "no", "fit.steps=1"), "lora={rank: 2}"
+    other = opened(name, folder).pipe.__class__.from_pretrained(folder / "pipe")
+    with torch.no_grad():
+        next((getattr(other, "unet", None) or other.transformer).parameters()).add_(1)
+    other.save_pretrained(tmp_path / "other")
+    for more, fault in [
+        ([new], "adapter is trained on; leave lora out|is an adapter, which is trained on"),
+        ([new, f"start={folder}/reflow"], "student and teacher share one network, and start="),
+        (
+            [f"teacher={tmp_path}/other", f"conditions={folder}/rows"],
+            "is an adapter of another network",
+        ),
+        (["fit.precision=fp16"], "fit.precision='fp16'"),
+    ]:
+        with pytest.raises(UserError, match=fault):
+            run(finish, *base, *more)
+    config, _ = ranks.command.load(finish.FinishConfig, [*base, new, f"start={folder}/pipe"])
+    if name == "StableDiffusion3Pipeline":  # of a noise predictor it is no student
+        plan = finish.plan(config)
+        assert plan.start.net is plan.teacher.net
+        assert not plan.writer.whole
+    else:
+        with pytest.raises(UserError, match="is a diffusion model; reflow it first"):
+            finish.plan(config)
+
+
+def train(argv, place, world, *more, codes=None, **environment):
+    """Run the stage on some ranks, to its end; return the weights or the adapter."""
     log = Path(f"{place}.log")
-    started = ranks.start(world, [*argv, "device=cpu"], log, "finish", **environment)
+    words_ = [*argv, f"run_dir={place}", "fit.steps=4", "fit.save_every=2", "fit.lr=0.001", *more]
+    started = ranks.start(world, [*words_, "device=cpu"], log, "finish", **environment)
     for rank in started:
         rank.join(120)
     assert [rank.exitcode for rank in started] == (codes or [0] * world), log.read_text()
-    return None if codes else networks.load(place / "net", "net").state_dict()
+    return None if codes else load_file(next((place / "net").glob("[dp]*.safetensors")))
 
 
 @pytest.mark.slow
-def test_killed_on_two_ranks_and_in_bf16_it_is_the_same_student(made, tmp_path):
-    name, folder = made
-    saved = ["fit.save_every=2", "fit.micro_batch=2", "fit.lr=0.001"]
-    one = train(name, folder, tmp_path / "one", 1, *saved)
-    train(name, folder, tmp_path / "cut", 1, *saved, codes=[-9], FAULT="kill:0:3")
-    train(name, folder, tmp_path / "cut", 1, *saved)
-    for file in ("manifest.json", "net/diffusion_pytorch_model.safetensors"):
+@pytest.mark.parametrize("of", ["reflow", "adapter"])
+def test_killed_on_two_ranks_and_in_bf16_it_is_the_same_student(adapted_run, tmp_path, of):
+    """An adapter with dropout, too; activations computed again, and a base in bfloat16."""
+    name, folder = adapted_run
+    base = finish_words(name, folder, *DMD, "fit.micro_batch=2")
+    argv = [*base, f"start={folder}/{of}"]
+    one = train(argv, tmp_path / "one", 1)
+    train(argv, tmp_path / "cut", 1, codes=[-9], FAULT="kill:0:3")
+    train(argv, tmp_path / "cut", 1)
+    for file in [
+        Path("manifest.json"),
+        *(p.relative_to(tmp_path / "one") for p in tmp_path.glob("one/net/*")),
+    ]:
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
-    two = train(name, folder, tmp_path / "two", 2, *saved)
-    half = train(name, folder, tmp_path / "half", 1, *saved, "fit.precision=bf16")
+    two = train(argv, tmp_path / "two", 2)
+    half = train(argv, tmp_path / "half", 1, "fit.precision=bf16")
+    again = train(argv, tmp_path / "again", 1, "fit.checkpointing=true")
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(again[key], value, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(half[key], value, atol=1e-2, rtol=0)
 
 
 @pytest.mark.slow
-def test_its_result_is_evaluated_and_exported(made):
-    name, folder = made
-    more = [f"run_dir={folder}/kernel", "fit.steps=2", "method={name: kernel, window: 16}"]
-    run(finish, *finish_words(name, folder, *more, "features=[values]", "for_steps=[1,2]"))
+@pytest.mark.parametrize("of", ["reflow", "adapter"])
+def test_its_result_is_evaluated_and_exported(adapted_run, of):
+    name, folder = adapted_run
+    more = [f"run_dir={folder}/kernel_{of}", "fit.steps=2", "method={name: kernel, window: 16}"]
+    more += [f"start={folder}/{of}", "features=[values]", "for_steps=[1,2]"]
+    run(finish, *finish_words(name, folder, *more))
     (folder / "others.txt").write_text("a dog\na red car\n")
     held = [f"prompts={{path: {folder}/prompts.txt, held_out: {folder}/others.txt}}"]
-    base = [*words(name, folder)[1:], f"student={folder}/kernel", "steps=[1,2]"]
+    base = [*words(name, folder)[1:], f"student={folder}/kernel_{of}", "steps=[1,2]"]
     scored = [*held, f"teacher={folder}/pipe", "samples=4", "per_prompt=2", "compute_batch=4"]
-    run(evaluate_prompts, *base, *scored, f"run_dir={folder}/scores")
-    assert json.loads((folder / "scores/metrics.json").read_text())
+    run(evaluate_prompts, *base, *scored, f"run_dir={folder}/scores_{of}")
+    assert json.loads((folder / f"scores_{of}/metrics.json").read_text())
     listed = [f"prompts={folder}/prompts.txt", f"pipeline={folder}/pipe"]
-    run(export, *base, *listed, f"run_dir={folder}/export")
-    assert (folder / "export/model_index.json").is_file()
+    run(export, *base, *listed, f"run_dir={folder}/export_{of}")
+    assert (folder / f"export_{of}/model_index.json").is_file()
+    if of == "adapter":
+        run(export, *base, *listed, f"run_dir={folder}/export_alone", "adapter=true")
+        alone = (folder / "export_alone" / adapters.DIFFUSERS).read_bytes()
+        assert alone == (folder / "kernel_adapter/net" / adapters.DIFFUSERS).read_bytes()
