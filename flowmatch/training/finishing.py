@@ -36,10 +36,14 @@ def places(grids: Sequence[Sequence[float]]) -> list[Place]:
 
 
 def place_of(grids: Sequence[Sequence[float]], seed: int, step: int) -> Place:
-    """Draw the point of an update: the grid uniform among those given, the point among its own."""
+    """Draw the point of an update: the grid uniform among those given, half of the points its last.
+
+    The sample at the last point is the one that the user sees; the other half is uniform.
+    """
     rng = noise.generator(seed, step, noise.FINISH_GRID)
     grid = grids[int(rng.integers(len(grids)))]
-    return tuple(grid[: int(rng.integers(len(grid) - 1)) + 1])
+    last, drawn = rng.integers(2), rng.integers(len(grid) - 1)
+    return tuple(grid[: len(grid) - 1 if last else int(drawn) + 1])
 
 
 @torch.no_grad()

@@ -101,7 +101,9 @@ def test_samples_are_those_of_the_students_own_steps():
     assert drawn == [finishing.place_of(grids, 3, step) for step in range(6000)]
     share = {place: drawn.count(place) / len(drawn) for place in set(drawn)}
     four = (0.0, 0.25, 0.5, 0.75)
-    expected = {(0.0,): 7 / 12, (0.0, 0.5): 1 / 6} | {four[:k]: 1 / 12 for k in (2, 3, 4)}
+    expected = {(0.0,): 11 / 24, (0.0, 0.5): 1 / 4, four: 5 / 24} | {
+        four[:k]: 1 / 24 for k in (2, 3)
+    }
     assert set(share) == set(finishing.places(grids)) == set(expected)
     for place, value in expected.items():
         assert share[place] == pytest.approx(value, abs=0.025)
