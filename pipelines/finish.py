@@ -132,13 +132,14 @@ class Plan(folder.Plan):
 
     def measure(self) -> list[str]:
         """Time three updates, where nothing is sealed yet."""
-        from flowmatch.training import rehearsal
+        from flowmatch.training import critics, rehearsal
 
         config: FinishConfig = self.config
         if manifest.sealed(config.run_dir):
             return []
         device = process.worker_device(process.device_of(config))
-        return rehearsal.lines(partial(train, self), config.fit, self.start.net, device, None)
+        net, beside = self.start.net, critics.size(self.teacher, self.start.net)
+        return rehearsal.lines(partial(train, self), config.fit, net, device, None, beside)
 
 
 def plan(config: FinishConfig) -> Plan:

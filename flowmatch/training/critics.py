@@ -10,6 +10,7 @@ from torch import nn
 from flowmatch.config import UserError
 from flowmatch.data.dataset import Data
 from flowmatch.flow import energy, moments, noise
+from flowmatch.models import adapters
 from flowmatch.models.teachers import Teacher
 from flowmatch.training.config import FitConfig, MethodConfig
 from flowmatch.training.feature_critic import Features, Samples
@@ -59,6 +60,16 @@ def check(config: MethodConfig, fit: FitConfig) -> None:
         faults.append("fit.precision='fp16': method.name=dmd has a second loss; use bf16 or fp32")
     if faults:
         raise UserError(faults)
+
+
+def size(teacher: Teacher | None, student: Any) -> int:
+    """Return the bytes that the networks of a critic take beside a student's, and their optimizer."""
+    if teacher is None:
+        return 0
+    if teacher.net is student:  # another adapter, with gradients and two averages
+        return 16 * sum(p.numel() for p in adapters.trained(student).values())
+    own = [*teacher.net.parameters()]
+    return sum(map(adapters.bytes_of, own)) + 16 * sum(p.numel() for p in own)
 
 
 def build(

@@ -73,19 +73,30 @@ def room(device: str) -> int:
     return int(free.split()[1]) * 1024
 
 
-def check_room(net: Any, config: FitConfig, device: str) -> None:
+def check_room(net: Any, config: FitConfig, device: str, critic: int | None = None) -> None:
     """Check that weights, gradients, optimizer and averages fit.
+
+    Args:
+        net: The network, with its adapter.
+        config: The training loop.
+        device: Of this process.
+        critic: Bytes of what a finish has beside them; None for another stage.
 
     Raises:
         UserError: They do not; the message names the key that makes them fit.
     """
     found, has, count = sizes(net, config), room(device), sharding.processes_of(config.shard)
-    need = found.state // count
+    need = found.state // count + (critic or 0)
     if need <= has:
         return
+    way = _way(net, config, found, has)
+    if critic is not None:
+        half = "" if config.precision == "bf16" else ", with fit.precision=bf16"
+        way = f"finish an adapter, which reflow.lora trains{half}"
+    others = f", {critic / 1e9:,.1f} of them of other networks" if critic else ""
     raise UserError(
-        f"weights, gradients, optimizer and EMA take {need / 1e9:,.1f} GB a process, and {device} has "
-        f"{has / 1e9:,.1f} GB: {_way(net, config, found, has)}"
+        f"weights, gradients, optimizer and EMA take {need / 1e9:,.1f} GB a process{others}, and "
+        f"{device} has {has / 1e9:,.1f} GB: {way}"
     )
 
 
@@ -173,7 +184,12 @@ def _smaller(config: FitConfig) -> str:
 
 
 def lines(
-    run: Callable[..., Any], config: FitConfig, net: Any, device: str, a_sample: float | None
+    run: Callable[..., Any],
+    config: FitConfig,
+    net: Any,
+    device: str,
+    a_sample: float | None,
+    critic: int | None = None,
 ) -> list[str]:
     """Say what a run will take.
 
@@ -183,6 +199,7 @@ def lines(
         net: The network, with its adapter.
         device: Of this process.
         a_sample: FLOPs of a sample, forward and backward; None: not known.
+        critic: As in `check_room`.
 
     Returns:
         Lines of a plan.
@@ -190,9 +207,9 @@ def lines(
     Raises:
         UserError: It cannot fit.
     """
-    check_room(net, config, device)
+    check_room(net, config, device, critic)
     found, world, batch = sizes(net, config), world_size(), config.batch_size
-    state = found.state // sharding.processes_of(config.shard)
+    state = found.state // sharding.processes_of(config.shard) + (critic or 0)
     disk = (
         f"{state / 1e9:,.3g} GB of weights, gradients, optimizer and EMA a process; a checkpoint has "
         f"{found.checkpoint / 1e9:,.3g} GB, {config.keep + 1} of them at most"

@@ -19,7 +19,7 @@ from flowmatch.models.config import CallConfig
 from flowmatch.models.pipeline import open_pipeline
 from flowmatch.pairs import matching
 from flowmatch.runs import manifest
-from flowmatch.training import finishing, score_critic
+from flowmatch.training import finishing, rehearsal, score_critic
 from flowmatch.training.config import FitConfig
 from pipelines import evaluate_prompts, export, finish, reflow
 from tests import ranks
@@ -306,6 +306,31 @@ def test_an_adapter_goes_on_as_an_adapter(adapted_run, capsys):
     with torch.no_grad():
         both = [each(x, timestep=t, **arguments)[0] for each in (merged, component)]
     torch.testing.assert_close(*both, rtol=1e-3, atol=1e-4)
+
+
+def test_the_memory_of_other_networks_is_counted(adapted_run, monkeypatch):
+    """Whole: a teacher, and a copy with gradients and averages; of an adapter one more adapter."""
+    name, folder = adapted_run
+    for words_, others in [
+        (finish_words(name, folder, *DMD), lambda count, trained: 20 * count),
+        (adapter_words(name, folder, "no"), lambda count, trained: 16 * trained),
+    ]:
+        more = ["fit.steps=1", f"run_dir={folder}/no"]
+        config, _ = ranks.command.load(finish.FinishConfig, [*words_, *more])
+        plan = finish.plan(config)
+        net = plan.start.net
+        counts = [
+            sum(p.numel() for p in ps) for ps in (net.parameters(), adapters.trained(net).values())
+        ]
+        need = rehearsal.sizes(net, config.fit).state + others(*counts)
+        monkeypatch.setattr(rehearsal, "room", lambda device, has=need - 1: has)
+        with pytest.raises(
+            UserError, match="of other networks.*: finish an adapter, which reflow.lora"
+        ):
+            plan.measure()
+        monkeypatch.setattr(rehearsal, "room", lambda device, has=need: has)
+        monkeypatch.setattr(rehearsal, "rehearse", lambda run, fit: rehearsal.Rehearsal(1.0, 1e9))
+        assert plan.measure()
 
 
 def test_adapters_that_share_no_network_are_refused(adapted_run, tmp_path):

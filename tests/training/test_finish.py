@@ -9,7 +9,8 @@ import torch
 
 from flowmatch.config import UserError
 from flowmatch.flow import noise
-from flowmatch.models import networks, teachers
+from flowmatch.models import adapters, networks, teachers
+from flowmatch.models.config import LoraConfig
 from flowmatch.runs import manifest
 from flowmatch.training import finishing
 from pipelines import evaluate, finish, generate_pairs, train_classifier
@@ -169,3 +170,27 @@ def test_a_judge_that_the_finish_has_seen_is_refused(base, judged, tmp_path, cap
 def test_what_a_finish_cannot_do_is_refused_by_its_plan(base, tmp_path, more, fault):
     with pytest.raises(UserError, match=fault):
         run(finish, *words(base, tmp_path / "refused", "anchor=0", more))
+
+
+def test_an_adapter_of_a_network_without_prompts_shares_it_with_its_teacher(tmp_path):
+    """Only the adapted layers change, and net/ is whole; another teacher is refused."""
+    net = UNET | {"add_attention": True, "attention_head_dim": 4}
+    for place, eps in (("flow", 1e-5), ("other", 1e-4)):
+        make_teacher(tmp_path / place, 2, (1, 8, 8), norm_eps=eps, **net)
+    few = ["shards=1", "shard_size=32", "block=16", "compute_batch=32", "solver.name=euler"]
+    run(generate_pairs, f"run_dir={tmp_path}/pairs", f"teacher={tmp_path}/flow", *few, "guidance=2")
+    base = [f"pairs=[{{path: {tmp_path}/pairs}}]", f"start={tmp_path}/flow", *SMALL, "method=dmd"]
+    base += ["lora={rank: 2}", f"run_dir={tmp_path}/student", "fit.steps=2"]
+    with pytest.raises(UserError, match="student and teacher share one network"):
+        run(finish, *base, f"teacher={tmp_path}/other")
+    config, _ = ranks.command.load(finish.FinishConfig, [*base, f"teacher={tmp_path}/flow"])
+    plan = finish.plan(config)
+    assert plan.teacher.net is plan.start.net
+    assert plan.guidance == 2  # that of the pairs
+    finish.run(plan)
+    before, after = (networks.load(tmp_path / p / "net", "net") for p in ("flow", "student"))
+    own = after.state_dict()
+    changed = {
+        key for key, value in before.state_dict().items() if not torch.equal(value, own[key])
+    }
+    assert changed == {f"{layer}.weight" for layer in adapters.layers(before, LoraConfig().targets)}
