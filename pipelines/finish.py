@@ -64,6 +64,11 @@ class FinishConfig(StageConfig):
         "convolutional network with random weights",
         run=True,
     )
+    decode: bool = option(
+        False,
+        "features see the pictures that the VAE decodes from latents, and data are pictures",
+        shared=False,
+    )
     teacher: LocalPath | None = option(
         None,
         "method.name=dmd: the flow whose pairs these are: a finished train_flow, or a flow model of "
@@ -190,32 +195,25 @@ def plan(config: FinishConfig) -> Plan:
     weights = [entry.weight for entry in config.pairs]
     place = process.worker_device(device)
     names = config.features if config.method.features else []
+    known = {"precision": config.fit.precision, "device": place}
+    whole = (start, config.start, sets)
+    pictures = decoded.pictures(*whole, **known, key="decode=true") if config.decode else None
+    shape = start.shape if pictures is None else pictures.shape
     _, guidance, _, stream, matched = together(
         lambda: matching.check_match(start, sets),
         lambda: teacher and matching.guidance_of(sets, teacher, config.method.guidance),
-        lambda: matching.check_target(start, data, teacher, str(config.teacher)),
+        lambda: matching.check_target(start, data, teacher, str(config.teacher), shape),
         lambda: Mixture(list(zip(sets, weights, strict=True)), config.fit.batch_size, config.seed),
-        lambda: matched_features.load(names, micro, start.shape, place, config.seed),
+        lambda: matched_features.load(names, micro, start.shape, place, config.seed, pictures),
     )
     inputs = {"start": start.digest} | matched.inputs
     inputs |= {f"pairs.{number}": found.digest for number, found in enumerate(sets)}
-    see = decoded.of_loss(
-        config.loss,
-        start,
-        config.start,
-        sets,
-        micro,
-        precision=config.fit.precision,
-        device=place,
-        seed=config.seed,
-    )
+    see = decoded.of_loss(config.loss, *whole, micro, **known, seed=config.seed)
     inputs |= see.inputs
-    if data is not None:
-        inputs["data"] = data.digest
+    others = {"data": data, "teacher": teacher}
+    inputs |= {name: found.digest for name, found in others.items() if found is not None}
     if config.prompts is not None:
         inputs["prompts"] = start.facts["prompts"]["digest"]
-    if teacher is not None:
-        inputs["teacher"] = teacher.digest
     cuts, unseen = stream.leave_out(config.pairs)
     config = config.model_copy(update={"fit": config.fit.over(stream.count)})
     seen = config.fit.steps * config.fit.batch_size
@@ -236,6 +234,7 @@ def plan(config: FinishConfig) -> Plan:
         f"{config.fit.steps} steps of {config.fit.batch_size}: {seen / stream.count:.1f} epochs",
         f"samples in {steps} step{'s' * (config.for_steps != [1])} {how}; weight of the pairs "
         f"{config.anchor:g}",
+        *([pictures.line] if pictures else ()),
         *see.lines,
         *start.lines,
     ]
@@ -256,6 +255,7 @@ def check_use(config: FinishConfig) -> None:
         given = {
             "features": config.features != usual["features"].get_default(),
             "data": config.data is not None,
+            "decode": config.decode,
         }
         faults += [
             f"{key} has no effect with method.name=dmd, which compares velocities; leave it "
@@ -329,8 +329,10 @@ def critic(plan: Plan, how: FitConfig) -> "Critic":
     config: FinishConfig = plan.config
     micro, _ = loop.split_batch(how, process.world_size())
     method = config.method.model_copy(update={"guidance": plan.guidance})
+    pictures = plan.matched.pictures
+    seen = (plan.matched.modules, pictures.module if pictures else None)
     networks, samples = (plan.teacher, plan.start.net), (plan.stream, plan.data)
-    return critics.build(method, how, *networks, plan.matched.modules, *samples, micro, config.seed)
+    return critics.build(method, how, *networks, *seen, *samples, micro, config.seed)
 
 
 STAGE = command.Stage("finish", FinishConfig, plan, run, __doc__, grouped=True)

@@ -68,7 +68,11 @@ def decode(vae: Any, z: Tensor) -> Tensor:
 
 
 def decoder(
-    start: Any, known: dict[str, Any] | None, vae: str | None, runs: Sequence[str]
+    start: Any,
+    known: dict[str, Any] | None,
+    vae: str | None,
+    runs: Sequence[str],
+    key: str = "loss.name=feature",
 ) -> tuple[Any, Any, Any] | None:
     """Find what decodes the samples of a network.
 
@@ -77,6 +81,7 @@ def decoder(
         known: What the manifests of the start or its pairs say of the latents; None where they are none.
         vae: Folder of the VAE, where the user names it.
         runs: Run folders from which the set of latents is sought.
+        key: What asks for it, for the messages.
 
     Returns:
         The autoencoder, and scale and shift of its latents x / scale + shift; None for samples that are
@@ -93,20 +98,20 @@ def decoder(
         if pipe is None or not callable(getattr(getattr(pipe, "vae", None), "decode", None)):
             return None
         try:
-            scale, shift = latents.scaling(start, "loss.name=feature")
+            scale, shift = latents.scaling(start, key)
         except UserError:
             raise
         except FAILURES as error:  # such as a pipeline without its text encoders
             told = " ".join(str(error).split())[:200]
             raise UserError(
-                f"loss.name=feature: {type(pipe).__name__} does not decode a state ({told}); leave "
-                "conditions out, or use another loss"
+                f"{key}: {type(pipe).__name__} does not decode a state ({told}); leave conditions "
+                "out, or do without"
             ) from None
         return pipe.vae, 1 / scale, shift
     found = next(filter(None, [vae, *map(autoencoder.find, runs)]), None)
     if found is None:
         raise UserError(
-            "loss.name=feature: the pairs are latents of a VAE whose folder was not found; set loss.vae="
+            f"{key}: the pairs are latents of a VAE whose folder was not found; set loss.vae="
         )
     made = autoencoder.load(found, "loss.vae", (), known or None)
     return made.net, made.scale, made.shift
@@ -133,6 +138,72 @@ def check(config: LossConfig) -> None:
     """Check that the features of a loss exist (`features.check`), before a network is loaded."""
     if config.features is not None:
         features.check(config.features, "loss.features")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What makes pictures of samples that are latents.
+
+    Attributes:
+        module: Turns latents into pictures, [B, C, h, w] -> [B, C, H, W]; frozen, on the device.
+        shape: Of a picture.
+        line: What a plan says of it.
+    """
+
+    module: nn.Module
+    shape: tuple[int, ...]
+    line: str
+
+
+def pictures(
+    start: Any, run: str, sets: Sequence[Any], *, precision: str, device: str, key: str
+) -> Pictures:
+    """Find what makes pictures of the samples of a network; the arguments are those of `of_loss`.
+
+    They are decoded one by one, and again in the backward pass, so that the activations of one alone are
+    in memory.
+
+    Args:
+        key: What asks for it, for the messages.
+
+    Raises:
+        UserError: The samples are no latents, or their decoder is not found.
+    """
+    known = [start.latents, *(data.sealed["facts"].get("latents") for data in sets)]
+    runs = [run, *(str(data.folder) for data in sets)]
+    found = decoder(start, next((k for k in known if k is not None), None), None, runs, key)
+    if found is None:
+        raise UserError(
+            f"{key}: the samples are no latents, or conditions= has left their VAE out; leave one out"
+        )
+    half = torch.bfloat16 if precision == "bf16" else torch.float32
+    vae, whole = _ready(found[0], start.shape, half, device, key)
+    module = Decoded(vae, *found[1:], nn.Identity(), checkpointing=True).to(device)
+    told = f"features see pictures of {list(whole)}, decoded by {type(vae).__name__} in {half}"
+    return Pictures(module, whole, told.replace("torch.", ""))
+
+
+def _ready(
+    vae: Any, shape: tuple[int, ...], dtype: torch.dtype, device: str, key: str
+) -> tuple[Any, tuple[int, ...]]:
+    """Return a frozen decoder in a dtype, on a device, and the shape of its pictures of samples."""
+    if len(shape) != 3:
+        raise UserError(
+            f"{key}: latents of {list(shape)} are not decoded in training, only [C, h, w]; do without"
+        )
+    if next(vae.parameters()).dtype != dtype:
+        vae = copy.deepcopy(vae)  # a pipeline keeps its own
+    vae = vae.to(device, dtype).eval().requires_grad_(False)
+    try:
+        with torch.no_grad():
+            shown = decode(vae, torch.zeros(1, shape[0], PROBE, PROBE, device=device))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{key}: {type(vae).__name__} does not decode latents of {list(shape)}: {reason}"
+        ) from None
+    times = shown.shape[-1] // PROBE
+    return vae, (shown.shape[1], shape[1] * times, shape[2] * times)
 
 
 def of_loss(
@@ -214,25 +285,9 @@ def load(
             raise UserError("loss.checkpointing: the samples are no latents; leave it out")
         seen = shape if side is None else (shape[0], side, side)
         return *features.perceptual(what, key, batch, seen, device, seed, shape), []
-    if len(shape) != 3:
-        raise UserError(
-            f"loss.name=feature: latents of {list(shape)} are not decoded in the loss, only [C, h, w]; "
-            "use another loss"
-        )
     vae, scale, shift = found
-    if next(vae.parameters()).dtype != dtype:
-        vae = copy.deepcopy(vae)  # a pipeline keeps its own
-    vae = vae.to(device, dtype).eval().requires_grad_(False)
-    try:
-        with torch.no_grad():
-            shown = decode(vae, torch.zeros(1, shape[0], PROBE, PROBE, device=device))
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"loss.name=feature: {type(vae).__name__} does not decode latents of {list(shape)}: {reason}"
-        ) from None
-    times = shown.shape[-1] // PROBE
-    whole = (shown.shape[1], shape[1] * times, shape[2] * times)
+    vae, whole = _ready(vae, shape, dtype, device, "loss.name=feature")
+    times = whole[1] // shape[1]
     seen = whole if side is None else (whole[0], side * times, side * times)
     module, digest, own = features.perceptual(what, key, batch, seen, device, seed, whole)
     made = Decoded(vae, scale, shift, module, config.checkpointing).to(device)

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from flowmatch.config import UserError
 from flowmatch.evaluation import features
+from flowmatch.evaluation.decoded import Pictures
 from flowmatch.models.digest import module_digest
 from flowmatch.runs import manifest
 
@@ -25,11 +26,13 @@ class Matched:
         modules: Name -> frozen module, in eval mode: x [B, ...] -> [B, ...].
         inputs: For the manifest: name -> digest.
         digests: By which an evaluation recognizes them.
+        pictures: What makes the pictures that they see; None: they see samples.
     """
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     digests: list[str] = field(default_factory=list)
+    pictures: Pictures | None = None
 
 
 class Values(nn.Module):
@@ -74,7 +77,14 @@ def check(names: list[str]) -> None:
             features.check(name, f"features.{number}")
 
 
-def load(names: list[str], batch: int, shape: tuple[int, ...], device: str, seed: int) -> Matched:
+def load(
+    names: list[str],
+    batch: int,
+    shape: tuple[int, ...],
+    device: str,
+    seed: int,
+    pictures: Pictures | None = None,
+) -> Matched:
     """Load features.
 
     Args:
@@ -84,12 +94,14 @@ def load(names: list[str], batch: int, shape: tuple[int, ...], device: str, seed
         shape: Of a sample.
         device: Where they are computed.
         seed: Of random weights.
+        pictures: What makes the pictures that they see; None: they see samples.
 
     Raises:
         UserError: One of them does not take such samples, or returns too many features.
         NotReady: A folder does not exist or is not sealed.
     """
-    found = Matched()
+    found = Matched(pictures=pictures)
+    shape = shape if pictures is None else pictures.shape
     for number, name in enumerate(names):
         key = f"features.{number}"
         if len(shape) != 3 and name != features.VALUES:

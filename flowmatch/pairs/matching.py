@@ -130,7 +130,13 @@ def check_finish(start: Teacher, path: str, for_steps: list[int]) -> None:
         raise UserError(faults)
 
 
-def check_target(start: Teacher, data: Data | None, teacher: Teacher | None, path: str) -> None:
+def check_target(
+    start: Teacher,
+    data: Data | None,
+    teacher: Teacher | None,
+    path: str,
+    shape: tuple[int, ...],
+) -> None:
     """Check that a student makes what its samples are compared with.
 
     Args:
@@ -138,14 +144,13 @@ def check_target(start: Teacher, data: Data | None, teacher: Teacher | None, pat
         data: Real samples, or None.
         teacher: A teacher whose velocity tells the score of the data, or None.
         path: Where the teacher is, for the message.
+        shape: Of the samples, or of their pictures where these are compared.
 
     Raises:
         UserError: It does not; all faults at once.
     """
-    if data is not None and data.shape != start.shape:
-        raise UserError(
-            f"data holds {list(data.shape)}; the network at start= makes {list(start.shape)}"
-        )
+    if data is not None and data.shape != shape:
+        raise UserError(f"data holds {list(data.shape)}; the network at start= makes {list(shape)}")
     if teacher is None:
         return
     faults, where = [], f"teacher={path}"

@@ -78,6 +78,7 @@ def build(
     teacher: Teacher | None,
     student: Any,
     modules: dict[str, nn.Module],
+    look: nn.Module | None,
     pairs: Counted,
     data: Data | None,
     batch: int,
@@ -91,6 +92,7 @@ def build(
         teacher: Whose velocity tells the score of the data; None for methods without one.
         student: The network that is trained; that of the teacher, where it is trained as an adapter.
         modules: Of the features, by name; as in `Features`.
+        look: Likewise.
         pairs: Returns the pairs of some numbers.
         data: Real samples; None compares with the x1 of the pairs.
         batch: Largest number of samples in a pass of a network.
@@ -105,9 +107,9 @@ def build(
     if config.features:
         kind = moments.Moments if config.features == "moments" else energy.Energy
         make = partial(kind, window=config.window)
-        stored = target = batches(pairs, np.arange(pairs.count), batch)
+        stored, target = batches(pairs, np.arange(pairs.count), batch), None
         if data is not None:
             target = batches(data.batch, noise.Order(len(data), seed)(np.arange(len(data))), batch)
-        features = Features(modules, make, target, stored, config.window)
+        features = Features(modules, make, target, stored, config.window, look)
         weighed.append((config.moments if weighed else 1.0, features))
     return Sum(weighed)

@@ -1,6 +1,6 @@
 """The critic of a finish that compares features of samples with those of the data."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -30,9 +30,10 @@ class Features(Critic):
     Args:
         modules: Name -> frozen module, x [B, ...] -> features [B, ...], in eval mode on the device.
         make: Builds a matcher from the features of the data, a part at a time.
-        data: Yields batches with x1 anew at each call.
+        data: Yields batches with x1 anew at each call; None: x1 of the pairs.
         pairs: Likewise, with x0 and perhaps label: the first samples are made from their noise.
         count: Samples at each point that it begins with.
+        look: Makes what the modules take of samples and of the pairs' x1; None: as they are.
     """
 
     noises = 0
@@ -41,11 +42,13 @@ class Features(Critic):
         self,
         modules: dict[str, nn.Module],
         make: Callable[[Iterable[Tensor]], Matcher],
-        data: Callable[[], Samples],
+        data: Callable[[], Samples] | None,
         pairs: Callable[[], Samples],
         count: int,
+        look: nn.Module | None = None,
     ):
         self.modules, self.make, self.data, self.pairs = modules, make, data, pairs
+        self.look = look or nn.Identity()
         self.count = count
         self.cells: dict[Place, dict[str, Matcher]] = {}
         self.found: dict[int, list[Tensor]] = {}  # features of the micro-batches of an update
@@ -58,7 +61,7 @@ class Features(Critic):
         self.accelerator, targets = accelerator, {}
         device = accelerator.device
         for name, module in self.modules.items():
-            found = (module(batch["x1"].to(device)).flatten(1) for batch in self.data())
+            found = (module(x).flatten(1) for x in self._target(device))
             targets[name] = self.make(found)
         # updates since each point came up last: a rare one forgets as fast as the others
         self.ages = saved.pop("ages", torch.zeros(len(where), dtype=torch.int64))
@@ -73,19 +76,25 @@ class Features(Critic):
                 own = {k.removeprefix(start): v for k, v in saved.items() if k.startswith(start)}
                 matcher.restore(own)
 
+    def _target(self, device: torch.device) -> Iterator[Tensor]:
+        if self.data is not None:
+            yield from (batch["x1"].to(device) for batch in self.data())
+        else:
+            yield from (self.look(batch["x1"].to(device)) for batch in self.pairs())
+
     def _samples(self, device: torch.device, plain: Velocity, place: Place) -> list[Tensor]:
         made: list[Tensor] = []
         for batch in self.pairs():
             cond = {"label": batch["label"].to(device)} if "label" in batch else None
             x = state_at(plain, batch["x0"].to(device), place, cond)
-            made.append(path.data_prediction(x, plain(x, place[-1], cond), place[-1]))
+            made.append(self.look(path.data_prediction(x, plain(x, place[-1], cond), place[-1])))
             if sum(map(len, made)) >= self.count:
                 break
         return made
 
     def errors(self, x: Tensor, seen: Seen, index: int) -> Tensor:
         """As in `Critic`."""
-        total, found = x.new_zeros(len(x)), []
+        total, found, x = x.new_zeros(len(x)), [], self.look(x)
         for name, matcher in self.cells[seen.place].items():
             f = self.modules[name](x).flatten(1)
             total = total + matcher.errors(f)

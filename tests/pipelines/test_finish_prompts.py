@@ -7,19 +7,22 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from flowmatch.config import UserError
-from flowmatch.data.config import PromptsConfig
+from flowmatch.data import dataset
+from flowmatch.data.config import DataConfig, PromptsConfig
 from flowmatch.flow import dmd, path
 from flowmatch.models import adapters, text
 from flowmatch.models.config import CallConfig
 from flowmatch.models.pipeline import open_pipeline
 from flowmatch.pairs import matching
+from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import manifest
-from flowmatch.training import finishing, rehearsal, score_critic
+from flowmatch.training import feature_critic, finishing, rehearsal, score_critic
 from flowmatch.training.config import FitConfig
 from pipelines import evaluate_prompts, export, finish, reflow
 from tests import ranks
@@ -27,7 +30,8 @@ from tests.pipelines.test_adapters import make
 from tests.pipelines.test_text import PROMPTS, call_of, words
 from tests.stages import run
 
-NAMES = ["StableDiffusion3Pipeline", "StableDiffusionPipeline"]
+NAMES = ["StableDiffusion3Pipeline"]
+NAMES += [pytest.param("StableDiffusionPipeline", marks=pytest.mark.slow)]  # predicts noise
 FIT = ["fit.batch_size=4", "fit.log_every=1", "fit.warmup=0", "fit.lr=0.01"]
 DMD = ["method={name: dmd, guidance: 2, fake_updates: 2, fake_lr: 0.01, moments: 0.5, window: 16}"]
 DMD += ["features=[values,random]", "for_steps=[1,2]"]
@@ -51,10 +55,11 @@ def finish_words(name, folder, *more):
     )
 
 
-def opened(name, folder, place="pipe", key="teacher"):
+def opened(name, folder, place="pipe", key="teacher", rows=True):
     listed, call = PromptsConfig(path=f"{folder}/prompts.txt"), CallConfig(**call_of(name))
     more = {} if place == "pipe" else {"pipeline": f"{folder}/pipe"}
-    return text.load(folder / place, key, listed, call, rows=f"{folder}/rows", **more)
+    more |= {"rows": f"{folder}/rows"} if rows else {}
+    return text.load(folder / place, key, listed, call, **more)
 
 
 def by_hand(teacher, net, y, t, ids):
@@ -146,6 +151,45 @@ def test_a_finish_reads_prompts_and_makes_a_student_of_the_pipeline(made, capsys
         for p, q in zip(student.net.parameters(), start.net.parameters(), strict=True)
     ]
     assert sum(moved) > len(moved) // 2
+
+
+@pytest.mark.slow
+def test_features_of_pictures_are_those_that_the_pipeline_decodes(made, tmp_path, capsys):
+    """The targets are moments of decoded x1, or of real pictures; samples have a gradient through it."""
+    name, folder = made
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "real.npy", rng.integers(0, 256, (20, 16, 16, 3), dtype=np.uint8))
+    listed = DataConfig(source="npz", path=f"{tmp_path}/real.npy")
+    more = ["method={name: moments, window: 16}", "features=[values,random]", "decode=true"]
+    base = [w for w in finish_words(name, folder, *more, "fit.steps=2") if "conditions=" not in w]
+    real = f"data={{source: npz, path: {tmp_path}/real.npy}}"
+    kept = []
+
+    def begin(self, *parts, inner=feature_critic.Features.begin):
+        inner(self, *parts)
+        kept.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_critic.Features, "begin", begin)
+        run(finish, *base, f"run_dir={tmp_path}/stored")
+        run(finish, *base, f"run_dir={tmp_path}/real", real)
+    assert (
+        "features see pictures of [3, 16, 16], decoded by AutoencoderKL" in capsys.readouterr().out
+    )
+    pipe = opened(name, folder, rows=False).pipe
+    x1 = PairData(folder / "pairs").batch(np.arange(12))["x1"]
+    factors = pipe.vae.config
+    z = x1 / factors.scaling_factor + (factors.get("shift_factor") or 0)
+    with torch.no_grad():
+        decoded = pipe.vae.decode(z).sample
+    pictures = {"stored": decoded, "real": dataset.load(listed).batch(np.arange(20))["x1"]}
+    for critic, shown in zip(kept, pictures.values(), strict=True):
+        (cell, *_) = critic.cells.values()
+        for key, matcher in cell.items():
+            f = critic.modules[key](shown).flatten(1).double()
+            torch.testing.assert_close(matcher.target, f.mean(0), rtol=1e-3, atol=1e-4)
+    with pytest.raises(UserError, match="decode=true: the samples are no latents, or conditions="):
+        run(finish, *base, f"conditions={folder}/rows", f"run_dir={tmp_path}/no")
 
 
 def test_what_a_finish_with_prompts_cannot_do_is_refused(made, tmp_path):
