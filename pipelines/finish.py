@@ -67,7 +67,6 @@ class FinishConfig(StageConfig):
     decode: bool = option(
         False,
         "features see the pictures that the VAE decodes from latents, and data are pictures",
-        shared=False,
     )
     teacher: LocalPath | None = option(
         None,

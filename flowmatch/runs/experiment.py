@@ -38,7 +38,7 @@ _FIELDS = (
     "inception_weights held_out batch_size lr evaluation device seed prompts call pipeline x0 "
     "per_prompt classes judge fresh width vae_channels vae_steps vae_batch vae_lr "
     "lpips dino clip samples_to push_to_hub license lora adapter per_image states vae scale predicts "
-    "for_steps method anchor panel judges network task"
+    "for_steps method anchor panel judges network task decode"
 )
 SHARED = set(_FIELDS.split())  # the fields of all stages that may stand at the top of an experiment
 PANEL = ("panel_classifier", "panel_encoder")  # sections that only evaluate.panel=full needs
