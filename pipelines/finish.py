@@ -249,7 +249,9 @@ def check_use(config: FinishConfig) -> None:
     """Raise UserError for keys that have no effect, or are missing."""
     faults, usual = [], FinishConfig.model_fields
     if config.method.name == "dmd" and config.teacher is None:
-        faults.append("method.name=dmd needs teacher=, the flow that made the pairs")
+        faults.append(
+            "method.name=dmd needs teacher=, the flow that made the pairs; method.name=moments does not"
+        )
     if not config.method.features:
         given = {
             "features": config.features != usual["features"].get_default(),

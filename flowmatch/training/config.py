@@ -12,10 +12,10 @@ class MethodConfig(Config):
     """How a finish compares samples of the network with the data."""
 
     name: Literal["moments", "kernel", "dmd"] = option(
-        "moments",
-        "moments: the Frechet distance of features; kernel: their energy distance; dmd: distribution "
-        "matching distillation, by the teacher's velocity and one that learns that of the samples "
-        "(three networks in memory)",
+        "dmd",
+        "dmd: distribution matching distillation, by the teacher's velocity and one that learns that of "
+        "the samples (three networks in memory); moments: the Frechet distance of features; kernel: "
+        "their energy distance",
     )
     moments: float = option(
         0.0,

@@ -50,9 +50,8 @@ def made(request, tmp_path_factory):
 def finish_words(name, folder, *more):
     place = [f"start={folder}/reflow", f"pairs={folder}/pairs", f"conditions={folder}/rows"]
     dmd_ = any("name: dmd" in word for word in more)
-    return words(
-        name, folder, *place, f"{'teacher' if dmd_ else 'pipeline'}={folder}/pipe", *FIT, *more
-    )
+    place += [f"{'teacher' if dmd_ else 'pipeline'}={folder}/pipe", "method.name=moments"]
+    return words(name, folder, *place, *FIT, *more)
 
 
 def opened(name, folder, place="pipe", key="teacher", rows=True):

@@ -23,7 +23,7 @@ SMALL = [
     *("fit.steps=8", "fit.batch_size=16", "fit.log_every=2", "fit.save_every=4", "fit.warmup=2"),
     *("for_steps=[1,2]", "fit.lr=1e-2"),
 ]
-MATCHED = ["features=[values,random]", "method.window=32"]
+MATCHED = ["method.name=moments", "features=[values,random]", "method.window=32"]
 METHODS = pytest.mark.parametrize(  # dmd is trained with moments beside it
     "name", ["dmd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("moments", "kernel"))]
 )
@@ -133,7 +133,13 @@ def judged(tmp_path_factory):
 
 def test_a_judge_that_the_finish_has_seen_is_refused(base, judged, tmp_path, capsys):
     """The plan says what is compared; the manifest holds the steps, the inputs and the features."""
-    more = [f"features=[{judged},values]", "data={source: digits}", "fit.steps=1", "anchor=0"]
+    more = [
+        "method.name=moments",
+        f"features=[{judged},values]",
+        "data={source: digits}",
+        "fit.steps=1",
+        "anchor=0",
+    ]
     run(finish, *words(base, tmp_path / "student", *more, "fit.save_every=1"))
     out = capsys.readouterr().out
     assert "samples in 1, 2 steps beside 1,797 samples of data: moments of " in out
