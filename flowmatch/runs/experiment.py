@@ -287,7 +287,8 @@ class Experiment:
         if stage == "finish":
             found["start"] = last
             method = values.get("method")
-            if (method.get("name") if isinstance(method, dict) else method) != "dmd":
+            name = method.get("name") if isinstance(method, dict) else method
+            if name not in (None, "dmd"):  # dmd is the default
                 found |= {"features": ["features"]} if self.has("features") else {}
             elif self.has("flow"):
                 found["teacher"] = "flow"

@@ -14,8 +14,8 @@ class MethodConfig(Config):
     name: Literal["moments", "kernel", "dmd"] = option(
         "dmd",
         "dmd: distribution matching distillation, by the teacher's velocity and one that learns that of "
-        "the samples (three networks in memory); moments: the Frechet distance of features; kernel: "
-        "their energy distance",
+        "the samples (three networks in memory, with adapters one); moments: the Frechet distance of "
+        "features; kernel: their energy distance",
     )
     moments: float = option(
         0.0,

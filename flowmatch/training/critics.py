@@ -62,14 +62,16 @@ def check(config: MethodConfig, fit: FitConfig) -> None:
         raise UserError(faults)
 
 
-def size(teacher: Teacher | None, student: Any) -> int:
-    """Return the bytes that the networks of a critic take beside a student's, and their optimizer."""
+def size(teacher: Teacher | None, student: Any) -> tuple[int, int]:
+    """Return the bytes of a critic's networks and their optimizer: in memory, and in a checkpoint."""
     if teacher is None:
-        return 0
-    if teacher.net is student:  # another adapter, with gradients and two averages
-        return 16 * sum(p.numel() for p in adapters.trained(student).values())
-    own = [*teacher.net.parameters()]
-    return sum(map(adapters.bytes_of, own)) + 16 * sum(p.numel() for p in own)
+        return 0, 0
+    if teacher.net is student:  # another adapter: weights, gradients and two averages
+        count, frozen = sum(p.numel() for p in adapters.trained(student).values()), 0
+    else:
+        own = [*teacher.net.parameters()]
+        count, frozen = sum(p.numel() for p in own), sum(map(adapters.bytes_of, own))
+    return frozen + 16 * count, 12 * count
 
 
 def build(

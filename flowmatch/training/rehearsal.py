@@ -73,27 +73,31 @@ def room(device: str) -> int:
     return int(free.split()[1]) * 1024
 
 
-def check_room(net: Any, config: FitConfig, device: str, critic: int | None = None) -> None:
+def check_room(
+    net: Any, config: FitConfig, device: str, critic: tuple[int, int] | None = None
+) -> None:
     """Check that weights, gradients, optimizer and averages fit.
 
     Args:
         net: The network, with its adapter.
         config: The training loop.
         device: Of this process.
-        critic: Bytes of what a finish has beside them; None for another stage.
+        critic: Bytes of what a finish has beside them, in memory and in a checkpoint; None for another
+            stage.
 
     Raises:
         UserError: They do not; the message names the key that makes them fit.
     """
     found, has, count = sizes(net, config), room(device), sharding.processes_of(config.shard)
-    need = found.state // count + (critic or 0)
+    beside, _ = critic or (0, 0)
+    need = found.state // count + beside
     if need <= has:
         return
     way = _way(net, config, found, has)
     if critic is not None:
         half = "" if config.precision == "bf16" else ", with fit.precision=bf16"
         way = f"finish an adapter, which reflow.lora trains{half}"
-    others = f", {critic / 1e9:,.1f} of them of other networks" if critic else ""
+    others = f", {beside / 1e9:,.1f} of them of other networks" if beside else ""
     raise UserError(
         f"weights, gradients, optimizer and EMA take {need / 1e9:,.1f} GB a process{others}, and "
         f"{device} has {has / 1e9:,.1f} GB: {way}"
@@ -189,7 +193,7 @@ def lines(
     net: Any,
     device: str,
     a_sample: float | None,
-    critic: int | None = None,
+    critic: tuple[int, int] | None = None,
 ) -> list[str]:
     """Say what a run will take.
 
@@ -209,10 +213,11 @@ def lines(
     """
     check_room(net, config, device, critic)
     found, world, batch = sizes(net, config), world_size(), config.batch_size
-    state = found.state // sharding.processes_of(config.shard) + (critic or 0)
+    beside, saved = critic or (0, 0)
+    state = found.state // sharding.processes_of(config.shard) + beside
     disk = (
         f"{state / 1e9:,.3g} GB of weights, gradients, optimizer and EMA a process; a checkpoint has "
-        f"{found.checkpoint / 1e9:,.3g} GB, {config.keep + 1} of them at most"
+        f"{(found.checkpoint + saved) / 1e9:,.3g} GB, {config.keep + 1} of them at most"
     )
     cost = f"{a_sample * batch / 1e12:,.3g} TFLOP an update" if a_sample else ""
     if device == "cpu" and a_sample and a_sample * batch * UPDATES > flops.PATIENCE:

@@ -145,10 +145,11 @@ def test_a_finish_reads_the_student_its_pairs_and_what_its_method_compares():
     mine = make(finish={"fit": FIT})
     found = config(mine, "finish")
     assert (found.start, found.pairs[0].path) == ("runs/mine/reflow", "runs/mine/pairs")
-    assert (found.features, found.teacher, found.data) == (["runs/mine/features"], None, None)
-    mine.apply("finish.method", "dmd")
+    assert (found.features, found.teacher, found.data) == (["random"], "runs/mine/flow", None)
+    assert found.method.name == "dmd"
+    mine.apply("finish.method", "kernel")
     found = config(mine, "finish")
-    assert (found.features, found.teacher) == (["random"], "runs/mine/flow")
+    assert (found.features, found.teacher) == (["runs/mine/features"], None)
     mine.apply("evaluate.student", "finish")
     assert config(mine, "evaluate").student == "runs/mine/finish"
     assert "finish" not in mine.chain(1)
