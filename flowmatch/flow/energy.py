@@ -6,7 +6,6 @@ Sejdinovic et al. 2013, arXiv 1207.6076). Its gradient in a generated f of N is 
 2 (mean |f - g| - mean |f - h|) / N, where h are other generated features.
 """
 
-import copy
 from collections.abc import Iterable
 
 import torch
@@ -38,10 +37,6 @@ class Energy:
         self.newest = few  # generated features
         self.updates = torch.zeros((), dtype=torch.int64)
 
-    def fresh(self) -> "Energy":
-        """Return one with the same target, and generated features of its own."""
-        return copy.copy(self)
-
     def errors(self, f: Tensor) -> Tensor:
         """Return the energy distance over that within the target, E|g - g'|, sample by sample.
 
@@ -61,11 +56,10 @@ class Energy:
         """Begin with some generated features, [N, D]."""
         self.newest = f.detach().float()[-self.window :]
 
-    def add(self, f: Tensor, age: int = 1) -> None:
-        """Count a batch of generated features, [B, D], the first for `age` batches."""
+    def add(self, f: Tensor) -> None:
+        """Count a batch of generated features, [B, D]."""
         finite = f.isfinite().all()  # else the run stops, and keeps these
-        most = max(self.window // age, min(2 * len(f), self.window))
-        kept = torch.cat([self.newest, f.detach().float()])[-most:]
+        kept = torch.cat([self.newest, f.detach().float()])[-self.window :]
         self.newest = (
             torch.where(finite, kept, self.newest) if len(kept) == len(self.newest) else kept
         )

@@ -7,7 +7,6 @@ a generated feature f of N is 2 (f - T(f)) / N. So |f - T(f)|^2, with T held con
 of the distance, and the distance as its mean.
 """
 
-import copy
 from collections.abc import Iterable
 
 import torch
@@ -47,10 +46,6 @@ class Moments:
         self.mean, self.second = self.target, second  # of generated features
         self._map: Tensor | None = None
 
-    def fresh(self) -> "Moments":
-        """Return one with the same target, and generated moments of its own."""
-        return copy.copy(self)
-
     @property
     def map(self) -> Tensor:
         """A of the transport f -> n + A (f - m), [D, D], float64."""
@@ -76,9 +71,9 @@ class Moments:
         """Begin with the moments of some generated features, [N, D]."""
         self._count(f, 1.0)
 
-    def add(self, f: Tensor, age: int = 1) -> None:
-        """Count a batch of generated features, [B, D], the first for `age` batches, as that many."""
-        self._count(f, min(1.0, age * len(f) / self.window))
+    def add(self, f: Tensor) -> None:
+        """Count a batch of generated features, [B, D]."""
+        self._count(f, min(1.0, len(f) / self.window))
 
     @torch.no_grad()
     def _count(self, f: Tensor, share: float) -> None:

@@ -16,23 +16,25 @@ Samples = Iterable[dict[str, Any]]  # batches with x1, and where they are pairs 
 class Matcher(Protocol):
     """Compares generated features with a target's: `flow.moments`, `flow.energy`."""
 
-    def fresh(self) -> Any: ...
     def errors(self, f: Tensor) -> Tensor: ...
     def fill(self, f: Tensor) -> None: ...
-    def add(self, f: Tensor, age: int = 1) -> None: ...
+    def add(self, f: Tensor) -> None: ...
     def tensors(self) -> dict[str, Tensor]: ...
     def restore(self, saved: dict[str, Tensor]) -> None: ...
 
 
 class Features(Critic):
-    """Matches features of samples with those of data, for each point of the grids by itself.
+    """Matches features of samples with those of data.
+
+    The samples of all points of the grids count together: moments of a few hundred samples of a rare
+    point would be noise.
 
     Args:
         modules: Name -> frozen module, x [B, ...] -> features [B, ...], in eval mode on the device.
         make: Builds a matcher from the features of the data, a part at a time.
         data: Yields batches with x1 anew at each call; None: x1 of the pairs.
         pairs: Likewise, with x0 and perhaps label: the first samples are made from their noise.
-        count: Samples at each point that it begins with.
+        count: Samples that it begins with, as many at each point.
         look: Makes what the modules take of samples and of the pairs' x1; None: as they are.
     """
 
@@ -50,7 +52,7 @@ class Features(Critic):
         self.modules, self.make, self.data, self.pairs = modules, make, data, pairs
         self.look = look or nn.Identity()
         self.count = count
-        self.cells: dict[Place, dict[str, Matcher]] = {}
+        self.matchers: dict[str, Matcher] = {}
         self.found: dict[int, list[Tensor]] = {}  # features of the micro-batches of an update
 
     @torch.no_grad()
@@ -58,23 +60,19 @@ class Features(Critic):
         self, accelerator: Any, plain: Velocity, where: list[Place], saved: dict[str, Tensor]
     ) -> None:
         """As in `Critic`: read the data; make the first samples."""
-        self.accelerator, targets = accelerator, {}
-        device = accelerator.device
+        self.accelerator, device = accelerator, accelerator.device
+        made: list[Tensor] = []
+        for place in () if saved else where:
+            made += self._samples(device, plain, place, -(-self.count // len(where)))
         for name, module in self.modules.items():
-            found = (module(x).flatten(1) for x in self._target(device))
-            targets[name] = self.make(found)
-        # updates since each point came up last: a rare one forgets as fast as the others
-        self.ages = saved.pop("ages", torch.zeros(len(where), dtype=torch.int64))
-        self.cells = {place: {n: t.fresh() for n, t in targets.items()} for place in where}
-        for number, (place, cell) in enumerate(self.cells.items()):
-            made = [] if saved else self._samples(device, plain, place)
-            for name, matcher in cell.items():
-                if not saved:
-                    matcher.fill(torch.cat([self.modules[name](x).flatten(1) for x in made]))
-                    continue
-                start = f"{number}/{name}/"
+            matcher = self.make(module(x).flatten(1) for x in self._target(device))
+            if saved:
+                start = f"{name}/"
                 own = {k.removeprefix(start): v for k, v in saved.items() if k.startswith(start)}
                 matcher.restore(own)
+            else:
+                matcher.fill(torch.cat([module(x).flatten(1) for x in made]))
+            self.matchers[name] = matcher
 
     def _target(self, device: torch.device) -> Iterator[Tensor]:
         if self.data is not None:
@@ -82,20 +80,22 @@ class Features(Critic):
         else:
             yield from (self.look(batch["x1"].to(device)) for batch in self.pairs())
 
-    def _samples(self, device: torch.device, plain: Velocity, place: Place) -> list[Tensor]:
+    def _samples(
+        self, device: torch.device, plain: Velocity, place: Place, count: int
+    ) -> list[Tensor]:
         made: list[Tensor] = []
         for batch in self.pairs():
             cond = {"label": batch["label"].to(device)} if "label" in batch else None
             x = state_at(plain, batch["x0"].to(device), place, cond)
             made.append(self.look(path.data_prediction(x, plain(x, place[-1], cond), place[-1])))
-            if sum(map(len, made)) >= self.count:
+            if sum(map(len, made)) >= count:
                 break
         return made
 
     def errors(self, x: Tensor, seen: Seen, index: int) -> Tensor:
         """As in `Critic`."""
         total, found, x = x.new_zeros(len(x)), [], self.look(x)
-        for name, matcher in self.cells[seen.place].items():
+        for name, matcher in self.matchers.items():
             f = self.modules[name](x).flatten(1)
             total = total + matcher.errors(f)
             found.append(f.detach())
@@ -104,19 +104,15 @@ class Features(Critic):
 
     def learn(self, place: Place) -> Tensor | None:
         """As in `Critic`: count the samples, in the order of the global batch."""
-        self.ages = self.ages + 1
-        which = list(self.cells).index(place)
-        for number, matcher in enumerate(self.cells[place].values()):
+        for number, matcher in enumerate(self.matchers.values()):
             parts = [self.accelerator.gather(self.found[i][number]) for i in sorted(self.found)]
-            matcher.add(torch.cat(parts), int(self.ages[which]))
-        self.ages[which] = 0
+            matcher.add(torch.cat(parts))
         return None
 
     def tensors(self) -> dict[str, Tensor]:
         """As in `Critic`."""
-        return {"ages": self.ages} | {
-            f"{number}/{name}/{part}": tensor
-            for number, cell in enumerate(self.cells.values())
-            for name, matcher in cell.items()
+        return {
+            f"{name}/{part}": tensor
+            for name, matcher in self.matchers.items()
             for part, tensor in matcher.tensors().items()
         }
