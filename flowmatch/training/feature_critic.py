@@ -1,5 +1,6 @@
 """The critic of a finish that compares features of samples with those of the data."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -26,8 +27,8 @@ class Matcher(Protocol):
 class Features(Critic):
     """Matches features of samples with those of data.
 
-    The samples of all points of the grids count together: moments of a few hundred samples of a rare
-    point would be noise.
+    Samples made from noise in one step are compared by themselves, and those of all later points of the
+    grids together: moments of a few hundred samples of a rare point would be noise.
 
     Args:
         modules: Name -> frozen module, x [B, ...] -> features [B, ...], in eval mode on the device.
@@ -52,7 +53,7 @@ class Features(Critic):
         self.modules, self.make, self.data, self.pairs = modules, make, data, pairs
         self.look = look or nn.Identity()
         self.count = count
-        self.matchers: dict[str, Matcher] = {}
+        self.matchers: dict[bool, dict[str, Matcher]] = {}  # of later points or not; by name
         self.found: dict[int, list[Tensor]] = {}  # features of the micro-batches of an update
 
     @torch.no_grad()
@@ -61,18 +62,24 @@ class Features(Critic):
     ) -> None:
         """As in `Critic`: read the data; make the first samples."""
         self.accelerator, device = accelerator, accelerator.device
-        made: list[Tensor] = []
-        for place in () if saved else where:
-            made += self._samples(device, plain, place, -(-self.count // len(where)))
-        for name, module in self.modules.items():
-            matcher = self.make(module(x).flatten(1) for x in self._target(device))
-            if saved:
-                start = f"{name}/"
+        targets = {
+            name: self.make(module(x).flatten(1) for x in self._target(device))
+            for name, module in self.modules.items()
+        }
+        for later in sorted({is_later(place) for place in where}):
+            points = [place for place in where if is_later(place) == later]
+            made: list[Tensor] = []
+            for place in () if saved else points:
+                made += self._samples(device, plain, place, -(-self.count // len(points)))
+            self.matchers[later] = {name: copy.copy(target) for name, target in targets.items()}
+            for name, matcher in self.matchers[later].items():
+                if not saved:
+                    module = self.modules[name]
+                    matcher.fill(torch.cat([module(x).flatten(1) for x in made]))
+                    continue
+                start = f"{int(later)}/{name}/"
                 own = {k.removeprefix(start): v for k, v in saved.items() if k.startswith(start)}
                 matcher.restore(own)
-            else:
-                matcher.fill(torch.cat([module(x).flatten(1) for x in made]))
-            self.matchers[name] = matcher
 
     def _target(self, device: torch.device) -> Iterator[Tensor]:
         if self.data is not None:
@@ -95,7 +102,7 @@ class Features(Critic):
     def errors(self, x: Tensor, seen: Seen, index: int) -> Tensor:
         """As in `Critic`."""
         total, found, x = x.new_zeros(len(x)), [], self.look(x)
-        for name, matcher in self.matchers.items():
+        for name, matcher in self.matchers[is_later(seen.place)].items():
             f = self.modules[name](x).flatten(1)
             total = total + matcher.errors(f)
             found.append(f.detach())
@@ -104,7 +111,7 @@ class Features(Critic):
 
     def learn(self, place: Place) -> Tensor | None:
         """As in `Critic`: count the samples, in the order of the global batch."""
-        for number, matcher in enumerate(self.matchers.values()):
+        for number, matcher in enumerate(self.matchers[is_later(place)].values()):
             parts = [self.accelerator.gather(self.found[i][number]) for i in sorted(self.found)]
             matcher.add(torch.cat(parts))
         return None
@@ -112,7 +119,13 @@ class Features(Critic):
     def tensors(self) -> dict[str, Tensor]:
         """As in `Critic`."""
         return {
-            f"{name}/{part}": tensor
-            for name, matcher in self.matchers.items()
+            f"{int(later)}/{name}/{part}": tensor
+            for later, matchers in self.matchers.items()
+            for name, matcher in matchers.items()
             for part, tensor in matcher.tensors().items()
         }
+
+
+def is_later(place: Place) -> bool:
+    """Check whether a point of a grid lies after t = 0."""
+    return len(place) > 1

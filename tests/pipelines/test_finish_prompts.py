@@ -183,7 +183,8 @@ def test_features_of_pictures_are_those_that_the_pipeline_decodes(made, tmp_path
         decoded = pipe.vae.decode(z).sample
     pictures = {"stored": decoded, "real": dataset.load(listed).batch(np.arange(20))["x1"]}
     for critic, shown in zip(kept, pictures.values(), strict=True):
-        for key, matcher in critic.matchers.items():
+        (matchers, *_) = critic.matchers.values()
+        for key, matcher in matchers.items():
             f = critic.modules[key](shown).flatten(1).double()
             torch.testing.assert_close(matcher.target, f.mean(0), rtol=1e-3, atol=1e-4)
     with pytest.raises(UserError, match="decode=true: the samples are no latents, or conditions="):
