@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ import torch
 
 from flowmatch.config import UserError
 from flowmatch.flow import noise
+from flowmatch.flow.moments import Moments
 from flowmatch.models import adapters, networks, teachers
 from flowmatch.models.config import LoraConfig
 from flowmatch.runs import manifest
 from flowmatch.training import finishing
+from flowmatch.training.feature_critic import Features
 from pipelines import evaluate, finish, generate_pairs, train_classifier
 from tests import ranks, stages
 from tests.pairset import make_teacher
@@ -200,3 +203,29 @@ def test_an_adapter_of_a_network_without_prompts_shares_it_with_its_teacher(tmp_
         key for key, value in before.state_dict().items() if not torch.equal(value, own[key])
     }
     assert changed == {f"{layer}.weight" for layer in adapters.layers(before, LoraConfig().targets)}
+
+
+def test_samples_of_one_step_are_compared_by_themselves():
+    """Those of later points count together; what a later point makes does not reach the first."""
+    first, half, late = (0.0,), (0.0, 0.5), (0.0, 0.25, 0.5)
+    batch = {"x0": torch.randn(64, 1, 2, 2), "x1": torch.randn(64, 1, 2, 2)}
+    features = Features(
+        {"values": torch.nn.Flatten()}, lambda f: Moments(f, 64), None, lambda: [batch], 32
+    )
+    alone = SimpleNamespace(device="cpu", gather=lambda x: x)
+    features.begin(alone, lambda x, t, cond: x, [first, half, late], {})
+    x = torch.randn(16, 1, 2, 2)
+
+    def errors(place):
+        return features.errors(x, finishing.Seen(place, x, x, None), 0)
+
+    assert torch.equal(errors(half), errors(late))
+    before = errors(first)
+    errors(late)
+    features.learn(late)
+    assert torch.equal(errors(first), before)
+    assert torch.equal(errors(half), errors(late))
+    kept = errors(half)
+    features.learn(first)
+    assert not torch.equal(errors(first), before)
+    assert torch.equal(errors(half), kept)
