@@ -5,6 +5,7 @@ has the names and sizes of the part's files. The part after the last one joins t
 names begin with a dot are needed until then.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -88,10 +89,14 @@ def make(store: Store, k: int, fingerprint: str, build: Callable[[Path], None]) 
             os.replace(built / name, target)
         for place in folders:
             sync(place)
-    finally:
+        facts = {"fingerprint": fingerprint, "part": k, "files": files}
+        store.write(sidecar_name(k), json.dumps(facts, indent=1, sort_keys=True) + "\n")
+    except BaseException:
         shutil.rmtree(built, ignore_errors=True)
-    facts = {"fingerprint": fingerprint, "part": k, "files": files}
-    store.write(sidecar_name(k), json.dumps(facts, indent=1, sort_keys=True) + "\n")
+        with contextlib.suppress(OSError):
+            built.mkdir()  # so that the files that have their names are known as a conversion's
+        raise
+    shutil.rmtree(built, ignore_errors=True)  # not before the sidecar: see `begun`
 
 
 def tidy(store: Store, parts: Sequence[int]) -> None:

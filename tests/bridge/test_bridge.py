@@ -1,5 +1,6 @@
 """Pairs in the formats of other trainers: what their loaders read, and what comes back."""
 
+import contextlib
 import json
 import shutil
 import tarfile
@@ -17,6 +18,7 @@ from flowmatch.bridge.conversion import Conversion
 from flowmatch.bridge.formats import FORMATS
 from flowmatch.pairs.dataset import PairData
 from flowmatch.runs import manifest
+from flowmatch.runs.files import Folder
 from pipelines import convert_pairs, import_pairs, inspect_pairs, verify_pairs
 from tests import forked
 from tests.bridge import sets
@@ -296,6 +298,29 @@ def test_a_file_that_is_lost_is_made_again_and_no_other(latents, tmp_path, capsy
         capsys.readouterr()
         convert(latents, to, out)
         assert "is sealed: nothing to do" in capsys.readouterr().out
+
+
+def test_a_part_that_was_not_committed_is_made_again(latents, tmp_path, monkeypatch):
+    """Killed, or out of space, between the last rename and the sidecar of the first part."""
+
+    write = Folder.write
+
+    def killed(self, name, *more, **options):
+        if "/part-" in name:
+            raise KeyboardInterrupt
+        return write(self, name, *more, **options)
+
+    convert(latents, "fastvideo", tmp_path / "whole")
+    for gone in (None, "shutil.rmtree"):  # nothing removes anything of a process that is killed
+        out = tmp_path / f"out-{gone}"
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "write", killed)
+            if gone:
+                patch.setattr(gone, lambda *words, **options: None)
+            with contextlib.suppress(KeyboardInterrupt):
+                convert_pairs.main([str(latents.folder), "--to", "fastvideo", str(out)])
+        convert(latents, "fastvideo", out)
+        assert tree(out) == tree(tmp_path / "whole")
 
 
 def test_a_worker_that_comes_when_others_have_joined_makes_no_part_again(latents, tmp_path):
