@@ -75,9 +75,10 @@ def make(store: Store, k: int, fingerprint: str, build: Callable[[Path], None]) 
     built = root / META / f"{BUILT}{k:06d}.{worker()}"
     shutil.rmtree(built, ignore_errors=True)
     built.mkdir(parents=True)
+    files: dict[str, int] = {}
+    folders = {root}
     try:
         build(built)
-        files, folders = {}, {root}
         for path in sorted(path for path in built.rglob("*") if path.is_file()):
             sync(path)
             files[str(path.relative_to(built))] = path.stat().st_size
@@ -93,8 +94,9 @@ def make(store: Store, k: int, fingerprint: str, build: Callable[[Path], None]) 
         store.write(sidecar_name(k), json.dumps(facts, indent=1, sort_keys=True) + "\n")
     except BaseException:
         shutil.rmtree(built, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            built.mkdir()  # so that the files that have their names are known as a conversion's
+        if any((root / name).exists() for name in files):  # they are known as a conversion's
+            with contextlib.suppress(OSError):
+                built.mkdir()
         raise
     shutil.rmtree(built, ignore_errors=True)  # not before the sidecar: see `begun`
 
