@@ -286,7 +286,8 @@ def write_network(plan: Plan, built: Path) -> tuple[str, list[str], dict[str, An
     student, kind = plan.student, plan.kind
     assert kind is not None
     with Fresh() as fresh:
-        student.net.to(getattr(torch, config.dtype))
+        if config.dtype != "float32":
+            student.net.to(getattr(torch, config.dtype))
         written = network_folder.write(built, student, kind, config.steps, plan.vae)
         student.net.float()
         how = (config.steps, config.seed, fresh, plan.vae)

@@ -94,9 +94,9 @@ def make(store: Store, k: int, fingerprint: str, build: Callable[[Path], None]) 
         store.write(sidecar_name(k), json.dumps(facts, indent=1, sort_keys=True) + "\n")
     except BaseException:
         shutil.rmtree(built, ignore_errors=True)
-        if any((root / name).exists() for name in files):  # they are known as a conversion's
+        if any((root / name).exists() for name in files):
             with contextlib.suppress(OSError):
-                built.mkdir()
+                built.mkdir()  # so that `begun` knows the folder, and the next worker takes it up
         raise
     shutil.rmtree(built, ignore_errors=True)  # not before the sidecar: see `begun`
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from flowmatch.config import UserError
 
-start: Any = subprocess.Popen
+start: Any = subprocess.Popen  # fast tests put forks of a process with diffusers in its place
 
 
 class Fresh:
